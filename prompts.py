@@ -1,0 +1,204 @@
+"""The language between the program and the model: the prompt, and the answer in both directions.
+
+An answer (STVG-o1, Fig. 2) is text, nothing in the model changes:
+
+    <time> 5 - 7 </time> <think_bbox> 5. [271, 30, 395, 212], ... </think_bbox> <pred_bbox> 5. [278, 35, ...], ... </pred_bbox>
+
+Only this file knows how numbers are written. Inside the program boxes are (x1, y1, x2, y2) floats in [0, 1] of
+the frame, and time is a *step*: a cell of the clip, step i covers the seconds [i * d, (i + 1) * d) (class TimeGrid).
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+Box = tuple[float, float, float, float]
+COORDINATES = ("norm1000", "resized", "original")
+TIME_UNITS = ("frame", "second")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The three choices of how answers are written
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How numbers stand in the text. The paper states none of the three choices (see README, "Assumptions")."""
+
+    coordinates: str = "norm1000"  # norm1000: 0-1000 | resized: pixels the model sees | original: pixels of the file
+    time_unit: str = "frame"  # a step is one sampled frame (1 / fps seconds) or one "second"
+    think: bool = True  # False: no <think_bbox> part, the "RFT" row of Table 5
+    fps: float = 2.0  # frames per second that the model sees
+
+    def __post_init__(self):
+        if self.coordinates not in COORDINATES:
+            raise ValueError(f"coordinates: {self.coordinates!r} is not one of {', '.join(COORDINATES)}")
+        if self.time_unit not in TIME_UNITS:
+            raise ValueError(f"time_unit: {self.time_unit!r} is not one of {', '.join(TIME_UNITS)}")
+        if not self.fps > 0:
+            raise ValueError(f"fps: {self.fps!r} must be above 0")
+        if self.time_unit == "second" and self.fps < 1:
+            raise ValueError(f"fps: {self.fps:g} shows less than one frame a second; use time_unit: frame")
+
+    @property
+    def step_seconds(self) -> float:
+        """Length d of a step in seconds."""
+        return 1 / self.fps if self.time_unit == "frame" else 1.0
+
+    def scale(self, shown: tuple[int, int], file: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) that the text's coordinates are measured in, from the (width, height) in pixels of
+        the frame that the model is shown and of the video file."""
+        return {"norm1000": (1000, 1000), "resized": shown, "original": file}[self.coordinates]
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """The one place that goes between steps, seconds and native frames. All indices are 0-based."""
+
+    num_frames: int  # native frames of the clip
+    fps: float  # native frames per second
+    step_seconds: float
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that begin before the clip ends."""
+        return max(1, math.ceil(self.num_frames / self.fps / self.step_seconds - 1e-6))
+
+    def sampled_frame(self, step: int) -> int:
+        """The native frame on screen at the beginning of the step: the one its box belongs to."""
+        return min(int(step * self.step_seconds * self.fps + 1e-6), self.num_frames - 1)
+
+    def first_frame(self, step: int) -> int:
+        """The first native frame f with f / fps >= step * d; a step covers [first_frame(i), first_frame(i + 1))."""
+        return min(math.ceil(step * self.step_seconds * self.fps - 1e-6), self.num_frames)
+
+    def steps_of(self, first: int, stop: int) -> tuple[int, int]:
+        """First and last step (inclusive) whose sampled frames lie in native frames [first, stop); where there is
+        none, the event lies inside one step and that step is the answer."""
+        inside = [i for i in range(self.num_steps) if first <= self.sampled_frame(i) < stop]
+        if not inside:
+            inside = [min(int(first / self.fps / self.step_seconds + 1e-6), self.num_steps - 1)]
+        return inside[0], inside[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The truth and the answer
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is asked for, in steps: first and last step (inclusive), and a box in [0, 1] for each step that has one."""
+
+    span: tuple[int, int]
+    boxes: dict[int, Box]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What stands in an answer, in the integers of the text: nothing is rescaled, sorted or repaired."""
+
+    start: int
+    end: int
+    think: tuple[tuple[int, Box], ...] | None  # ((step, (x1, y1, x2, y2)), ...); None in an answer without thinking
+    pred: tuple[tuple[int, Box], ...]
+
+
+# Every quantifier is possessive ("*+"), so the matcher never goes back: time is linear in the text, whatever it is.
+_NUMBER = r"[0-9]{1,5}+"
+_BOX = r"\s*+,\s*+".join([_NUMBER] * 4)
+_ITEM = rf"{_NUMBER}\s*+\.\s*+\[\s*+{_BOX}\s*+\]"
+_LIST = rf"{_ITEM}(?:\s*+,\s*+{_ITEM})*+"
+_TIME = rf"<time>\s*+({_NUMBER})\s*+-\s*+({_NUMBER})\s*+</time>"
+_THINK = rf"<think_bbox>\s*+({_LIST})\s*+</think_bbox>"
+_PRED = rf"<pred_bbox>\s*+({_LIST})\s*+</pred_bbox>"
+_ANSWER = {True: re.compile(rf"{_TIME}\s*+{_THINK}\s*+{_PRED}"), False: re.compile(rf"{_TIME}\s*+{_PRED}")}
+_INTEGER = re.compile(r"[0-9]+")
+
+
+def parse_answer(text: str, think: bool = True) -> Answer | None:
+    """Take an answer apart (STVG-o1, section 3.1); None where the whole stripped text is not of the form.
+
+    Never raises and takes time linear in the text. Says nothing about whether the numbers make sense.
+    """
+    match = _ANSWER[think].fullmatch(text.strip())
+    if match is None:
+        return None
+    start, end, *lists = match.groups()
+    *think_items, pred_items = [_parse_list(items) for items in lists]
+    return Answer(int(start), int(end), think_items[0] if think else None, pred_items)
+
+
+def _parse_list(items: str) -> tuple[tuple[int, Box], ...]:
+    """"5. [271, 30, 395, 212], 6. [...]" -> ((5, (271, 30, 395, 212)), (6, ...)); the text has matched _LIST."""
+    numbers = [int(number) for number in _INTEGER.findall(items)]
+    return tuple((numbers[k], tuple(numbers[k + 1 : k + 5])) for k in range(0, len(numbers), 5))
+
+
+def format_answer(answer: Answer) -> str:
+    """The text of an answer, on one line as in the paper: the inverse of parse_answer.
+
+    Raises ValueError where no text of the grammar says this: an empty list, or a number that is not a
+    non-negative integer of at most five digits.
+    """
+    parts = [f"<time> {_digits(answer.start)} - {_digits(answer.end)} </time>"]
+    if answer.think is not None:
+        parts.append(f"<think_bbox> {_format_list(answer.think)} </think_bbox>")
+    parts.append(f"<pred_bbox> {_format_list(answer.pred)} </pred_bbox>")
+    return " ".join(parts)
+
+
+def _format_list(items: tuple[tuple[int, Box], ...]) -> str:
+    if not items:
+        raise ValueError("an answer needs at least one box in each list")
+    return ", ".join(f"{_digits(step)}. [{', '.join(_digits(v) for v in box)}]" for step, box in items)
+
+
+def _digits(number: int) -> str:
+    if not (0 <= number <= 99999 and number == int(number)):
+        raise ValueError(f"{number!r} cannot be written: answers hold integers from 0 to 99999")
+    return str(int(number))
+
+
+def to_text_box(box: Box, scale: tuple[int, int]) -> Box:
+    """A box in [0, 1] -> the nearest integers of the text's scale (width, height)."""
+    return tuple(round(value * scale[axis % 2]) for axis, value in enumerate(box))
+
+
+def from_text_box(box: Box, scale: tuple[int, int]) -> Box:
+    """A box of the text -> divided by the scale (width, height) and clamped to [0, 1]."""
+    return tuple(min(max(value / scale[axis % 2], 0.0), 1.0) for axis, value in enumerate(box))
+
+
+def truth_answer(truth: Truth, scale: tuple[int, int], think: bool = True) -> Answer:
+    """The answer that says the truth: what supervised fine-tuning teaches, and what scores the full reward.
+
+    A step of the span without a box borrows that of the nearest step that has one: an answer lists every step.
+    """
+    start, end = truth.span
+    nearest = {i: min(truth.boxes, key=lambda step: (abs(step - i), step)) for i in range(start, end + 1)}
+    items = tuple((i, to_text_box(truth.boxes[nearest[i]], scale)) for i in nearest)
+    return Answer(start, end, items if think else None, items)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The prompt (not in the paper, which shows none for its own model)
+
+
+def build_prompt(sentence: str, num_steps: int, scale: tuple[int, int], text_format: TextFormat) -> str:
+    """The user's words beside the video. The sentence comes last, so that prompts of one video share the rest."""
+    where = {
+        "norm1000": "x and y go from 0 to 1000 across the frame",
+        "resized": f"x and y are pixels of the {scale[0]} x {scale[1]} frames shown",
+        "original": f"x and y are pixels of the {scale[0]} x {scale[1]} video file",
+    }[text_format.coordinates]
+    boxes = "S. [x1, y1, x2, y2], ..., E. [x1, y1, x2, y2]"
+    think = f"<think_bbox> {boxes} </think_bbox> " if text_format.think else ""
+    draft = "first as a draft, then corrected, " if text_format.think else ""
+    return (
+        f"The video has {text_format.fps:g} frames per second and {num_steps} steps of"
+        f" {text_format.step_seconds:g} s, numbered 0 to {num_steps - 1}."
+        " Find the first step S and the last step E of the event below, and one box [x1, y1, x2, y2] of its"
+        f" subject in every step, {draft}where {where}."
+        f" Answer in this form: <time> S - E </time> {think}<pred_bbox> {boxes} </pred_bbox>\n"
+        f"Event: {sentence}"
+    )
