@@ -25,7 +25,9 @@ TIME_UNITS = ("frame", "second")
 class TextFormat:
     """How numbers stand in the text. The paper states none of the three choices (see README, "Assumptions")."""
 
-    coordinates: str = "norm1000"  # norm1000: 0-1000 | resized: pixels the model sees | original: pixels of the file
+    coordinates: str = (
+        "norm1000"  # norm1000: 0-1000 | resized: pixels the model sees | original: pixels of the file
+    )
     time_unit: str = "frame"  # a step is one sampled frame (1 / fps seconds) or one "second"
     think: bool = True  # False: no <think_bbox> part, the "RFT" row of Table 5
     fps: float = 2.0  # frames per second that the model sees
@@ -99,7 +101,9 @@ class Answer:
 
     start: int
     end: int
-    think: tuple[tuple[int, Box], ...] | None  # ((step, (x1, y1, x2, y2)), ...); None in an answer without thinking
+    think: (
+        tuple[tuple[int, Box], ...] | None
+    )  # ((step, (x1, y1, x2, y2)), ...); None in an answer without thinking
     pred: tuple[tuple[int, Box], ...]
 
 
@@ -129,7 +133,7 @@ def parse_answer(text: str, think: bool = True) -> Answer | None:
 
 
 def _parse_list(items: str) -> tuple[tuple[int, Box], ...]:
-    """"5. [271, 30, 395, 212], 6. [...]" -> ((5, (271, 30, 395, 212)), (6, ...)); the text has matched _LIST."""
+    """ "5. [271, 30, 395, 212], 6. [...]" -> ((5, (271, 30, 395, 212)), (6, ...)); the text has matched _LIST."""
     numbers = [int(number) for number in _INTEGER.findall(items)]
     return tuple((numbers[k], tuple(numbers[k + 1 : k + 5])) for k in range(0, len(numbers), 5))
 

@@ -1,0 +1,205 @@
+"""The settings of a run: one commented dataclass, a YAML file over it, `key=value` from the command line over that.
+
+A key that is not a field, a value of the wrong type or out of range is an error that says what to write instead.
+"Not in the paper" marks a choice that the paper leaves open; what is taken then is the default of verl, the
+framework that the authors used, unless the comment gives another reason.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from prompts import TextFormat
+from rewards import check_weights
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the file, the key, the value and the remedy."""
+
+
+@dataclass
+class Sft:
+    """Supervised fine-tuning on the true answers, before the reinforcement learning (the "SFT" row of Table 5)."""
+
+    steps: int = 0  # optimiser steps; 0 leaves the phase out, as the paper does
+    learning_rate: float = 1e-5  # not in the paper
+    batch_size: int = 32  # prompts per optimiser step; not in the paper
+
+
+@dataclass
+class Config:
+    # --- what is trained, on what, into where
+    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # checkpoint folder or hub id (section 4)
+    dataset: str = "hcstvg"  # format of the annotations: hcstvg | vidstg
+    train_annotations: str = ""  # annotation file of the training split
+    eval_annotations: str = ""  # annotation file of the held-out split
+    videos: str = ""  # folder of the video files
+    vidor: str = ""  # folder of the VidOR tracks (vidstg only)
+    output_dir: str = "runs/default"
+    seed: int = 0  # of sampling and of the order of the data
+    toy: bool = False  # make the toy world first where `videos` does not hold it yet
+
+    # --- what the model sees and says (section 4)
+    fps: float = 2.0  # frames per second
+    max_side: int = 336  # pixels: the longer side of a frame is at most this
+    time_unit: str = "frame"  # a step of the answer: frame (1 / fps seconds) | second. Not in the paper
+    coordinates: str = "norm1000"  # of the boxes in the text: norm1000 | resized | original. Not in the paper
+    think: bool = True  # False: no <think_bbox>, the row "RFT" of Table 5
+
+    # --- the rewards: weights of Eq. 10, and of the two parts of the spatial reward (Eq. 7)
+    rewards: dict = field(default_factory=lambda: check_weights({}))
+
+    # --- the optimisation (section 3.3)
+    num_generations: int = 8  # G: answers sampled per prompt
+    scale_rewards: bool = True  # divide advantages by the standard deviation of the group (Eq. 11)
+    temperature: float = 1.0  # of sampling and scoring. Not in the paper
+    max_new_tokens: int = 2048  # not in the paper; a box costs about 22 tokens and every step has two
+    kl_beta: float = (
+        0.01  # weight of the KL to the frozen reference (Eq. 12); 0 needs no reference. Not in the paper
+    )
+    clip_eps: float = 0.2  # probability ratios are clipped to 1 +- this (Eq. 12). Not in the paper
+    updates_per_batch: int = (
+        1  # optimiser steps on one batch of rollouts; with 1 the ratio is 1. Not in the paper
+    )
+    loss_aggregation: str = "token-mean"  # token-mean | sequence-mean | constant (grpo.py). Not in the paper
+    batch_size: int = 128  # prompts per optimiser step
+    steps: int = 1000  # optimiser steps of reinforcement learning. Not in the paper
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0  # of linear warm-up, then constant. Not in the paper
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0  # not in the paper
+    sft: Sft = field(default_factory=Sft)
+
+    # --- how it runs; none of these changes what is computed
+    rollout_batch: int = 1  # prompts whose answers are decoded, and scored, in one batch
+    gradient_checkpointing: bool = (
+        True  # recompute activations in the backward pass: a third slower, a sixth of memory
+    )
+    threads: int = 0  # CPU threads; 0 leaves the choice to torch
+    eval_every: int = 0  # steps between evaluations on the held-out split; 0: only before and after
+    eval_batch: int = 1  # sentences that are decoded in one batch
+    eval_temperature: float = 0.0  # 0: greedy, as in every table
+    eval_limit: int = 0  # evaluate at most this many sentences; 0: all
+    save_every: int = 0  # steps between checkpoints; 0: only the last
+
+    @property
+    def text_format(self) -> TextFormat:
+        return TextFormat(self.coordinates, self.time_unit, self.think, self.fps)
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file and apply `key=value` overrides (`rewards.think=1.0` for a nested key). Raises ConfigError."""
+    path = Path(path)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); name a YAML file such as configs/toy.yaml"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: must hold `key: value` lines, not {type(settings).__name__}")
+    config = _fill(Config, settings, str(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r}: settings on the command line are written key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        *parents, leaf = key.split(".")
+        nested = {leaf: value}
+        for parent in reversed(parents):
+            nested = {parent: nested}
+        config = _fill(Config, _merge(dataclasses.asdict(config), nested), "command line")
+    _check(config, str(path))
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write every setting, so that the file alone repeats the run."""
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def _merge(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _fill(kind: type, settings: dict, where: str, prefix: str = ""):
+    """A dataclass of the given kind from plain settings; unknown keys and wrong types are errors."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    values = {}
+    for key, value in settings.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"the keys are {', '.join(fields)}"
+            raise ConfigError(f"{where}: unknown key {prefix}{key}; {hint}")
+        values[key] = _typed(prefix + key, value, fields[key].type, where)
+    return kind(**values)
+
+
+def _typed(key: str, value, kind: type, where: str):
+    if kind is Sft and isinstance(value, dict):
+        return _fill(Sft, value, where, prefix=f"{key}.")
+    if kind is dict and isinstance(value, dict):
+        try:
+            return check_weights(value)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {key}: {error}") from None
+    if kind is float and isinstance(value, str):  # YAML reads 1e-6 as text, since it has no point
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is str and value is None:
+        return ""
+    if type(value) is not kind:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise ConfigError(f"{where}: {key}: {value!r} must be {names.get(kind, 'key: value lines')}")
+    return value
+
+
+CHOICES = {
+    "dataset": ("hcstvg", "vidstg"),
+    "loss_aggregation": ("token-mean", "sequence-mean", "constant"),
+}
+AT_LEAST = {
+    **dict.fromkeys(
+        ("max_side", "max_new_tokens", "batch_size", "rollout_batch", "eval_batch", "updates_per_batch"), 1
+    ),
+    **dict.fromkeys(
+        ("steps", "warmup_steps", "threads", "eval_every", "eval_limit", "save_every", "seed"), 0
+    ),
+    **dict.fromkeys(("kl_beta", "clip_eps", "learning_rate", "weight_decay", "eval_temperature"), 0),
+    "num_generations": 2,
+}
+
+
+def _check(config: Config, where: str) -> None:
+    """Ranges, and settings that contradict one another."""
+    for key, choices in CHOICES.items():
+        if getattr(config, key) not in choices:
+            raise ConfigError(f"{where}: {key}: {getattr(config, key)!r} is not one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        if not getattr(config, key) >= least:
+            raise ConfigError(f"{where}: {key}: {getattr(config, key)!r} must be at least {least}")
+    for key in ("temperature", "max_grad_norm"):
+        if not getattr(config, key) > 0:
+            raise ConfigError(f"{where}: {key}: {getattr(config, key)!r} must be above 0")
+    if config.sft.steps < 0 or config.sft.batch_size < 1 or config.sft.learning_rate < 0:
+        raise ConfigError(f"{where}: sft: {config.sft} needs steps >= 0, batch_size >= 1, learning_rate >= 0")
+    try:
+        _ = config.text_format
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None

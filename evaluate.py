@@ -1,0 +1,316 @@
+"""Score a model's answers as the paper does (Tables 1-3), or score answers that were saved earlier.
+
+    python evaluate.py RUN                                     a run folder of train.py, on its held-out split
+    python evaluate.py CHECKPOINT CONFIG key=value ...         any Qwen-VL, on the held-out split of a config
+    python evaluate.py --predictions FILE CONFIG --json        saved answers; needs neither model nor video
+
+First come the metrics as pure functions. A tube is a span and boxes, both on the native frames of the clip:
+((first, stop), {frame: box in [0, 1]}), the span half-open. What an answer says in steps becomes a tube on every
+native frame first, and is scored as one:
+
+    tIoU = |P and G| / |P or G|        vIoU = sum of IoU(p_f, g_f) over f in P and G / |P or G|
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import Config, ConfigError, load_config
+from data import DataError, Sample, check_videos, format_report, load_samples
+from model import ModelError, Policy, load_policy, make_prompt, rollout
+from prompts import Answer, Box, TextFormat, Truth, from_text_box, parse_answer
+from rewards import boxes_by_step, iou, score
+from video import VideoError
+
+Tube = tuple[tuple[int, int], dict[int, Box]]
+
+
+def tube_from_answer(
+    answer: Answer | None,
+    sample: Sample,
+    text_format: TextFormat,
+    scale: tuple[int, int],
+    which: str = "pred",
+) -> Tube | None:
+    """From steps to native frames; None for a failed answer: one that did not parse, or ends before it
+    starts.
+
+    Step i covers the native frames of its cell, and its box belongs to the frame that was sampled
+    (TimeGrid). Between sampled frames boxes are interpolated linearly, also across steps without a box;
+    before the first and after the last one they are held. What the answer says beyond the clip's end does
+    not exist: a span that lies there altogether is empty. Boxes of steps outside the answer's own span are
+    ignored; flipped boxes stay so (their IoU is 0).
+
+    scale: (width, height) of the text's coordinates. which: "pred" or "think", the list to take the boxes
+    from.
+    """
+    items = answer and getattr(answer, which)
+    if not items or answer.end < answer.start:
+        return None
+    grid = sample.grid(text_format.step_seconds)
+    first, stop = grid.first_frame(answer.start), grid.first_frame(answer.end + 1)
+    last_step = min(answer.end, grid.num_steps - 1)
+    given = boxes_by_step(items, scale)
+    steps = sorted(step for step in given if answer.start <= step <= last_step)
+    if first == stop or not steps:
+        return (first, stop), {}
+    frames = range(first, stop)  # no longer than the clip, whatever numbers the answer holds
+    sampled = [grid.sampled_frame(step) for step in steps]
+    sides = [np.interp(frames, sampled, [given[step][side] for step in steps]).tolist() for side in range(4)]
+    return (first, stop), dict(zip(frames, zip(*sides, strict=True), strict=True))
+
+
+def native_scores(tube: Tube | None, sample: Sample) -> dict[str, float]:
+    """The protocol `native`: every native frame of the clip counts, except truth frames that have no truth
+    box.
+
+    Returns {"tIoU", "vIoU"} in [0, 1] and "failures", 1 for a tube of None, which scores 0.
+    """
+    if tube is None:
+        return {"tIoU": 0.0, "vIoU": 0.0, "failures": 1}
+    (first, stop), boxes = tube
+    truth = range(sample.first_frame, sample.stop_frame)
+    common = range(max(first, truth.start), min(stop, truth.stop))
+    union = stop - first + len(truth) - len(common)
+    judged = union - len(truth) + len(sample.boxes)
+    overlap = sum(iou(boxes[f], sample.boxes[f]) for f in common if f in boxes and f in sample.boxes)
+    return {"tIoU": len(common) / union, "vIoU": overlap / judged, "failures": 0}
+
+
+def summarize(scores: list[dict[str, float]]) -> dict[str, float]:
+    """A row of the paper's tables, in percent, over ALL sentences (N and failures are counts).
+
+    vIoU@R is the share of sentences with vIoU strictly above R. Raises ValueError where there is nothing to
+    average.
+    """
+    if not scores:
+        raise ValueError("no scores to summarize: the split is empty")
+    tious, vious = (np.array([score[name] for score in scores]) for name in ("tIoU", "vIoU"))
+    return {
+        "m_tIoU": 100 * float(tious.mean()),
+        "m_vIoU": 100 * float(vious.mean()),
+        "vIoU@0.3": 100 * float((vious > 0.3).mean()),
+        "vIoU@0.5": 100 * float((vious > 0.5).mean()),
+        "N": len(scores),
+        "failures": sum(score["failures"] for score in scores),
+    }
+
+
+def grid_ceiling(samples: list[Sample], step_seconds: float) -> float:
+    """m_tIoU, in percent, of the answers that get the full reward: the truth's steps, read back as native
+    frames.
+
+    It is below 100 because truths begin and end between steps. Print it beside the score.
+    """
+    scores = []
+    for sample in samples:
+        grid = sample.grid(step_seconds)
+        start, end = sample.truth(step_seconds).span
+        scores.append(native_scores(((grid.first_frame(start), grid.first_frame(end + 1)), {}), sample))
+    return summarize(scores)["m_tIoU"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From a model to predictions, from predictions to the paper's row
+
+
+def decode_split(policy: Policy, samples: list[Sample], config: Config, name: str) -> list[dict]:
+    """The model's answers, greedy unless eval_temperature says otherwise; one record a sample, in their order."""
+    records = []
+    with tqdm(total=len(samples), desc=f"evaluate {name}", unit="answer") as bar:
+        for first in range(0, len(samples), config.eval_batch):
+            part = samples[first : first + config.eval_batch]
+            prompts = [make_prompt(policy, sample, config.max_side, config.text_format) for sample in part]
+            keys = [(config.seed, first + k) for k in range(len(part))]
+            answers = rollout(policy, prompts, 1, config.max_new_tokens, config.eval_temperature, keys)
+            for sample, prompt, (completion,) in zip(part, prompts, answers, strict=True):
+                truth = sample.truth(config.text_format.step_seconds)
+                scored = score(completion.text, truth, prompt.scale, config.rewards, config.think)
+                record = answer_record(completion.text, scored.answer, truth, prompt.scale, config.think)
+                about = {"id": sample.id, "sentence": sample.sentence}
+                records.append(
+                    about | record | {"rewards": scored.rewards, "truncated": completion.truncated}
+                )
+            bar.update(len(part))
+    return records
+
+
+def answer_record(
+    text: str, answer: Answer | None, truth: Truth, scale: tuple[int, int], think: bool
+) -> dict:
+    """What predictions.jsonl and rollouts.jsonl say of an answer: its text, the truth in steps, and what was
+    parsed, with boxes in [0, 1]. `python rewards.py` reads it."""
+    record = {
+        "completion": text,
+        "truth": {
+            "span": list(truth.span),
+            "boxes": {str(step): list(box) for step, box in truth.boxes.items()},
+        },
+        "scale": list(scale),
+        "think": think,
+        "span": None,
+        "think_boxes": None,
+        "pred_boxes": None,
+    }
+    if answer is not None:
+        unit = {"think_boxes": answer.think, "pred_boxes": answer.pred}
+        record["span"] = [answer.start, answer.end]
+        for name, items in unit.items():
+            record[name] = items and [
+                [step, [round(v, 4) for v in from_text_box(box, scale)]] for step, box in items
+            ]
+    return record
+
+
+def score_predictions(predictions: list[dict], samples: list[Sample], config: Config) -> dict[str, dict]:
+    """protocol -> the paper's row. A sample without a prediction is a failure and counts; a prediction without a
+    sample, or a second one for the same, raises DataError. Nothing but "id" and "completion" is needed (and
+    "scale" where the coordinates are `resized`, which depend on the model)."""
+    completions: dict[str, dict] = {}
+    known = {sample.id for sample in samples}
+    for prediction in predictions:
+        key = prediction["id"]
+        if key not in known:
+            raise DataError(
+                f"prediction {key!r}: no such sentence in {config.eval_annotations}; is it another split's?"
+            )
+        if key in completions:
+            raise DataError(f"prediction {key!r} is there twice; keep one")
+        completions[key] = prediction
+    scores = []
+    for sample in samples:
+        prediction = completions.get(sample.id)
+        if prediction is None:
+            scores.append(native_scores(None, sample))
+            continue
+        answer = parse_answer(prediction["completion"], config.think)
+        scale = _scale_of(prediction, sample, config)
+        scores.append(native_scores(tube_from_answer(answer, sample, config.text_format, scale), sample))
+    return {"native": summarize(scores)}
+
+
+def _scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int]:
+    if config.coordinates != "resized":
+        return config.text_format.scale((0, 0), (sample.width, sample.height))
+    if "scale" not in prediction:
+        raise DataError(
+            f'prediction {sample.id!r}: with coordinates: resized each needs "scale": [width, height], the size in '
+            "pixels of the frames that the model saw"
+        )
+    return tuple(prediction["scale"])
+
+
+def format_table(rows: dict[str, dict[str, float]]) -> str:
+    """The paper's columns for named rows, with N and the share of failed answers beside them."""
+    columns = ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")
+    lines = [" " * 12 + "".join(f"{name:>10}" for name in (*columns, "N", "failed"))]
+    for name, row in rows.items():
+        numbers = "".join(f"{row[column]:>10.1f}" for column in columns)
+        lines.append(f"{name:<12}{numbers}{row['N']:>10}{row['failures'] / row['N']:>10.1%}")
+    return "\n".join(lines)
+
+
+def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
+    """One JSON object a line. A new file appears whole or not at all; with append, lines are added at the end."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    if append:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+def read_predictions(path: Path) -> list[dict]:
+    """Raises DataError that names the file and the line."""
+    predictions = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); name a predictions.jsonl") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            prediction = json.loads(line)
+            good = isinstance(prediction["id"], str) and isinstance(prediction["completion"], str)
+        except (ValueError, TypeError, KeyError):
+            good = False
+        if not good:
+            raise DataError(
+                f'{path}, line {number}: write one object a line with texts "id" and "completion"'
+            )
+        predictions.append(prediction)
+    return predictions
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\nFirst")[0]
+    )
+    parser.add_argument("words", nargs="*", metavar="RUN | CHECKPOINT CONFIG | key=value")
+    parser.add_argument("--predictions", type=Path, metavar="FILE")
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    settings = [word for word in options.words if "=" in word]
+    places = [word for word in options.words if "=" not in word]
+
+    if options.predictions:
+        if len(places) != 1:
+            parser.error("--predictions FILE needs one CONFIG, and no model")
+        config = load_config(places[0], settings)
+        samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
+        rows = score_predictions(read_predictions(options.predictions), samples, config)
+    else:
+        if len(places) == 1 and Path(places[0], "config.yaml").is_file():
+            checkpoint, config = (
+                Path(places[0], "checkpoint"),
+                load_config(Path(places[0], "config.yaml"), settings),
+            )
+        elif len(places) == 2:
+            checkpoint, config = places[0], load_config(places[1], settings)
+        else:
+            parser.error("name a run folder of train.py, or a checkpoint and a CONFIG")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        samples, report = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
+        samples = samples[: config.eval_limit or None]
+        check_videos(samples)
+        print(
+            f"{config.eval_annotations}: {len(samples)} sentences\n{format_report(report)}".rstrip(),
+            file=sys.stderr,
+        )
+        policy = load_policy(str(checkpoint), device="cuda" if torch.cuda.is_available() else "cpu")
+        output = options.output or unused(Path(config.output_dir, "predictions.jsonl"))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        predictions = decode_split(policy, samples, config, str(checkpoint))
+        write_jsonl(predictions, output)
+        rows = score_predictions(predictions, samples, config)
+        reward = np.mean([prediction["rewards"]["total"] for prediction in predictions])
+        print(f"mean reward {reward:.2f}; the answers are in {output}", file=sys.stderr)
+    print(json.dumps(rows) if options.json else format_table(rows))
+    ceiling = grid_ceiling(samples, config.text_format.step_seconds)
+    print(f"(perfect answers on this grid of steps: m_tIoU {ceiling:.1f})", file=sys.stderr)
+
+
+def unused(path: Path) -> Path:
+    """The path itself, or its first numbered sibling that does not exist: nothing is overwritten."""
+    candidates = (path.with_stem(f"{path.stem}_{n}") for n in itertools.count(2))
+    return path if not path.exists() else next(c for c in candidates if not c.exists())
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, DataError, ModelError, VideoError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,293 @@
+"""data.py: HC-STVG records written by hand, in both dialects, against what they mean; quirks; errors."""
+
+import json
+
+import pytest
+
+from data import (
+    CLIPPED,
+    CUT,
+    EMPTY,
+    SORTED,
+    DataError,
+    check_videos,
+    format_report,
+    load_hcstvg,
+    load_samples,
+)
+from prompts import truth_answer
+
+# 20 s at 25 fps; the second frame is number 51 in HC-STVG's count, 50 in ours
+V1 = {
+    "12_AbCdEfGhIjK.mp4": {
+        "bbox": [[160, 90, 320, 180], [0, 0, 640, 360]],
+        "st_time": 2.013,
+        "ed_time": 2.46,
+        "img_num": 500,
+        "caption": "The man in the  Hat sits down.",
+        "width": 640,
+        "height": 360,
+        "st_frame": 51,
+    }
+}
+V2 = {
+    "7_x.mkv": {
+        "bbox": [[100, 50, 40, 120]],
+        "st_time": 2.0,
+        "ed_time": 2.4,
+        "img_num": 600,
+        "img_size": [400, 800, 3],
+        "st_frame": 61,
+        "English": "She turns.",
+        "Chinese": "她转身。",
+    }
+}
+
+
+def write(tmp_path, records):
+    path = tmp_path / "annotations.json"
+    path.write_text(records if isinstance(records, str) else json.dumps(records), encoding="utf-8")
+    return str(path)
+
+
+def load(tmp_path, records):
+    return load_hcstvg(write(tmp_path, records), "videos")
+
+
+def load_one(tmp_path, **changes):
+    """V1 with some values changed; the value `...` removes the key."""
+    record = {**V1["12_AbCdEfGhIjK.mp4"], **changes}
+    record = {name: value for name, value in record.items() if value is not ...}
+    samples, report = load(tmp_path, {"a.mp4": record})
+    return samples[0], report
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What records mean
+
+
+def test_first_dialect(tmp_path):
+    (sample,), report = load(tmp_path, V1)
+    assert sample.id == "12_AbCdEfGhIjK.mp4"
+    assert sample.video == "videos/12_AbCdEfGhIjK.mp4"
+    assert sample.sentence == "The man in the  Hat sits down."
+    assert (sample.width, sample.height, sample.num_frames, sample.fps) == (640, 360, 500, 25.0)
+    assert (sample.begin_frame, sample.first_frame, sample.stop_frame) == (
+        0,
+        50,
+        52,
+    )  # st_frame counts from 1
+    assert sample.boxes == {50: (0.25, 0.25, 0.75, 0.75), 51: (0.0, 0.0, 1.0, 1.0)}
+    assert sample.question_type is None
+    assert report == {}
+
+
+def test_second_dialect_and_a_mixture_in_the_order_of_the_file(tmp_path):
+    samples, report = load(tmp_path, {**V2, **V1})
+    assert [sample.id for sample in samples] == ["7_x.mkv", "12_AbCdEfGhIjK.mp4"]
+    sample = samples[0]
+    assert sample.sentence == "She turns."
+    assert (sample.width, sample.height, sample.num_frames, sample.fps) == (800, 400, 600, 30.0)  # [H, W, 3]
+    assert (sample.first_frame, sample.stop_frame) == (60, 61)
+    assert sample.boxes == {60: (0.125, 0.125, 0.175, 0.425)}
+    assert report == {}
+
+
+def test_own_frame_rate_and_load_samples(tmp_path):
+    sample, _ = load_one(tmp_path, fps=12.5)
+    assert (sample.fps, sample.num_frames) == (12.5, 500)
+    path = write(tmp_path, V1)
+    assert load_samples("hcstvg", path, "videos") == load_hcstvg(path, "videos")
+
+
+def test_annotated_seconds_are_not_read(tmp_path):
+    sample, report = load_one(tmp_path, st_time="nonsense", ed_time=...)
+    assert (sample.first_frame, sample.stop_frame, report) == (50, 52, {})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The truth in steps. 25 fps, d = 0.5 s: steps 0, 1, 2, 3, 4, 5 show frames 0, 12, 25, 37, 50, 62.
+
+
+def track(count):
+    return [[i, 0, 64, 36] for i in range(count)]
+
+
+def test_truth_takes_the_boxes_of_the_sampled_frames(tmp_path):
+    sample, _ = load_one(tmp_path, st_frame=13, bbox=track(51))  # native frames 12 .. 62
+    truth = sample.truth(0.5)
+    assert truth.span == (1, 5)
+    lefts = {step: round(box[0] * 640) for step, box in truth.boxes.items()}
+    assert lefts == {1: 0, 2: 13, 3: 25, 4: 38, 5: 50}  # frame - 12
+    truth = sample.truth(1.0)  # seconds: frames 0, 25, 50, 75
+    assert truth.span == (1, 2)
+    assert {step: round(box[0] * 640) for step, box in truth.boxes.items()} == {1: 13, 2: 38}
+
+
+@pytest.mark.parametrize(
+    ("st_frame", "count", "span"),
+    [
+        (14, 49, (2, 4)),
+        (1, 500, (0, 39)),
+        (500, 1, (39, 39)),
+        (1, 1, (0, 0)),
+        (14, 12, (1, 1)),
+        (27, 3, (2, 2)),
+    ],
+)
+def test_truth_span(tmp_path, st_frame, count, span):
+    """Frames 13 .. 61 hold the sampled frames 25, 37, 50; where there is none, the step the event lies in."""
+    truth = load_one(tmp_path, st_frame=st_frame, bbox=track(count))[0].truth(0.5)
+    assert truth.span == span
+    assert set(truth.boxes) == set(range(span[0], span[1] + 1))
+
+
+def test_event_shorter_than_a_step_keeps_its_nearest_box(tmp_path):
+    sample, _ = load_one(tmp_path, st_frame=14, bbox=track(12))  # frames 13 .. 24, step 1 shows frame 12
+    truth = sample.truth(0.5)
+    assert truth.boxes == {1: (0.0, 0.0, 0.1, 0.1)}
+    assert truth_answer(truth, (1000, 1000)).pred == ((1, (0, 0, 100, 100)),)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Quirks: repaired and counted
+
+
+@pytest.mark.parametrize(
+    ("box", "expected", "reasons"),
+    [
+        ([-64, 36, 128, 36], (0.0, 0.1, 0.1, 0.2), [CLIPPED]),
+        ([576, 324, 128, 72], (0.9, 0.9, 1.0, 1.0), [CLIPPED]),
+        ([64, 72, -64, 36], (0.0, 0.2, 0.1, 0.3), [SORTED]),
+        ([64, 72, 64, -36], (0.1, 0.1, 0.2, 0.2), [SORTED]),
+        ([32, 72, -64, -36], (0.0, 0.1, 0.05, 0.2), [CLIPPED, SORTED]),
+        ([64, 36, 0, 36], None, [EMPTY]),
+        ([0, 0, 640, 360], (0.0, 0.0, 1.0, 1.0), []),
+        ([64.0, 36.0, 32.0, 36.0], (0.1, 0.1, 0.15, 0.2), []),
+    ],
+)
+def test_box_repairs(tmp_path, box, expected, reasons):
+    sample, report = load_one(tmp_path, bbox=[[0, 0, 640, 360], box, box])
+    assert report == {reason: ["a.mp4"] for reason in reasons}  # a sample counts once, however many its boxes
+    assert (sample.first_frame, sample.stop_frame) == (50, 53)
+    if expected is None:
+        assert set(sample.boxes) == {50}
+    else:
+        assert sample.boxes[51] == pytest.approx(expected, abs=1e-12) and sample.boxes[51] == sample.boxes[52]
+
+
+def test_track_beyond_the_end_is_cut(tmp_path):
+    sample, report = load_one(tmp_path, st_frame=499, bbox=[*track(2), [9999, 0, 1, 1]])
+    assert (sample.first_frame, sample.stop_frame) == (498, 500)
+    assert set(sample.boxes) == {498, 499}
+    assert report == {CUT: ["a.mp4"]}
+    sample, report = load_one(tmp_path, st_frame=499, bbox=track(2))
+    assert (sample.stop_frame, report) == (500, {})
+
+
+def test_report_is_a_table(tmp_path):
+    record = V1["12_AbCdEfGhIjK.mp4"]
+    records = {f"{i}.mp4": {**record, "bbox": [[-10, 0, 100, 100]]} for i in range(5)}
+    _, report = load(tmp_path, {**records, "z.mp4": {**record, "st_frame": 500}, **V2})
+    assert report == {CLIPPED: [f"{i}.mp4" for i in range(5)], CUT: ["z.mp4"]}
+    header, clipped, cut = format_report(report).splitlines()
+    assert header.split() == ["samples", "repair", "ids"]
+    assert clipped.split() == ["5", *CLIPPED.split(), "0.mp4,", "1.mp4,", "2.mp4,", "..."]
+    assert cut.split() == ["1", *CUT.split(), "z.mp4"]
+    assert format_report({}) == "annotations: nothing to repair"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors: file, record and value are named
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"bbox": [[0, 0, 9, 9], [640, 0, 9, 9]]},
+            r"bbox\[1\] \[640, 0, 9, 9\] lies outside the 640 x 360 video",
+        ),
+        ({"bbox": [[0, -20, 9, 20]]}, r"bbox\[0\] \[0, -20, 9, 20\] lies outside"),
+        ({"bbox": [[9, 400, 9, -9]]}, r"bbox\[0\] \[9, 400, 9, -9\] lies outside"),
+        ({"bbox": []}, r"bbox \[\] is not a list of at least one box"),
+        ({"bbox": None}, r"bbox null is not a list"),
+        ({"bbox": ...}, r"has no 'bbox'; its keys are st_time"),
+        ({"bbox": [[0, 0, 9]]}, r"bbox\[0\] \[0, 0, 9\] is not \[x, y, width, height\]"),
+        ({"bbox": [[0, 0, 9, "9"]]}, r'bbox\[0\] \[0, 0, 9, "9"\] is not'),
+        ({"bbox": [[0, 0, 9, float("nan")]]}, r"bbox\[0\] \[0, 0, 9, NaN\] is not"),
+        ({"bbox": [[0, 0, 9, True]]}, r"bbox\[0\] \[0, 0, 9, true\] is not"),
+        ({"bbox": [[0, 0, 9, 10**400]]}, r"bbox\[0\] \[0, 0, 9, 10000.*\.\.\. is not"),
+        ({"bbox": [[0, 0, 0, 9]]}, r"no box has an area"),
+        ({"st_frame": 501}, r"st_frame 501 lies after the end of the video \(img_num 500\)"),
+        ({"st_frame": 0}, r"st_frame 0 is not an integer of at least 1"),
+        ({"st_frame": -3}, r"st_frame -3 is not"),
+        ({"st_frame": 1.5}, r"st_frame 1.5 is not"),
+        ({"st_frame": "51"}, r'st_frame "51" is not'),
+        ({"st_frame": ...}, r"has no 'st_frame'"),
+        ({"img_num": 0}, r"img_num 0 is not"),
+        ({"img_num": ...}, r"has no 'img_num'"),
+        ({"width": ...}, r"has no 'width'"),
+        ({"height": None}, r"height null is not"),
+        ({"img_size": [360]}, r"img_size \[360\] is not \[height, width, 3\]"),
+        ({"img_size": [360, 0, 3]}, r"width 0 is not"),
+        ({"caption": ...}, r"has no 'caption'"),
+        ({"caption": ""}, r'the sentence "" is not a text'),
+        ({"caption": 5}, r"the sentence 5 is not a text"),
+        ({"fps": 0}, r"fps 0 is not a number above 0"),
+        ({"fps": "25"}, r'fps "25" is not'),
+    ],
+)
+def test_errors_name_file_record_and_value(tmp_path, changes, said):
+    with pytest.raises(DataError, match=said) as caught:
+        load_one(tmp_path, **changes)
+    assert str(caught.value).startswith(f"{tmp_path / 'annotations.json'}: record 'a.mp4': ")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "holds no records"),
+        ("[]", "is not a JSON object .* VidSTG's format"),
+        ("3", "is not a JSON object"),
+        ("", "is not a JSON file: .* line 1 column 1"),
+        ('{"a.mp4": {\n"bbox": [[1, 2, 3, 4],]}}', "is not a JSON file: .* line 2 column"),
+        ("[" * 100_000, "is not a JSON file"),
+        ('{"a.mp4": 3}', r"record 'a\.mp4': 3 is not an object"),
+    ],
+)
+def test_files_that_are_no_annotations(tmp_path, content, said):
+    with pytest.raises(DataError, match=said) as caught:
+        load(tmp_path, content)
+    assert str(caught.value).startswith(str(tmp_path / "annotations.json"))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.json: cannot be read \(No such file"):
+        load_hcstvg(str(tmp_path / "nowhere.json"), "videos")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_hcstvg(str(tmp_path), "videos")
+    (tmp_path / "video.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"video\.json: is not a JSON file"):
+        load_hcstvg(str(tmp_path / "video.json"), "videos")
+
+
+def test_other_data_sets(tmp_path):
+    with pytest.raises(DataError, match="vidstg is not supported yet"):
+        load_samples("vidstg", "a.json", "videos", "vidor")
+    with pytest.raises(DataError, match="dataset: 'kitti' is not one of hcstvg, vidstg"):
+        load_samples("kitti", "a.json", "videos")
+
+
+def test_missing_videos_are_listed(tmp_path):
+    record = V1["12_AbCdEfGhIjK.mp4"]
+    path = write(tmp_path, {f"{i}.mp4": record for i in range(6)})
+    samples, _ = load_hcstvg(path, str(tmp_path))
+    (tmp_path / "0.mp4").write_bytes(b"x")
+    with pytest.raises(
+        DataError, match=r"5 of 6 videos missing: 1\.mp4, 2\.mp4, 3\.mp4, \.\.\.; set"
+    ) as caught:
+        check_videos(samples)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    check_videos(samples[:1])

@@ -1,0 +1,388 @@
+"""The answer language: grammar, time grid, coordinate systems, and the prompt that describes them."""
+
+import itertools
+import re
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prompts import (
+    COORDINATES,
+    TIME_UNITS,
+    Answer,
+    TextFormat,
+    TimeGrid,
+    Truth,
+    build_prompt,
+    format_answer,
+    from_text_box,
+    parse_answer,
+    to_text_box,
+    truth_answer,
+)
+
+PAPER = (  # Fig. 2
+    "<time> 5 - 7 </time>"
+    " <think_bbox> 5. [271, 30, 395, 212], 6. [267, 24, 393, 216], 7. [270, 18, 395, 221] </think_bbox>"
+    " <pred_bbox> 5. [278, 35, 399, 234], 6. [289, 34, 403, 236], 7. [300, 28, 405, 237] </pred_bbox>"
+)
+PAPER_ANSWER = Answer(
+    5,
+    7,
+    ((5, (271, 30, 395, 212)), (6, (267, 24, 393, 216)), (7, (270, 18, 395, 221))),
+    ((5, (278, 35, 399, 234)), (6, (289, 34, 403, 236)), (7, (300, 28, 405, 237))),
+)
+
+# ------------------------------------------------------------------------------------------------------------
+# The grammar
+
+
+def test_the_papers_example_both_ways():
+    assert parse_answer(PAPER) == PAPER_ANSWER
+    assert format_answer(PAPER_ANSWER) == PAPER
+
+
+def test_without_thinking_boxes():
+    text = "<time> 5 - 5 </time> <pred_bbox> 5. [1, 2, 3, 4] </pred_bbox>"
+    answer = Answer(5, 5, None, ((5, (1, 2, 3, 4)),))
+    assert parse_answer(text, think=False) == answer and format_answer(answer) == text
+    assert parse_answer(text) is None and parse_answer(PAPER, think=False) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PAPER.replace(" ", ""),
+        PAPER.replace(" ", "\n\t "),
+        "\n  " + PAPER + " \r\n",
+        PAPER.replace("</time> ", "</time>\n\n"),
+        PAPER.replace(",", " , ").replace(".", " . ").replace("[", "[ ").replace("]", " ]"),
+    ],
+)
+def test_white_space_is_free(text):
+    assert parse_answer(text) == PAPER_ANSWER
+
+
+BOX = "5. [1, 2, 3, 4]"
+MALFORMED = {
+    "empty": "",
+    "prose": "The person walks in at step 5.",
+    "before": "Answer: " + PAPER,
+    "after": PAPER + ".",
+    "twice": PAPER + PAPER,
+    "between": PAPER.replace("</time> ", "</time> then "),
+    "no time": PAPER.split("</time> ")[1],
+    "no think": re.sub("<think_bbox>.*</think_bbox> ", "", PAPER),
+    "no pred": PAPER.split("<pred_bbox>")[0],
+    "think after pred": re.sub(r"(<think.*?_bbox>) (<pred.*_bbox>)", r"\2 \1", PAPER),
+    "time last": re.sub(r"(<time>.*</time>) (.*)", r"\2 \1", PAPER),
+    "time twice": "<time> 5 - 7 </time> " + PAPER,
+    "unclosed": PAPER[:-1],
+    "cut off": PAPER[: len(PAPER) // 2],
+    "upper case": PAPER.replace("<time>", "<TIME>"),
+    "tag attribute": PAPER.replace("<time>", "<time >"),
+    "empty list": re.sub("<pred_bbox>.*</pred_bbox>", "<pred_bbox> </pred_bbox>", PAPER),
+    "trailing comma": PAPER.replace(" </pred_bbox>", ", </pred_bbox>"),
+    "no comma": PAPER.replace("], 6", "] 6"),
+    "three numbers": PAPER.replace("30, 395, 212", "395, 212"),
+    "five numbers": PAPER.replace("30, 395, 212", "30, 395, 212, 5"),
+    "round brackets": PAPER.replace("[", "(").replace("]", ")"),
+    "colon": PAPER.replace("5. [", "5: ["),
+    "negative": PAPER.replace("[271", "[-271"),
+    "plus": PAPER.replace("[271", "[+271"),
+    "decimal": PAPER.replace("[271", "[27.1"),
+    "exponent": PAPER.replace("[271", "[2e1"),
+    "six digits": PAPER.replace("[271", "[000271"),
+    "space in a number": PAPER.replace("[271", "[2 71"),
+    "Arabic digits": PAPER.replace("[271", "[\u0662\u0667\u0661"),
+    "superscript": PAPER.replace("[271", "[27\u00b9"),
+    "full-width digits": PAPER.replace("<time> 5", "<time> \uff15"),
+    "en dash": PAPER.replace("5 - 7", "5 \u2013 7"),
+    "one time": PAPER.replace("5 - 7", "5"),
+    "not a number": PAPER.replace("5 - 7", "a - b"),
+}
+
+
+@pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_text_is_none(text):
+    assert parse_answer(text) is None
+
+
+def test_numbers_are_read_as_they_stand():
+    """Nothing is sorted or repaired, and five digits are the most."""
+    text = (
+        "<time>99999-00000</time><think_bbox>7.[9,8,7,6]</think_bbox><pred_bbox>3.[99999,0,0,1]</pred_bbox>"
+    )
+    assert parse_answer(text) == Answer(99999, 0, ((7, (9, 8, 7, 6)),), ((3, (99999, 0, 0, 1)),))
+
+
+number = st.integers(0, 99999)
+box_list = st.lists(st.tuples(number, st.tuples(number, number, number, number)), min_size=1, max_size=6)
+answers = st.builds(Answer, number, number, st.none() | box_list.map(tuple), box_list.map(tuple))
+
+
+@given(answers)
+def test_parse_is_the_inverse_of_format(answer):
+    assert parse_answer(format_answer(answer), think=answer.think is not None) == answer
+
+
+TOKENS = ["<time>", "</time>", "<think_bbox>", "</think_bbox>", "<pred_bbox>", "</pred_bbox>"]
+TOKENS += [*"0123456789.,[]- \n<>/", "5", "12", "99999", "100000", BOX, ", " + BOX, "5 - 7"]
+
+
+def slow_parse(text, think):
+    """The grammar a second time, by a reader of tokens without regular expressions but for a token."""
+    tokens = [token for token in re.findall(r"</?\w+>|[0-9]+|\s+|.", text, re.S) if not token.isspace()]
+    position = 0
+
+    def take(wanted=None):
+        nonlocal position
+        token = tokens[position]  # an IndexError is an answer that ends too early
+        position += 1
+        if wanted is None and not (set(token) <= set("0123456789") and len(token) <= 5):
+            raise ValueError
+        if wanted is not None and token != wanted:
+            raise ValueError
+        return token
+
+    def take_list(tag):
+        items, separator = [], f"<{tag}>"
+        while separator != f"</{tag}>":
+            take(separator)
+            step = int(take())
+            values = [int(take()) for mark in (".[", ",", ",", ",") if [take(m) for m in mark]]
+            take("]")
+            items.append((step, tuple(values)))
+            separator = "," if tokens[position] == "," else f"</{tag}>"
+        take(separator)
+        return tuple(items)
+
+    try:
+        take("<time>")
+        start, _, end, _ = int(take()), take("-"), int(take()), take("</time>")
+        lists = [take_list(tag) for tag in (["think_bbox"] if think else []) + ["pred_bbox"]]
+        return Answer(start, end, lists[0] if think else None, lists[-1]) if position == len(tokens) else None
+    except (ValueError, IndexError):
+        return None
+
+
+def edit(text, edits):
+    for place, length, token in edits:
+        place = place % (len(text) + 1)
+        text = text[:place] + token + text[place + length :]
+    return text
+
+
+edits = st.lists(
+    st.tuples(st.integers(0, 400), st.integers(0, 3), st.sampled_from(["", *TOKENS])), max_size=3
+)
+
+
+@settings(max_examples=300)
+@given(edits, st.booleans(), st.booleans())
+def test_edited_answers_parse_as_the_slow_parser_says(changes, has_think, think):
+    text = edit(PAPER if has_think else re.sub("<think_bbox>.*</think_bbox>", "", PAPER), changes)
+    assert parse_answer(text, think) == slow_parse(text, think)
+
+
+@settings(max_examples=300)
+@given(st.text() | st.lists(st.sampled_from(TOKENS), max_size=60).map("".join), st.booleans())
+def test_no_text_raises(text, think):
+    assert parse_answer(text, think) == slow_parse(text, think)
+
+
+HEAD = "<time> 5 - 7 </time> <think_bbox> "
+HOSTILE = {
+    "spaces": lambda n: HEAD + " " * n,
+    "spaces inside": lambda n: (HEAD + BOX + " ,") + " " * n + "!",
+    "newlines": lambda n: "\n" * n + "x" + "\n" * n,
+    "digits": lambda n: "<time> " + "9" * n,
+    "boxes without end": lambda n: HEAD + ", ".join([BOX] * (n // 17)),
+    "boxes, wrong end": lambda n: HEAD + ", ".join([BOX] * (n // 17)) + "</pred_bbox>",
+    "brackets": lambda n: HEAD + "5. " + "[" * n,
+    "commas": lambda n: HEAD + BOX + "," * n,
+    "open tags": lambda n: "<time>" * (n // 6),
+    "answers": lambda n: PAPER * (n // len(PAPER)),
+    "spaced boxes": lambda n: HEAD + " , ".join(["5 . [ 1 , 2 , 3 , 4 ]"] * (n // 24)) + "?",
+    "valid": lambda n: HEAD + BOX + "</think_bbox><pred_bbox>" + ",".join([BOX] * (n // 16)) + "</pred_bbox>",
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE.keys())
+def test_time_is_linear_in_the_text(hostile):
+    """Twice the text takes twice the time (4 times would be quadratic); limits allow for a busy machine."""
+
+    def seconds(length):
+        text, times = hostile(length), []
+        for _ in range(3):
+            start = time.perf_counter()
+            parse_answer(text)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    half, whole = seconds(500_000), seconds(1_000_000)
+    assert whole < 3 * half + 0.1
+    assert whole < 3.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(-1, 7, None, ((5, (1, 2, 3, 4)),)),
+        Answer(5, 100000, None, ((5, (1, 2, 3, 4)),)),
+        Answer(5, 7, None, ()),
+        Answer(5, 7, (), ((5, (1, 2, 3, 4)),)),
+        Answer(5, 7, None, ((5, (1, 2, 3, 4.5)),)),
+        Answer(5, 7, None, ((5, (1, 2, 3, float("nan"))),)),
+    ],
+)
+def test_what_cannot_be_written_is_refused(answer):
+    with pytest.raises(ValueError, match=r"cannot be written|at least one box"):
+        format_answer(answer)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Coordinates
+
+
+def test_text_boxes_by_hand():
+    assert to_text_box((0.25, 0.5, 0.7504, 1.0), (1000, 1000)) == (250, 500, 750, 1000)
+    assert to_text_box((0.25, 0.5, 0.75, 1.0), (336, 188)) == (84, 94, 252, 188)
+    assert from_text_box((84, 94, 252, 188), (336, 188)) == (0.25, 0.5, 0.75, 1.0)
+    assert from_text_box((99999, 0, 1001, 1000), (1000, 1000)) == (1.0, 0.0, 1.0, 1.0)
+
+
+@given(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), st.tuples(*[st.floats(0, 1)] * 4))
+def test_text_boxes_round_trip(scale, shares):
+    box = tuple(round(share * scale[k % 2]) for k, share in enumerate(shares))
+    assert to_text_box(from_text_box(box, scale), scale) == box
+
+
+def test_scales():
+    shown, file = (336, 196), (1280, 720)
+    scales = {c: TextFormat(coordinates=c).scale(shown, file) for c in COORDINATES}
+    assert scales == {"norm1000": (1000, 1000), "resized": (336, 196), "original": (1280, 720)}
+
+
+@pytest.mark.parametrize(
+    "wrong, name",
+    [
+        ({"coordinates": "pixels"}, "coordinates: 'pixels'.*norm1000, resized, original"),
+        ({"time_unit": "minute"}, "time_unit: 'minute'.*frame, second"),
+        ({"fps": 0}, "fps: 0"),
+        ({"fps": float("nan")}, "fps: nan"),
+        ({"fps": 0.5, "time_unit": "second"}, "fps: 0.5.*time_unit: frame"),
+    ],
+)
+def test_wrong_text_formats_are_named(wrong, name):
+    with pytest.raises(ValueError, match=name):
+        TextFormat(**wrong)
+
+
+def test_step_seconds():
+    assert TextFormat(fps=2).step_seconds == 0.5
+    assert TextFormat(fps=2, time_unit="second").step_seconds == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The time grid against its definition, in exact fractions and by looking at every frame
+
+RATES = [(Fraction(r), float(Fraction(r))) for r in ("10", "12.5", "15", "24", "25", "29.97", "30", "60")]
+RATES += [(Fraction(30000, 1001), 30000 / 1001), (Fraction(24000, 1001), 23.976023976023978)]
+STEPS = [Fraction(1, 2), Fraction(1), Fraction(1, 3), Fraction(1, 5), Fraction(2)]
+
+
+@pytest.mark.parametrize("rate, fps", RATES, ids=lambda value: f"{float(value):g}")
+@pytest.mark.parametrize("step", STEPS, ids=str)
+@pytest.mark.parametrize("num_frames", [1, 7, 30, 301])
+def test_grid_against_its_definition(rate, fps, step, num_frames):
+    grid = TimeGrid(num_frames, fps, float(step))
+    frames = range(num_frames)
+    begins = [i * step for i in range(10 * num_frames) if i * step < num_frames / rate]
+    assert grid.num_steps == len(begins)
+    for i, begin in enumerate(begins):
+        assert grid.sampled_frame(i) == max(f for f in frames if f / rate <= begin)
+        assert grid.first_frame(i) == min((f for f in frames if f / rate >= begin), default=num_frames)
+    cells = [range(grid.first_frame(i), grid.first_frame(i + 1)) for i in range(grid.num_steps)]
+    assert [f for cell in cells for f in cell] == list(frames)  # every frame is in exactly one step
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(RATES), st.sampled_from(STEPS), st.integers(1, 200), st.data())
+def test_steps_of_a_span_against_their_definition(rate, step, num_frames, data):
+    exact, fps = rate
+    first = data.draw(st.integers(0, num_frames - 1))
+    stop = data.draw(st.integers(first + 1, num_frames))
+    begins = [i * step for i in range(10 * num_frames) if i * step < num_frames / exact]
+    shown = [max(f for f in range(num_frames) if f / exact <= begin) for begin in begins]
+    inside = [i for i, frame in enumerate(shown) if first <= frame < stop]
+    if not inside:  # between two samples: the last step that has begun
+        inside = [max(i for i, begin in enumerate(begins) if begin <= first / exact)]
+    assert TimeGrid(num_frames, fps, float(step)).steps_of(first, stop) == (inside[0], inside[-1])
+
+
+def test_grid_by_hand():
+    grid = TimeGrid(100, 25.0, 0.5)  # 4 s; steps begin at frames 0, 12.5, 25, ...
+    assert grid.num_steps == 8
+    assert [grid.sampled_frame(i) for i in range(8)] == [0, 12, 25, 37, 50, 62, 75, 87]
+    assert [grid.first_frame(i) for i in range(9)] == [0, 13, 25, 38, 50, 63, 75, 88, 100]
+    assert grid.steps_of(12, 51) == (1, 4)
+    assert grid.steps_of(13, 25) == (1, 1)  # no sampled frame inside
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The truth as an answer
+
+
+def test_truth_answer_lists_every_step():
+    truth = Truth((4, 8), {4: (0.1, 0.2, 0.3, 0.4), 7: (0.5, 0.6, 0.7, 0.8)})
+    near, far = (100, 200, 300, 400), (500, 600, 700, 800)
+    items = ((4, near), (5, near), (6, far), (7, far), (8, far))
+    assert truth_answer(truth, (1000, 1000)) == Answer(4, 8, items, items)
+    assert truth_answer(truth, (1000, 1000), think=False) == Answer(4, 8, None, items)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The prompt
+
+FORMATS = [
+    TextFormat(coordinates, time_unit, think, fps)
+    for coordinates, time_unit, think, fps in itertools.product(
+        COORDINATES, TIME_UNITS, (True, False), (1, 2.5)
+    )
+]
+
+
+@pytest.mark.parametrize("text_format", FORMATS, ids=str)
+def test_the_form_in_the_prompt_is_what_the_parser_reads(text_format):
+    """Fill the form that the prompt shows with numbers, and nothing else, and parse it."""
+    prompt = build_prompt("A dog runs.", 40, (336, 196), text_format)
+    form = prompt.split("Answer in this form: ")[1].split("\n")[0]
+    filled = re.sub(r"\.\.\.", "6. [9, 8, 7, 6]", form)
+    for name, value in {"S": 5, "E": 7, "x1": 1, "y1": 2, "x2": 3, "y2": 4}.items():
+        filled = re.sub(rf"\b{name}\b", str(value), filled)
+    items = ((5, (1, 2, 3, 4)), (6, (9, 8, 7, 6)), (7, (1, 2, 3, 4)))
+    answer = Answer(5, 7, items if text_format.think else None, items)
+    assert parse_answer(filled, text_format.think) == answer
+    assert format_answer(answer) == filled  # to the last blank: what supervised fine-tuning teaches
+    assert parse_answer(filled, not text_format.think) is None
+
+
+@pytest.mark.parametrize("text_format", FORMATS, ids=str)
+def test_the_prompt_says_what_the_numbers_mean(text_format):
+    scale = text_format.scale((336, 196), (1280, 720))
+    prompt = build_prompt("A dog runs.", 40, scale, text_format)
+    assert f"{text_format.fps:g} frames per second" in prompt
+    assert f"40 steps of {text_format.step_seconds:g} s, numbered 0 to 39" in prompt
+    named = {"norm1000": "from 0 to 1000", "resized": "336 x 196 frames", "original": "1280 x 720 video file"}
+    assert [c for c in COORDINATES if named[c] in prompt] == [text_format.coordinates]
+    assert ("think_bbox" in prompt) == ("draft" in prompt) == text_format.think
+    assert prompt.endswith("\nEvent: A dog runs.")
+
+
+def test_prompts_of_one_video_differ_in_the_sentence_alone():
+    one, two = (build_prompt(sentence, 40, (1000, 1000), TextFormat()) for sentence in ("A.", "B."))
+    assert one[:-2] == two[:-2]

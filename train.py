@@ -1,0 +1,415 @@
+"""Train a Qwen-VL to answer "when and where?" with boxes: STVG-o1, reinforcement fine-tuning by GRPO.
+
+    torchrun train.py                                      the embedded default: configs/toy.yaml
+    torchrun train.py configs/hcstvg.yaml steps=500        another configuration, settings replaced
+
+Evaluate, fine-tune on true answers if `sft` asks for it, then `steps` times: sample, score, compare, improve,
+log; evaluate again. Everything goes to output_dir:
+
+    config.yaml, versions.json       all settings, resolved; what the run ran on
+    metrics.jsonl                    one line a step
+    rollouts.jsonl                   one line a sampled answer (`python rewards.py` reads it)
+    predictions_before.jsonl, predictions.jsonl    greedy answers on the held-out split
+    checkpoint/                      the trained model, as Hugging Face's from_pretrained reads it
+    summary.json                     scores before and after, the reward, seconds
+
+Departures from the paper are the fields of config.py that say "not in the paper".
+"""
+
+import copy
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import trange
+
+import toy
+from config import Config, ConfigError, load_config, save_config
+from data import DataError, Sample, check_videos, format_report, load_samples
+from evaluate import answer_record, decode_split, format_table, score_predictions, write_jsonl
+from grpo import group_advantages, loss_normalizer, policy_loss
+from model import (
+    Completion,
+    ModelError,
+    Policy,
+    Prompt,
+    completion_logprobs,
+    load_policy,
+    make_prompt,
+    pack_completions,
+    rollout,
+    save_policy,
+)
+from prompts import Truth, format_answer, truth_answer
+from rewards import TERMS, Score, score
+from video import VideoError
+
+ROOT = Path(__file__).parent
+
+
+@dataclass
+class Group:
+    """One prompt and its G sampled answers."""
+
+    sample: Sample
+    truth: Truth
+    prompt: Prompt
+    completions: list[Completion]
+    scores: list[Score]
+    advantages: torch.Tensor  # (G,) float64
+
+
+def main(arguments: list[str]) -> None:
+    started = time.time()
+    config = load_config(arguments[0] if arguments else ROOT / "configs/toy.yaml", arguments[1:])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("torchrun: this version trains in one process; leave out --nproc_per_node")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.toy:
+        toy.make_world(config.videos)
+    train_samples = load_split(config, config.train_annotations)
+    eval_samples = load_split(config, config.eval_annotations)[: config.eval_limit or None]
+    policy = load_policy(config.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    run = start_run(config)
+    print(describe(config, policy, train_samples, eval_samples))
+
+    before = evaluate(policy, eval_samples, config, run / "predictions_before.jsonl", "before")
+    log({"phase": "eval", "step": 0, **before}, run)
+
+    if config.gradient_checkpointing:
+        policy.model.activation_checkpointing_enable()
+    policy.model.train()
+    if config.sft.steps:
+        supervise(policy, train_samples, config, run)
+
+    reference = freeze(policy) if config.kl_beta and config.steps else None
+    optimizer = adamw(policy, config.learning_rate, config)
+    rewards = []
+    bar = trange(config.steps, desc="GRPO", unit="step")
+    for step in bar:
+        clock = time.time()
+        set_learning_rate(optimizer, config.learning_rate * min(1, (step + 1) / max(1, config.warmup_steps)))
+        samples = batch_of(train_samples, config.batch_size, step, config.seed)
+
+        groups = []
+        for first in range(0, len(samples), config.rollout_batch):
+            part = samples[first : first + config.rollout_batch]
+            keys = [(config.seed, step, first + k) for k in range(len(part))]
+            groups += sample_and_score(policy, part, keys, config)
+        sampled = time.time()
+        metrics = improve(policy, reference, optimizer, groups, config)
+
+        metrics = {"phase": "grpo", "step": step + 1, **summarize_groups(groups), **metrics}
+        metrics["seconds"] = {"rollout": sampled - clock, "update": time.time() - sampled}
+        rewards.append(metrics["reward"])
+        log(metrics, run)
+        write_jsonl(rollout_records(groups, step + 1, config), run / "rollouts.jsonl", append=True)
+        bar.set_postfix_str(f"reward {np.mean(rewards[-10:]):.2f}, vIoU {metrics['viou_pred']:.2f}")
+        last = step + 1 == config.steps
+        if config.eval_every and (step + 1) % config.eval_every == 0 and not last:
+            scores = evaluate(
+                policy, eval_samples, config, run / f"predictions_{step + 1}.jsonl", f"step {step + 1}"
+            )
+            log({"phase": "eval", "step": step + 1, **scores}, run)
+        if config.save_every and (step + 1) % config.save_every == 0 and not last:
+            save_policy(policy, run / f"checkpoint_{step + 1}")
+
+    save_policy(policy, run / "checkpoint")
+    after = evaluate(policy, eval_samples, config, run / "predictions.jsonl", "after")
+    log({"phase": "eval", "step": config.steps, **after}, run)
+    tenth = max(1, len(rewards) // 10)
+    reward = (
+        {"first": float(np.mean(rewards[:tenth])), "last": float(np.mean(rewards[-tenth:]))}
+        if rewards
+        else {}
+    )
+    summary = {"before": before, "after": after, "reward": reward, "seconds": time.time() - started}
+    write_json(summary, run / "summary.json")
+    print(format_table({"before": before, "after": after}))
+    if rewards:
+        print(
+            f"mean sampled reward, first and last {tenth} steps: {reward['first']:.2f} -> {reward['last']:.2f}"
+        )
+    print(f"{summary['seconds']:.0f} s; everything is in {run}/; {draw_pictures(run)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One training step: sample and score, compare, improve
+
+
+def sample_and_score(policy: Policy, samples: list[Sample], keys: list, config: Config) -> list[Group]:
+    """G answers to each sample's prompt, their rewards, and their advantages within the group."""
+    prompts = [make_prompt(policy, sample, config.max_side, config.text_format) for sample in samples]
+    answers = rollout(
+        policy, prompts, config.num_generations, config.max_new_tokens, config.temperature, keys
+    )
+    groups = []
+    for sample, prompt, completions in zip(samples, prompts, answers, strict=True):
+        truth = sample.truth(config.text_format.step_seconds)
+        scores = [score(c.text, truth, prompt.scale, config.rewards, config.think) for c in completions]
+        rewards = torch.tensor([s.rewards["total"] for s in scores], dtype=torch.float64)  # (G,)
+        advantages = group_advantages(rewards, config.scale_rewards)
+        groups.append(Group(sample, truth, prompt, completions, scores, advantages))
+    return groups
+
+
+def improve(
+    policy: Policy,
+    reference: Policy | None,
+    optimizer: torch.optim.Optimizer,
+    groups: list[Group],
+    config: Config,
+) -> dict[str, float]:
+    """updates_per_batch optimiser steps on the groups, accumulated over rollout_batch groups at a time."""
+    parts = [groups[k : k + config.rollout_batch] for k in range(0, len(groups), config.rollout_batch)]
+    batches = [pack_group(policy, part) for part in parts]
+    normalizer = sum(loss_normalizer(b.mask, config.loss_aggregation, config.max_new_tokens) for b in batches)
+    old_logprobs, ref_logprobs = [None] * len(parts), [None] * len(parts)
+    for update in range(config.updates_per_batch):
+        totals: dict[str, float] = {}
+        for k, (part, batch) in enumerate(zip(parts, batches, strict=True)):
+            logprobs = completion_logprobs(
+                policy, batch, config.temperature
+            )  # (R, C), R = all answers of the part
+            if update == 0:
+                old_logprobs[k] = logprobs.detach()  # nothing has been updated yet: the sampling policy's own
+                if reference is not None:
+                    with torch.no_grad():
+                        ref_logprobs[k] = completion_logprobs(reference, batch, config.temperature)
+            loss, metrics = policy_loss(
+                logprobs,
+                old_logprobs[k],
+                ref_logprobs[k],
+                torch.cat([group.advantages for group in part]).to(logprobs.device),
+                batch.mask,
+                clip_eps=config.clip_eps,
+                kl_beta=config.kl_beta,
+                normalizer=normalizer,
+                aggregation=config.loss_aggregation,
+            )
+            loss.backward()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                old = totals.get(name, 0.0)
+                totals[name] = max(old, float(value)) if name == "ratio_max" else old + float(value)
+        totals["grad_norm"] = optimizer_step(
+            policy, optimizer, config, totals["loss"], [g.sample.id for g in groups]
+        )
+    return totals
+
+
+def pack_group(policy: Policy, groups: list[Group]):
+    return pack_completions(
+        policy, [g.prompt for g in groups], [[c.ids for c in g.completions] for g in groups]
+    )
+
+
+def supervise(policy: Policy, samples: list[Sample], config: Config, run: Path) -> None:
+    """Supervised fine-tuning: raise the log-probability of the true answer (Table 5, "SFT")."""
+    optimizer = adamw(policy, config.sft.learning_rate, config)
+    for step in trange(config.sft.steps, desc="SFT", unit="step"):
+        batch_samples = batch_of(samples, config.sft.batch_size, step, config.seed)
+        parts = [
+            batch_samples[k : k + config.rollout_batch]
+            for k in range(0, len(batch_samples), config.rollout_batch)
+        ]
+        batches = []
+        for part in parts:
+            prompts = [make_prompt(policy, sample, config.max_side, config.text_format) for sample in part]
+            answers = [true_completion(policy, s, p, config) for s, p in zip(part, prompts, strict=True)]
+            batches.append(pack_completions(policy, prompts, [[answer] for answer in answers]))
+        tokens = sum(int(batch.mask.sum()) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            loss = -completion_logprobs(policy, batch, temperature=1.0).sum() / tokens  # mean over all tokens
+            loss.backward()
+            total += loss.item()
+        norm = optimizer_step(policy, optimizer, config, total, [sample.id for sample in batch_samples])
+        log({"phase": "sft", "step": step + 1, "loss": total, "grad_norm": norm}, run)
+
+
+def true_completion(policy: Policy, sample: Sample, prompt: Prompt, config: Config) -> list[int]:
+    """The tokens of the answer that tells the truth, the end token included."""
+    truth = sample.truth(config.text_format.step_seconds)
+    text = format_answer(truth_answer(truth, prompt.scale, config.think))
+    return policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.end_id]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The parts of a step
+
+
+def batch_of(samples: list[Sample], batch_size: int, step: int, seed: int) -> list[Sample]:
+    """The samples of optimiser step `step`: the split in a new order each epoch, one epoch after the other."""
+    batch = []
+    for n in range(step * batch_size, (step + 1) * batch_size):
+        epoch, k = divmod(n, len(samples))
+        batch.append(samples[_order(len(samples), seed, epoch)[k]])
+    return batch
+
+
+@functools.cache
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
+
+
+def adamw(policy: Policy, learning_rate: float, config: Config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(policy.model.parameters(), lr=learning_rate, weight_decay=config.weight_decay)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def optimizer_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, config: Config, loss: float, ids: list[str]
+) -> float:
+    """Clip the gradient, step, clear it; returns its norm before clipping. Raises FloatingPointError with the ids
+    of the batch, and leaves the weights alone, where loss or gradient are not finite."""
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm} on the batch {', '.join(ids)}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def freeze(policy: Policy) -> Policy:
+    """The reference of the KL: a copy that never changes."""
+    model = copy.deepcopy(policy.model).requires_grad_(False).eval()
+    return dataclasses.replace(policy, model=model)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation, logs and the run folder
+
+
+def load_split(config: Config, annotations: str) -> list[Sample]:
+    """The samples of a split, with what was repaired printed and their videos known to be there."""
+    if not annotations:
+        raise ConfigError("train_annotations and eval_annotations must both name an annotation file")
+    samples, report = load_samples(config.dataset, annotations, config.videos, config.vidor)
+    check_videos(samples)
+    print(f"{annotations}: {len(samples)} sentences\n{format_report(report)}".rstrip())
+    return samples
+
+
+def evaluate(
+    policy: Policy, samples: list[Sample], config: Config, path: Path, name: str
+) -> dict[str, float]:
+    """Decode the held-out split, write the predictions, return the paper's row."""
+    predictions = decode_split(policy, samples, config, name)
+    write_jsonl(predictions, path)
+    return score_predictions(predictions, samples, config)["native"]
+
+
+def summarize_groups(groups: list[Group]) -> dict[str, float]:
+    """What a step's rollouts looked like. README, "Glossary", says what healthy looks like for each."""
+    scores = [score for group in groups for score in group.scores]
+    completions = [completion for group in groups for completion in group.completions]
+    totals = torch.tensor([[s.rewards["total"] for s in group.scores] for group in groups])  # (prompts, G)
+    terms = {term: float(np.mean([s.rewards[term] for s in scores])) for term in TERMS}
+    watch = {name: float(np.mean([s.diagnostics[name] for s in scores])) for name in scores[0].diagnostics}
+    return {
+        "reward": float(totals.mean()),
+        "reward_std": float(totals.std(dim=1).mean()),  # within a group: what the advantages are made of
+        "zero_spread": float((totals.std(dim=1) < 1e-6).double().mean()),
+        **terms,
+        **watch,
+        "length": float(np.mean([len(c.ids) for c in completions])),
+        "truncated": float(np.mean([c.truncated for c in completions])),
+    }
+
+
+def rollout_records(groups: list[Group], step: int, config: Config) -> list[dict]:
+    """One record for each sampled answer; also the input of the reward bench."""
+    records = []
+    for group in groups:
+        for g, (completion, scored) in enumerate(zip(group.completions, group.scores, strict=True)):
+            records.append(
+                {
+                    "step": step,
+                    "id": group.sample.id,
+                    "generation": g,
+                    **answer_record(
+                        completion.text, scored.answer, group.truth, group.prompt.scale, config.think
+                    ),
+                    "rewards": scored.rewards,
+                    "advantage": float(group.advantages[g]),
+                    "length": len(completion.ids),
+                    "truncated": completion.truncated,
+                }
+            )
+    return records
+
+
+def start_run(config: Config) -> Path:
+    """A new, empty output_dir with the settings and versions in it. An earlier run there is moved aside."""
+    run = Path(config.output_dir)
+    try:
+        if run.exists():
+            number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
+            run.rename(f"{run}.{number}")
+            print(f"{run} held an earlier run: moved to {run}.{number}")
+        run.mkdir(parents=True)
+        save_config(config, run / "config.yaml")
+        packages = ("torch", "transformers", "decord", "numpy")
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        write_json({"python": platform.python_version(), **versions}, run / "versions.json")
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {run} cannot be written ({error.strerror}); choose another"
+        ) from error
+    return run
+
+
+def describe(config: Config, policy: Policy, train_samples: list[Sample], eval_samples: list[Sample]) -> str:
+    """The derived sizes, so that a wrong setting is seen before it costs a day."""
+    parameters = sum(p.numel() for p in policy.model.parameters()) / 1e6
+    answers = config.batch_size * config.num_generations
+    epochs = config.steps * config.batch_size / len(train_samples)
+    return (
+        f"{config.model}: {parameters:.2f} M parameters on {policy.device}, {torch.get_num_threads()} thread(s)\n"
+        f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps of "
+        f"{config.batch_size} prompts x {config.num_generations} answers = {answers}, {epochs:.1f} epochs"
+    )
+
+
+def log(metrics: dict, run: Path) -> None:
+    write_jsonl([metrics], run / "metrics.jsonl", append=True)
+
+
+def write_json(value: dict, path: Path) -> None:
+    """Whole or not at all: written beside and renamed."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def draw_pictures(run: Path) -> str:
+    """Curves and contact sheets where matplotlib is installed; says where they are, or how to get them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return f"for pictures: pip install matplotlib && python visualize.py {run}"
+    import visualize
+
+    return "pictures: " + ", ".join(str(path) for path in visualize.draw_run(run))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, DataError, ModelError, VideoError) as error:
+        sys.exit(f"error: {error}")

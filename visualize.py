@@ -1,0 +1,368 @@
+"""Pictures of a run: the curves of its training, and its answers drawn on the frames.
+
+    python visualize.py runs/toy
+
+    RUN/pictures/curves.png     reward and its terms, IoU of the sampled answers, KL, greedy held-out scores
+    RUN/pictures/answers.png    held-out answers from the worst to the best, before and after training: truth
+                                green, think boxes blue, pred boxes red (STVG-o1, Fig. 3)
+
+Reads what train.py wrote (metrics.jsonl, predictions.jsonl, config.yaml) and the videos; needs matplotlib.
+"""
+
+import json
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config import Config, ConfigError, load_config
+from data import DataError, Sample, check_videos, load_samples
+from evaluate import native_scores, tube_from_answer
+from prompts import Box, Truth
+from rewards import Score, boxes_by_step, is_valid, score
+from video import VideoError, read_frames, resize
+
+try:
+    from matplotlib.figure import Figure  # used directly: no window, no global state as with pyplot
+    from matplotlib.lines import Line2D
+except ImportError:
+    sys.exit("error: visualize.py needs matplotlib: pip install -r requirements-dev.txt")
+
+COLOURS = {"truth": (0, 150, 40), "think": (30, 90, 255), "pred": (225, 20, 20)}  # Fig. 3, RGB
+DPI = 100
+WINDOW = 10  # steps that a thick curve averages over
+
+
+def draw_run(run: Path) -> list[Path]:
+    """Draw a run folder of train.py, also while it is still training (then without answers.png).
+
+    Returns the paths of the pictures. Raises DataError where the folder is no run or a record cannot be read.
+    """
+    missing = [name for name in ("config.yaml", "metrics.jsonl") if not (run / name).is_file()]
+    if missing:
+        raise DataError(f"{run}: is no run (no {', '.join(missing)}); name an output_dir of train.py")
+    metrics = read_jsonl(run / "metrics.jsonl", "phase", "step")
+    figures = {"curves.png": draw_curves(metrics, run.resolve().name)}
+    if (run / "predictions.jsonl").is_file():
+        figures["answers.png"] = draw_answers(run)
+    (run / "pictures").mkdir(exist_ok=True)
+    paths = [run / "pictures" / name for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.savefig(path, dpi=DPI)
+    return paths
+
+
+def read_jsonl(path: Path, *keys: str) -> list[dict]:
+    """The objects of a file with one a line. Raises DataError for a line that is none, or lacks a key."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            _ = [record[key] for key in keys]
+        except (ValueError, TypeError, KeyError):
+            raise DataError(
+                f"{path}, line {number}: is no JSON object with {', '.join(keys)}; remove the line"
+            ) from None
+        records.append(record)
+    return records
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Curves
+
+# A panel: title, phase of its lines in metrics.jsonl, {metric: (label, colour)}
+THINK, PRED = "#1e5aff", "#e11414"
+PANELS = (
+    ("Reward of sampled answers", "grpo", {"reward": ("total (Eq. 10)", "black")}),
+    (
+        "Reward terms, unweighted",
+        "grpo",
+        {
+            "format": ("format", "#999999"),
+            "consistency": ("consistency", "#e69f00"),
+            "temporal": ("temporal", "#7a3fb0"),
+            "spatial_think": ("spatial, think", THINK),
+            "spatial_pred": ("spatial, pred", PRED),
+            "think": ("think", "#00a3a3"),
+        },
+    ),
+    (
+        "IoU of sampled answers, on steps",
+        "grpo",
+        {
+            "tiou": ("tIoU", "#7a3fb0"),
+            "viou_think": ("vIoU, think", THINK),
+            "viou_pred": ("vIoU, pred", PRED),
+        },
+    ),
+    (
+        "Held-out split, greedy answers (%)",
+        "eval",
+        {
+            "m_tIoU": ("m_tIoU", "#7a3fb0"),
+            "m_vIoU": ("m_vIoU", PRED),
+            "vIoU@0.3": ("vIoU@0.3", "#e69f00"),
+            "vIoU@0.5": ("vIoU@0.5", "#00a3a3"),
+        },
+    ),
+    ("KL to the reference (k3)", "grpo", {"kl": ("KL", "black")}),
+    ("Spread of rewards within a group", "grpo", {"reward_std": ("std", "black")}),
+    ("Supervised fine-tuning, loss", "sft", {"loss": ("mean over tokens", "black")}),
+)
+
+
+def draw_curves(metrics: list[dict], title: str) -> Figure:
+    """One panel for each of PANELS that the run has lines of: single steps thin, means over WINDOW steps
+    thick, evaluations as markers."""
+    curves = []
+    for name, phase, lines in PANELS:
+        found = {metric: curve(metrics, phase, metric) for metric in lines}
+        found = {metric: points for metric, points in found.items() if len(points[0])}
+        if found:
+            curves.append((name, phase, lines, found))
+    columns = min(3, max(1, len(curves)))
+    rows = max(1, -(-len(curves) // columns))
+    figure = Figure(figsize=(5 * columns, 4 * rows), dpi=DPI, layout="constrained")
+    figure.suptitle(f"{title}  (thin: each step, thick: mean of the last {WINDOW})", fontsize=13)
+    for k, (name, phase, lines, found) in enumerate(curves):
+        axes = figure.add_subplot(rows, columns, k + 1)
+        for metric, (steps, values) in found.items():
+            label, colour = lines[metric]
+            if phase == "eval":
+                axes.plot(steps, values, "o-", color=colour, label=label)
+            else:
+                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
+                axes.plot(steps, trailing_mean(values, WINDOW), color=colour, linewidth=2.2, label=label)
+        axes.set_title(name, fontsize=12)
+        axes.set_xlabel("optimiser step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if phase == "eval":
+            axes.set_ylim(0, 100)
+        if len(found) > 1:  # below the axes, where it covers no curve
+            axes.legend(
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.15),
+                ncols=2 if len(found) == 4 else 3,
+                frameon=False,
+            )
+    return figure
+
+
+def curve(metrics: list[dict], phase: str, name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric, from the lines of one phase that have it."""
+    lines = [line for line in metrics if line["phase"] == phase and name in line]
+    return [line["step"] for line in lines], [line[name] for line in lines]
+
+
+def trailing_mean(values: list[float], window: int) -> list[float]:
+    """At each place the mean of the last `window` values, of fewer at the beginning."""
+    return [float(np.mean(values[max(0, k + 1 - window) : k + 1])) for k in range(len(values))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Boxes on frames
+
+LIGHT = 0.6  # what is left of a frame's contrast with white
+
+
+def overlay(frame: np.ndarray, boxes: dict[str, Box], side: int) -> np.ndarray:
+    """A frame brought to a longer side of about `side` pixels, with outlines of the boxes.
+
+    frame: uint8 (H, W, 3). boxes: key of COLOURS -> box in [0, 1]; one without an inside is not drawn. The
+    frame is lightened, so that outlines show on any colour. They are 2 pixels wide and lie inside one another
+    (truth, think, pred), so that equal boxes are all seen. Returns uint8 (h, w, 3).
+    """
+    image = (255 - (255 - fit(frame, side)) * LIGHT).astype(np.uint8)
+    height, width = image.shape[:2]
+    for place, (name, colour) in enumerate(COLOURS.items()):
+        if name not in boxes or not is_valid(boxes[name]):
+            continue
+        inset = 2 * (place - 1)  # truth one line outside the box, think on it, pred one line inside
+        x1, y1, x2, y2 = (round(v * (width, height)[k % 2]) for k, v in enumerate(boxes[name]))
+        left, right = np.clip([x1 + inset, max(x2 - inset, x1 + inset + 3)], 0, width)
+        top, bottom = np.clip([y1 + inset, max(y2 - inset, y1 + inset + 3)], 0, height)
+        for rows, columns in (
+            (slice(top, top + 2), slice(left, right)),
+            (slice(max(bottom - 2, 0), bottom), slice(left, right)),
+            (slice(top, bottom), slice(left, left + 2)),
+            (slice(top, bottom), slice(max(right - 2, 0), right)),
+        ):
+            image[rows, columns] = colour
+    return image
+
+
+def fit(frame: np.ndarray, side: int) -> np.ndarray:
+    """A frame whose longer side is about `side` pixels. Small ones are enlarged by a whole factor, pixel by
+    pixel, so that they stay sharp."""
+    longest = max(frame.shape[:2])
+    if longest <= side:
+        factor = round(side / longest)
+        return frame.repeat(factor, axis=0).repeat(factor, axis=1)
+    height, width = (max(1, round(n * side / longest)) for n in frame.shape[:2])
+    return resize(frame[None], (width, height))[0].numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The contact sheet. All sizes are in pixels of the picture
+
+SAMPLES = 8  # sentences shown
+STEPS = 12  # frames shown of a clip, at most
+SIDE, WIDE = 168, 1400  # longer side of a frame, at most; what the frames of a row may take together, about
+SCREEN = 2600  # two columns, where they are not wider than this
+GAP, BAR = 4, 6  # between frames; height of the bars that mark the spans
+MARGIN, HEADER, LINE = 160, 90, 30  # left of the frames, with the scores; above all; a line of text
+PALE, FAINT = (226, 226, 226), {"color": "0.45"}  # a bar outside its span; writing of step numbers
+
+
+@dataclass
+class Row:
+    """An answer, drawn and scored."""
+
+    name: str  # "BEFORE" or "AFTER"
+    scored: Score
+    scale: tuple[int, int]  # of the text's coordinates
+    native: dict[str, float]  # tIoU and vIoU on native frames, as in the paper's tables
+
+
+@dataclass
+class Block:
+    """A sentence on the sheet: its rows of frames, one beneath the other, and texts beside them."""
+
+    image: np.ndarray  # uint8 (h, w, 3)
+    texts: list[tuple[float, float, str, dict]]  # x, y from the upper left corner, words, how to write them
+
+
+def draw_answers(run: Path) -> Figure:
+    """The contact sheet: SAMPLES held-out sentences, evenly from the worst to the best final reward."""
+    config = load_config(run / "config.yaml")
+    samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
+    rows = {"AFTER": read_rows(run / "predictions.jsonl", "AFTER", samples, config)}  # name -> id -> row
+    if (run / "predictions_before.jsonl").is_file():
+        rows = {"BEFORE": read_rows(run / "predictions_before.jsonl", "BEFORE", samples, config)} | rows
+    final = rows["AFTER"]
+    ranked = sorted(final, key=lambda key: final[key].scored.rewards["total"])
+    places = np.linspace(0, len(ranked) - 1, min(SAMPLES, len(ranked))).round().astype(int)
+    ids = [ranked[place] for place in places]
+    chosen = sorted((s for s in samples if s.id in ids), key=lambda sample: ids.index(sample.id))
+    check_videos(chosen)
+    seconds = config.text_format.step_seconds
+    blocks = [draw_block(s, [part[s.id] for part in rows.values() if s.id in part], seconds) for s in chosen]
+    title = f"{run.resolve().name}: held-out answers, worst to best of {len(ranked)}"
+    return lay_out(blocks, f"{title} (one step = {seconds:g} s)")
+
+
+def read_rows(path: Path, name: str, samples: list[Sample], config: Config) -> dict[str, Row]:
+    """id -> answer, scored again: nothing but its text and scale is needed. Raises DataError."""
+    known = {sample.id: sample for sample in samples}
+    rows = {}
+    for record in read_jsonl(path, "id", "completion", "scale"):
+        sample = known.get(record["id"])
+        if sample is None:
+            raise DataError(f"{path}: {record['id']!r} is no sentence of {config.eval_annotations}")
+        truth, scale = sample.truth(config.text_format.step_seconds), tuple(record["scale"])
+        scored = score(record["completion"], truth, scale, config.rewards, config.think)
+        tube = tube_from_answer(scored.answer, sample, config.text_format, scale)
+        rows[sample.id] = Row(name, scored, scale, native_scores(tube, sample))
+    if not rows:
+        raise DataError(f"{path}: holds no answers; write it again with evaluate.py")
+    return rows
+
+
+def draw_block(sample: Sample, rows: list[Row], step_seconds: float) -> Block:
+    """The frames of at most STEPS steps, evenly over the clip, once for each row."""
+    truth, num_steps = sample.truth(step_seconds), sample.grid(step_seconds).num_steps
+    steps = np.linspace(0, num_steps - 1, min(num_steps, STEPS)).round().astype(int).tolist()
+    frames = read_frames(sample.video, [i * step_seconds for i in steps], sample.begin_frame / sample.fps)
+    side = min(SIDE, max(SIDE // 2, WIDE // len(steps)))
+    strips, texts, top = [], [], LINE
+    for row in rows:
+        strip = draw_strip(frames, steps, truth, row, side)
+        short = max(0, 4 * LINE - len(strip))  # room for the four lines beside it
+        strips.append(np.pad(strip, ((0, short), (0, 0), (0, 0)), constant_values=255))
+        texts.append((MARGIN - 12, top + len(strips[-1]) / 2, _scores(row), {"ha": "right", "va": "center"}))
+        top += len(strips[-1])
+    image = np.pad(np.concatenate(strips), ((LINE, LINE), (MARGIN, 0), (0, 0)), constant_values=255)
+    width = image.shape[1] - MARGIN
+    title = textwrap.shorten(sample.sentence, max(width // 11, 20), placeholder=" ...")
+    texts.append((MARGIN, LINE / 2, title, {"va": "center", "weight": "bold"}))
+    for k, step in enumerate(steps):
+        x = MARGIN + (k + 0.5) * width / len(steps) - GAP / 2
+        texts.append(
+            (x, top, f"step {step}" if k == 0 else str(step), {"ha": "center", "va": "top", **FAINT})
+        )
+    return Block(image, texts)
+
+
+def draw_strip(frames: np.ndarray, steps: list[int], truth: Truth, row: Row, side: int) -> np.ndarray:
+    """One answer on the frames (T, H, W, 3) of T steps, side by side: uint8 (h, w, 3). Under a frame there is
+    a green bar where the step is in the true span, and a red one where it is in the answer's."""
+    answer = row.scored.answer
+    boxes = {"truth": truth.boxes, "think": {}, "pred": {}}
+    spans = {"truth": truth.span, "pred": (0, -1)}
+    if answer is not None:
+        spans["pred"] = (answer.start, answer.end)
+        boxes["think"] = boxes_by_step(answer.think or (), row.scale)
+        boxes["pred"] = boxes_by_step(answer.pred, row.scale)
+    tiles = []
+    for frame, step in zip(frames, steps, strict=True):
+        here = {name: items[step] for name, items in boxes.items() if step in items}
+        parts = [overlay(frame, here, side)]
+        for name, (first, last) in spans.items():
+            bar = np.full((BAR + 2, parts[0].shape[1], 3), 255, np.uint8)
+            bar[2:] = COLOURS[name] if first <= step <= last else PALE
+            parts.append(bar)
+        tiles.append(np.pad(np.concatenate(parts), ((0, 2 * GAP), (0, GAP), (0, 0)), constant_values=255))
+    return np.concatenate(tiles, axis=1)
+
+
+def _scores(row: Row) -> str:
+    reward, native = row.scored.rewards["total"], row.native
+    what = (
+        "malformed" if row.scored.answer is None else f"tIoU {native['tIoU']:.2f}\nvIoU {native['vIoU']:.2f}"
+    )
+    return f"{row.name}\nreward {reward:.2f}\n{what}"
+
+
+def lay_out(blocks: list[Block], title: str) -> Figure:
+    """The blocks beneath one another, in two columns where they fit on a screen, read downwards."""
+    height = max(len(block.image) for block in blocks)
+    width = max(block.image.shape[1] for block in blocks) + 20
+    columns = 2 if len(blocks) > 3 and 2 * width <= SCREEN else 1
+    rows = -(-len(blocks) // columns)
+    size = max(columns * width, 1200), HEADER + rows * height  # wide enough for the header
+    canvas = np.full((size[1], size[0], 3), 255, np.uint8)
+    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
+    for k, block in enumerate(blocks):
+        left, top = k // rows * width, HEADER + k % rows * height
+        canvas[top : top + block.image.shape[0], left : left + block.image.shape[1]] = block.image
+        for x, y, words, style in block.texts:
+            _write(figure, left + x, top + y, words, size, **style)
+    figure.figimage(canvas, origin="upper")
+    _write(figure, 14, 26, title, size, va="center", weight="bold", fontsize=16)
+    lines = [Line2D([], [], color=np.array(colour) / 255, linewidth=4) for colour in COLOURS.values()]
+    names = ["truth", "think boxes", "pred boxes   (bars: steps of the true and of the answered span)"]
+    place = {"loc": "center left", "bbox_to_anchor": (4 / size[0], 1 - 60 / size[1])}
+    figure.legend(lines, names, **place, ncols=3, frameon=False, fontsize=14)
+    return figure
+
+
+def _write(figure: Figure, x: float, y: float, words: str, size: tuple[int, int], **style) -> None:
+    """Words at a pixel counted from the upper left corner; `$` is no mathematics."""
+    figure.text(x / size[0], 1 - y / size[1], words, **{"fontsize": 13, "parse_math": False, **style})
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        sys.exit("usage: python visualize.py RUN")
+    for path in draw_run(Path(arguments[0])):
+        print(path)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, DataError, VideoError, OSError) as error:
+        sys.exit(f"error: {error}")
