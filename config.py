@@ -1,6 +1,8 @@
-"""The settings of a run: one commented dataclass, a YAML file over it, `key=value` from the command line over that.
+"""The settings of a run: one commented dataclass, a YAML file over it, `key=value` from the command line over
+that.
 
-A key that is not a field, a value of the wrong type or out of range is an error that says what to write instead.
+A key that is not a field, a value of the wrong type or out of range is an error that says what to write
+instead.
 "Not in the paper" marks a choice that the paper leaves open; what is taken then is the default of verl, the
 framework that the authors used, unless the comment gives another reason.
 """
@@ -22,7 +24,7 @@ class ConfigError(ValueError):
 
 @dataclass
 class Sft:
-    """Supervised fine-tuning on the true answers, before the reinforcement learning (the "SFT" row of Table 5)."""
+    """Supervised fine-tuning on the true answers, before the reinforcement learning (Table 5, "SFT")."""
 
     steps: int = 0  # optimiser steps; 0 leaves the phase out, as the paper does
     learning_rate: float = 1e-5  # not in the paper
@@ -57,13 +59,9 @@ class Config:
     scale_rewards: bool = True  # divide advantages by the standard deviation of the group (Eq. 11)
     temperature: float = 1.0  # of sampling and scoring. Not in the paper
     max_new_tokens: int = 2048  # not in the paper; a box costs about 22 tokens and every step has two
-    kl_beta: float = (
-        0.01  # weight of the KL to the frozen reference (Eq. 12); 0 needs no reference. Not in the paper
-    )
+    kl_beta: float = 0.01  # of the KL to the frozen reference (Eq. 12); 0 needs none. Not in the paper
     clip_eps: float = 0.2  # probability ratios are clipped to 1 +- this (Eq. 12). Not in the paper
-    updates_per_batch: int = (
-        1  # optimiser steps on one batch of rollouts; with 1 the ratio is 1. Not in the paper
-    )
+    updates_per_batch: int = 1  # optimiser steps on one batch; with 1 the ratio is 1. Not in the paper
     loss_aggregation: str = "token-mean"  # token-mean | sequence-mean | constant (grpo.py). Not in the paper
     batch_size: int = 128  # prompts per optimiser step
     steps: int = 1000  # optimiser steps of reinforcement learning. Not in the paper
@@ -75,9 +73,7 @@ class Config:
 
     # --- how it runs; none of these changes what is computed
     rollout_batch: int = 1  # prompts whose answers are decoded, and scored, in one batch
-    gradient_checkpointing: bool = (
-        True  # recompute activations in the backward pass: a third slower, a sixth of memory
-    )
+    gradient_checkpointing: bool = True  # recompute activations: a third slower, a sixth of the memory
     threads: int = 0  # CPU threads; 0 leaves the choice to torch
     eval_every: int = 0  # steps between evaluations on the held-out split; 0: only before and after
     eval_batch: int = 1  # sentences that are decoded in one batch
@@ -91,7 +87,8 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file and apply `key=value` overrides (`rewards.think=1.0` for a nested key). Raises ConfigError."""
+    """Read a YAML file and apply `key=value` overrides (`rewards.think=1.0` for a nested key). Raises
+    ConfigError."""
     path = Path(path)
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -99,7 +96,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); name a YAML file such as configs/toy.yaml"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: must hold `key: value` lines, not {type(settings).__name__}")

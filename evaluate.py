@@ -5,8 +5,8 @@
     python evaluate.py --predictions FILE CONFIG --json        saved answers; needs neither model nor video
 
 First come the metrics as pure functions. A tube is a span and boxes, both on the native frames of the clip:
-((first, stop), {frame: box in [0, 1]}), the span half-open. What an answer says in steps becomes a tube on every
-native frame first, and is scored as one:
+((first, stop), {frame: box in [0, 1]}), the span half-open. What an answer says in steps becomes a tube on
+every native frame first, and is scored as one:
 
     tIoU = |P and G| / |P or G|        vIoU = sum of IoU(p_f, g_f) over f in P and G / |P or G|
 """
@@ -121,7 +121,8 @@ def grid_ceiling(samples: list[Sample], step_seconds: float) -> float:
 
 
 def decode_split(policy: Policy, samples: list[Sample], config: Config, name: str) -> list[dict]:
-    """The model's answers, greedy unless eval_temperature says otherwise; one record a sample, in their order."""
+    """The model's answers, greedy unless eval_temperature says otherwise; one record a sample, in their
+    order."""
     records = []
     with tqdm(total=len(samples), desc=f"evaluate {name}", unit="answer") as bar:
         for first in range(0, len(samples), config.eval_batch):
@@ -169,16 +170,17 @@ def answer_record(
 
 
 def score_predictions(predictions: list[dict], samples: list[Sample], config: Config) -> dict[str, dict]:
-    """protocol -> the paper's row. A sample without a prediction is a failure and counts; a prediction without a
-    sample, or a second one for the same, raises DataError. Nothing but "id" and "completion" is needed (and
-    "scale" where the coordinates are `resized`, which depend on the model)."""
+    """protocol -> the paper's row. A sample without a prediction is a failure and counts; a prediction
+    without a sample, or a second one for the same, raises DataError. Nothing but "id" and "completion" is
+    needed (and "scale" where the coordinates are `resized`, which depend on the model)."""
     completions: dict[str, dict] = {}
     known = {sample.id for sample in samples}
     for prediction in predictions:
         key = prediction["id"]
         if key not in known:
             raise DataError(
-                f"prediction {key!r}: no such sentence in {config.eval_annotations}; is it another split's?"
+                f"prediction {key!r}: no such sentence in {config.eval_annotations}; is it another split's"
+                " (or beyond eval_limit)?"
             )
         if key in completions:
             raise DataError(f"prediction {key!r} is there twice; keep one")
@@ -198,12 +200,13 @@ def score_predictions(predictions: list[dict], samples: list[Sample], config: Co
 def _scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int]:
     if config.coordinates != "resized":
         return config.text_format.scale((0, 0), (sample.width, sample.height))
-    if "scale" not in prediction:
-        raise DataError(
-            f'prediction {sample.id!r}: with coordinates: resized each needs "scale": [width, height], the size in '
-            "pixels of the frames that the model saw"
-        )
-    return tuple(prediction["scale"])
+    match prediction.get("scale"):
+        case [int(width), int(height)] if width > 0 and height > 0:
+            return width, height
+    raise DataError(
+        f'prediction {sample.id!r}: with coordinates: resized each needs "scale": [width, height], the'
+        " size in pixels of the frames that the model saw"
+    )
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:
@@ -217,7 +220,8 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
-    """One JSON object a line. A new file appears whole or not at all; with append, lines are added at the end."""
+    """One JSON object a line. A new file appears whole or not at all; with append, lines are added at the
+    end."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     if append:
         with path.open("a", encoding="utf-8") as file:
@@ -232,14 +236,15 @@ def read_predictions(path: Path) -> list[dict]:
     """Raises DataError that names the file and the line."""
     predictions = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); name a predictions.jsonl") from error
     for number, line in enumerate(lines, 1):
         try:
             prediction = json.loads(line)
             good = isinstance(prediction["id"], str) and isinstance(prediction["completion"], str)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             good = False
         if not good:
             raise DataError(
@@ -270,15 +275,16 @@ def main(arguments: list[str]) -> None:
             parser.error("--predictions FILE needs one CONFIG, and no model")
         config = load_config(places[0], settings)
         samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
+        samples = samples[: config.eval_limit or None]
         rows = score_predictions(read_predictions(options.predictions), samples, config)
     else:
-        if len(places) == 1 and Path(places[0], "config.yaml").is_file():
-            checkpoint, config = (
-                Path(places[0], "checkpoint"),
-                load_config(Path(places[0], "config.yaml"), settings),
-            )
+        run_config = Path(*places[:1], "config.yaml")
+        if len(places) == 1 and run_config.is_file():
+            checkpoint, config = Path(places[0], "checkpoint"), load_config(run_config, settings)
+            folder = Path(places[0])  # not output_dir: a run may have been moved
         elif len(places) == 2:
             checkpoint, config = places[0], load_config(places[1], settings)
+            folder = Path(config.output_dir)
         else:
             parser.error("name a run folder of train.py, or a checkpoint and a CONFIG")
         if config.threads:
@@ -291,7 +297,7 @@ def main(arguments: list[str]) -> None:
             file=sys.stderr,
         )
         policy = load_policy(str(checkpoint), device="cuda" if torch.cuda.is_available() else "cpu")
-        output = options.output or unused(Path(config.output_dir, "predictions.jsonl"))
+        output = options.output or unused(folder / "predictions.jsonl")
         output.parent.mkdir(parents=True, exist_ok=True)
         predictions = decode_split(policy, samples, config, str(checkpoint))
         write_jsonl(predictions, output)

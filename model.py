@@ -1,9 +1,12 @@
 """A Hugging Face Qwen-VL as a policy: load it, encode a prompt, sample answers, score answers.
 
-Nothing in the network is changed. Three things are done our way, each because the obvious way is wrong or slow:
+Nothing in the network is changed. Three things are done our way, each because the obvious way is wrong or
+slow:
   * 3-D rotary positions are computed here and passed to every call (rope_positions says why);
-  * sampling encodes the prompt, vision tower included, once and expands its KV cache to the G answers (rollout);
-  * scoring runs the G answers of a prompt in one packed forward with a tree attention mask (completion_logprobs).
+  * sampling encodes the prompt, vision tower included, once and expands its KV cache to the G answers
+    (rollout);
+  * scoring runs the G answers of a prompt in one packed forward with a tree attention mask
+    (completion_logprobs).
 """
 
 import json
@@ -13,9 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
@@ -38,7 +44,8 @@ class Family:
     model_class: type
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
-    timed: str  # what tells the time of a frame: "index" | "seconds" (rotary position) | "text" (written in the prompt)
+    # What tells the time of a frame: "index" | "seconds" (rotary position) | "text" (written in the prompt).
+    timed: str
 
 
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -48,7 +55,8 @@ FAMILIES = {
     "qwen2_5_vl": Family(Qwen2_5_VLForConditionalGeneration, *_CLIP, timed="seconds"),
     "qwen3_vl": Family(Qwen3VLForConditionalGeneration, *_HALF, timed="text"),
 }
-# Never sampled, never scored: a completion with one of these would ask the vision tower for features of nothing.
+# Never sampled, never scored: a completion with one of these would ask the vision tower for features of
+# nothing.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 
@@ -79,17 +87,19 @@ class Policy:
         return self.patch_size * self.merge_size
 
     def patches(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """frames (T, h, w, 3) uint8 -> pixel values (N, D) and their grid (3,), as the vision tower takes them."""
+        """frames (T, h, w, 3) uint8 -> pixel values (N, D) and their grid (3,), as the vision tower takes
+        them."""
         sizes = (self.patch_size, self.merge_size, self.temporal_patch_size)
         return patchify(frames, *sizes, self.image_mean, self.image_std)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loading
 
 
 def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Policy:
-    """A policy from a local folder or a hub id. Raises ModelError where it is no Qwen-VL that we can train."""
+    """A policy from a local folder or a hub id. Raises ModelError where it is no Qwen-VL that we can
+    train."""
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError) as error:
@@ -108,12 +118,24 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
     family = FAMILIES[config.model_type]
     try:
         # sdpa: the eager path misreads boolean masks, flash attention cannot take a tree mask at all.
-        model = family.model_class.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa").to(
-            device
+        model, found = family.model_class.from_pretrained(
+            checkpoint,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # they are refused below, with their names
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model: {checkpoint!r} does not load: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"model: {checkpoint!r} does not load: {str(error).splitlines()[0]}; fetch its files again"
+        ) from error
+    random = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if random:
+        raise ModelError(
+            f"model: {checkpoint!r}: its weights do not fit its config.json: {len(random)} of them would stay"
+            f" random, such as {random[0]}; fetch its files again"
+        )
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in ("<|video_pad|>", "<|im_end|>") if token not in vocabulary]
     if missing or tokenizer.chat_template is None:
@@ -123,7 +145,7 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
         )
     vision, preprocessor = config.vision_config, _read_json(checkpoint, "preprocessor_config.json")
     return Policy(
-        model=model,
+        model=model.to(device),
         tokenizer=tokenizer,
         family=family,
         patch_size=vision.patch_size,
@@ -163,7 +185,7 @@ def _eos_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
     return sorted(eos | {tokenizer.convert_tokens_to_ids("<|im_end|>")})
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The prompt
 
 
@@ -182,7 +204,8 @@ class Prompt:
 
 
 def make_prompt(policy: Policy, sample: Sample, max_side: int, text_format: TextFormat) -> Prompt:
-    """A sample -> what the model is shown. Sampling and scoring, training and evaluation all come through here."""
+    """A sample -> what the model is shown. Sampling and scoring, training and evaluation all come through
+    here."""
     file_size = (sample.width, sample.height)
     shown_size = frame_size(*file_size, max_side, policy.size_factor)
     count = max(1, math.ceil(sample.num_frames / sample.fps * text_format.fps - 1e-6))
@@ -198,7 +221,8 @@ def make_prompt(policy: Policy, sample: Sample, max_side: int, text_format: Text
 def encode_prompt(
     policy: Policy, frames: torch.Tensor, text: str, scale: tuple[int, int], fps: float
 ) -> Prompt:
-    """frames (T, h, w, 3) uint8 at fps frames a second, sides multiples of policy.size_factor; text of the user."""
+    """frames (T, h, w, 3) uint8 at fps frames a second, sides multiples of policy.size_factor; text of the
+    user."""
     if "<|" in text:
         raise ModelError(f"the text {text!r} holds '<|', the mark of Qwen's special tokens: remove it")
     t = -(-len(frames) // policy.temporal_patch_size)
@@ -211,7 +235,8 @@ def encode_prompt(
     )
     pads = "<|video_pad|>" * (h * w)
     if policy.family.timed == "text":
-        # Qwen3-VL: the mean time of its frames before each temporal patch, in place of the template's one block.
+        # Qwen3-VL: the mean time of its frames before each temporal patch, in place of the template's one
+        # block.
         times = [i * seconds_per_grid + (policy.temporal_patch_size - 1) / (2 * fps) for i in range(t)]
         blocks = "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
         temporal = [torch.zeros(1)] * t
@@ -232,10 +257,10 @@ def rope_positions(
 ) -> torch.Tensor:
     """3-D rotary positions (3, P) of a prompt whose video tokens come in len(temporal) blocks of t x h x w.
 
-    Text counts on by one on all three axes; a block starts where the text stood and spreads over time, height and
-    width; the text after it goes on at the *largest* of its positions + 1. That is what the weights were trained
-    with. transformers >= 5.3 forgets the time axis there, and decodes at yet other positions, so its own positions
-    are never used.
+    Text counts on by one on all three axes; a block starts where the text stood and spreads over time, height
+    and width; the text after it goes on at the *largest* of its positions + 1. That is what the weights were
+    trained with. transformers >= 5.3 forgets the time axis there, and decodes at yet other positions, so its
+    own positions are never used.
     """
     positions, start, k = torch.empty(3, len(ids), dtype=torch.long), 0, 0
     for times in temporal:
@@ -259,7 +284,7 @@ def _visual_inputs(policy: Policy, prompts: list[Prompt]) -> dict[str, torch.Ten
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -281,19 +306,20 @@ def rollout(
 ) -> list[list[Completion]]:
     """Sample num_generations (G) answers to each of B prompts, at temperature 0 the single greedy one.
 
-    keys: for each prompt a tuple of integers, such as (seed, step, number of the prompt): answer g draws its random
-    numbers from key + (g,), so it is the same whoever else is in the batch. The prompts are encoded once, in one
-    padded batch; their KV cache is then expanded to B * G rows, and rows that have ended leave it.
+    keys: for each prompt a tuple of integers, such as (seed, step, number of the prompt): answer g draws its
+    random numbers from key + (g,), so it is the same whoever else is in the batch. The prompts are encoded
+    once, in one padded batch; their KV cache is then expanded to B * G rows, and rows that have ended leave
+    it.
     """
     model, device, G = policy.model, policy.device, num_generations
     was_training = model.training
-    model.eval()  # in training mode gradient checkpointing drops the KV cache and the samples are silently wrong
+    # In training mode gradient checkpointing drops the KV cache and the samples are silently wrong.
+    model.eval()
     rows, lengths = len(prompts) * G, [len(p.ids) for p in prompts]
     P, total = max(lengths), max(lengths) + max_new_tokens
 
-    ids = torch.zeros(
-        len(prompts), P, dtype=torch.long
-    )  # padded on the right, so that no row is without a key
+    # Padded on the right, so that no row is without a key.
+    ids = torch.zeros(len(prompts), P, dtype=torch.long)
     positions = torch.zeros(3, len(prompts), P, dtype=torch.long)
     real = torch.ones(len(prompts), total, dtype=torch.bool)  # keys that may be seen
     for b, prompt in enumerate(prompts):
@@ -309,9 +335,8 @@ def rollout(
     logits, cache = model.lm_head(last).repeat_interleave(G, 0), out.past_key_values  # (B * G, V)
     cache.batch_repeat_interleave(G)
     real = real.repeat_interleave(G, 0).to(device)
-    position = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(
-        G
-    )  # (B * G,)
+    position = torch.tensor([p.next_position for p in prompts], device=device)
+    position = position.repeat_interleave(G)  # (B * G,)
     uniform = [np.random.default_rng([*key, g]).random(max_new_tokens) for key in keys for g in range(G)]
     uniform = torch.tensor(np.stack(uniform), device=device)  # (B * G, max_new_tokens)
 
@@ -320,9 +345,8 @@ def rollout(
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     ended = torch.full((rows,), max_new_tokens, device=device)  # length of each answer, end token included
     for t in range(max_new_tokens):
-        sampled = _sample(
-            _policy_logits(logits, temperature, policy), uniform[alive, t], temperature
-        )  # (rows,)
+        logits = _policy_logits(logits, temperature, policy)  # (rows, V)
+        sampled = _sample(logits, uniform[alive, t], temperature)  # (rows,)
         tokens[alive, t] = sampled
         stop = torch.isin(sampled, eos)
         ended[alive[stop]] = t + 1
@@ -355,7 +379,8 @@ def rollout(
 
 
 def _policy_logits(logits: torch.Tensor, temperature: float, policy: Policy) -> torch.Tensor:
-    """What is sampled from and what is scored must be one distribution: fp32, the temperature, no placeholders."""
+    """What is sampled from and what is scored must be one distribution: fp32, the temperature, no
+    placeholders."""
     logits = logits.float() / (temperature or 1.0)
     return logits.index_fill(-1, torch.tensor(policy.forbidden_ids, device=logits.device), -torch.inf)
 
@@ -369,19 +394,19 @@ def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> 
     return token.clamp(max=logits.shape[-1] - 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scoring
 
 
 @dataclass
 class TreeBatch:
-    """B prompts with their completions, packed for scoring: row b is [prompt b, completion 1, ..., completion G],
-    padded on the right to N tokens. The completions (R in all rows together) do not see one another."""
+    """B prompts with their completions, packed for scoring: row b is [prompt b, completion 1, ...,
+    completion G], padded on the right to N tokens. The completions (R in all rows together) do not see one
+    another."""
 
     inputs: dict[str, torch.Tensor]
-    source: (
-        torch.Tensor
-    )  # (M,) where in the flattened (B * N) sequence the state that predicts each token stands
+    # (M,) where in the flattened (B * N) sequence the state that predicts each token stands
+    source: torch.Tensor
     target: torch.Tensor  # (M,) the token: all tokens of all R completions, one after the other
     mask: torch.Tensor  # (R, C) which places of a padded table of completions are tokens
 
@@ -424,10 +449,11 @@ def pack_completions(policy: Policy, prompts: list[Prompt], completions: list[li
 def completion_logprobs(
     policy: Policy, batch: TreeBatch, temperature: float, chunk: int = 1024
 ) -> torch.Tensor:
-    """Log-probability of every completion token under the policy that is sampled from: (R, C), 0 where padded.
+    """Log-probability of every completion token under the policy that is sampled from: (R, C), 0 where
+    padded.
 
-    One forward over the packed rows. Each prompt is encoded once for its G answers, and the (M, V) table of logits
-    exists only a chunk of tokens at a time, in the backward pass too.
+    One forward over the packed rows. Each prompt is encoded once for its G answers, and the (M, V) table of
+    logits exists only a chunk of tokens at a time, in the backward pass too.
     """
     hidden = policy.model.model(**batch.inputs, use_cache=False).last_hidden_state  # (B, N, H)
     hidden = hidden.flatten(0, 1)[batch.source]  # (M, H)

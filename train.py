@@ -140,9 +140,8 @@ def main(arguments: list[str]) -> None:
     write_json(summary, run / "summary.json")
     print(format_table({"before": before, "after": after}))
     if rewards:
-        print(
-            f"mean sampled reward, first and last {tenth} steps: {reward['first']:.2f} -> {reward['last']:.2f}"
-        )
+        change = f"{reward['first']:.2f} -> {reward['last']:.2f}"
+        print(f"mean sampled reward, first and last {tenth} steps: {change}")
     print(f"{summary['seconds']:.0f} s; everything is in {run}/; {draw_pictures(run)}")
 
 
@@ -252,7 +251,8 @@ def true_completion(policy: Policy, sample: Sample, prompt: Prompt, config: Conf
 
 
 def batch_of(samples: list[Sample], batch_size: int, step: int, seed: int) -> list[Sample]:
-    """The samples of optimiser step `step`: the split in a new order each epoch, one epoch after the other."""
+    """The samples of optimiser step `step`: the split in a new order each epoch, one epoch after the
+    other."""
     batch = []
     for n in range(step * batch_size, (step + 1) * batch_size):
         epoch, k = divmod(n, len(samples))
@@ -277,8 +277,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def optimizer_step(
     policy: Policy, optimizer: torch.optim.Optimizer, config: Config, loss: float, ids: list[str]
 ) -> float:
-    """Clip the gradient, step, clear it; returns its norm before clipping. Raises FloatingPointError with the ids
-    of the batch, and leaves the weights alone, where loss or gradient are not finite."""
+    """Clip the gradient, step, clear it; returns its norm before clipping. Raises FloatingPointError with the
+    ids of the batch, and leaves the weights alone, where loss or gradient are not finite."""
     norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm} on the batch {', '.join(ids)}")
@@ -382,7 +382,8 @@ def describe(config: Config, policy: Policy, train_samples: list[Sample], eval_s
     answers = config.batch_size * config.num_generations
     epochs = config.steps * config.batch_size / len(train_samples)
     return (
-        f"{config.model}: {parameters:.2f} M parameters on {policy.device}, {torch.get_num_threads()} thread(s)\n"
+        f"{config.model}: {parameters:.2f} M parameters on {policy.device},"
+        f" {torch.get_num_threads()} thread(s)\n"
         f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps of "
         f"{config.batch_size} prompts x {config.num_generations} answers = {answers}, {epochs:.1f} epochs"
     )

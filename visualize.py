@@ -21,7 +21,7 @@ from config import Config, ConfigError, load_config
 from data import DataError, Sample, check_videos, load_samples
 from evaluate import native_scores, tube_from_answer
 from prompts import Box, Truth
-from rewards import Score, boxes_by_step, is_valid, score
+from rewards import TERMS, Score, boxes_by_step, is_valid, score
 from video import VideoError, read_frames, resize
 
 try:
@@ -72,82 +72,51 @@ def read_jsonl(path: Path, *keys: str) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------------
 # Curves
 
-# A panel: title, phase of its lines in metrics.jsonl, {metric: (label, colour)}
-THINK, PRED = "#1e5aff", "#e11414"
+# Title, phase of the lines in metrics.jsonl, and the metrics drawn (README, "Glossary")
 PANELS = (
-    ("Reward of sampled answers", "grpo", {"reward": ("total (Eq. 10)", "black")}),
-    (
-        "Reward terms, unweighted",
-        "grpo",
-        {
-            "format": ("format", "#999999"),
-            "consistency": ("consistency", "#e69f00"),
-            "temporal": ("temporal", "#7a3fb0"),
-            "spatial_think": ("spatial, think", THINK),
-            "spatial_pred": ("spatial, pred", PRED),
-            "think": ("think", "#00a3a3"),
-        },
-    ),
-    (
-        "IoU of sampled answers, on steps",
-        "grpo",
-        {
-            "tiou": ("tIoU", "#7a3fb0"),
-            "viou_think": ("vIoU, think", THINK),
-            "viou_pred": ("vIoU, pred", PRED),
-        },
-    ),
-    (
-        "Held-out split, greedy answers (%)",
-        "eval",
-        {
-            "m_tIoU": ("m_tIoU", "#7a3fb0"),
-            "m_vIoU": ("m_vIoU", PRED),
-            "vIoU@0.3": ("vIoU@0.3", "#e69f00"),
-            "vIoU@0.5": ("vIoU@0.5", "#00a3a3"),
-        },
-    ),
-    ("KL to the reference (k3)", "grpo", {"kl": ("KL", "black")}),
-    ("Spread of rewards within a group", "grpo", {"reward_std": ("std", "black")}),
-    ("Supervised fine-tuning, loss", "sft", {"loss": ("mean over tokens", "black")}),
+    ("Reward of sampled answers", "grpo", ("reward",)),
+    ("Reward terms, unweighted", "grpo", TERMS),
+    ("IoU of sampled answers, on steps", "grpo", ("tiou", "viou_think", "viou_pred")),
+    ("Held-out split, greedy answers (%)", "eval", ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")),
+    ("KL to the reference", "grpo", ("kl",)),
+    ("Spread of rewards within a group", "grpo", ("reward_std",)),
+    ("Loss of supervised fine-tuning", "sft", ("loss",)),
 )
+BLUE, RED, PURPLE, ORANGE, TEAL, GREY = "#1e5aff", "#e11414", "#7a3fb0", "#e69f00", "#00a3a3", "#999999"
+CURVE_COLOURS = {"format": GREY, "consistency": ORANGE, "temporal": PURPLE, "think": TEAL}  # others are black
+CURVE_COLOURS |= {"spatial_think": BLUE, "spatial_pred": RED, "viou_think": BLUE, "viou_pred": RED}
+CURVE_COLOURS |= {"tiou": PURPLE, "m_tIoU": PURPLE, "m_vIoU": RED, "vIoU@0.3": ORANGE, "vIoU@0.5": TEAL}
 
 
 def draw_curves(metrics: list[dict], title: str) -> Figure:
     """One panel for each of PANELS that the run has lines of: single steps thin, means over WINDOW steps
     thick, evaluations as markers."""
-    curves = []
-    for name, phase, lines in PANELS:
-        found = {metric: curve(metrics, phase, metric) for metric in lines}
-        found = {metric: points for metric, points in found.items() if len(points[0])}
-        if found:
-            curves.append((name, phase, lines, found))
-    columns = min(3, max(1, len(curves)))
-    rows = max(1, -(-len(curves) // columns))
-    figure = Figure(figsize=(5 * columns, 4 * rows), dpi=DPI, layout="constrained")
+    panels = []
+    for name, phase, names in PANELS:
+        curves = {metric: curve(metrics, phase, metric) for metric in names}
+        curves = {metric: points for metric, points in curves.items() if points[0]}
+        if curves:
+            panels.append((name, phase, curves))
+    rows = max(1, -(-len(panels) // 3))
+    figure = Figure(figsize=(15, 4 * rows), dpi=DPI, layout="constrained")
     figure.suptitle(f"{title}  (thin: each step, thick: mean of the last {WINDOW})", fontsize=13)
-    for k, (name, phase, lines, found) in enumerate(curves):
-        axes = figure.add_subplot(rows, columns, k + 1)
-        for metric, (steps, values) in found.items():
-            label, colour = lines[metric]
+    for k, (name, phase, curves) in enumerate(panels):
+        axes = figure.add_subplot(rows, 3, k + 1, title=name, xlabel="optimiser step")
+        for metric, (steps, values) in curves.items():
+            colour = CURVE_COLOURS.get(metric, "black")
             if phase == "eval":
-                axes.plot(steps, values, "o-", color=colour, label=label)
+                axes.plot(steps, values, "o-", color=colour, label=metric)
             else:
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-                axes.plot(steps, trailing_mean(values, WINDOW), color=colour, linewidth=2.2, label=label)
-        axes.set_title(name, fontsize=12)
-        axes.set_xlabel("optimiser step")
+                axes.plot(steps, trailing_mean(values, WINDOW), color=colour, linewidth=2.2, label=metric)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if phase == "eval":
             axes.set_ylim(0, 100)
-        if len(found) > 1:  # below the axes, where it covers no curve
-            axes.legend(
-                loc="upper center",
-                bbox_to_anchor=(0.5, -0.15),
-                ncols=2 if len(found) == 4 else 3,
-                frameon=False,
-            )
+        if len(curves) > 1:  # below the axes, where it covers no curve
+            ncols = 2 if len(curves) == 4 else 3
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=ncols, frameon=False)
     return figure
 
 
@@ -177,20 +146,14 @@ def overlay(frame: np.ndarray, boxes: dict[str, Box], side: int) -> np.ndarray:
     """
     image = (255 - (255 - fit(frame, side)) * LIGHT).astype(np.uint8)
     height, width = image.shape[:2]
-    for place, (name, colour) in enumerate(COLOURS.items()):
-        if name not in boxes or not is_valid(boxes[name]):
-            continue
-        inset = 2 * (place - 1)  # truth one line outside the box, think on it, pred one line inside
-        x1, y1, x2, y2 = (round(v * (width, height)[k % 2]) for k, v in enumerate(boxes[name]))
-        left, right = np.clip([x1 + inset, max(x2 - inset, x1 + inset + 3)], 0, width)
-        top, bottom = np.clip([y1 + inset, max(y2 - inset, y1 + inset + 3)], 0, height)
-        for rows, columns in (
-            (slice(top, top + 2), slice(left, right)),
-            (slice(max(bottom - 2, 0), bottom), slice(left, right)),
-            (slice(top, bottom), slice(left, left + 2)),
-            (slice(top, bottom), slice(max(right - 2, 0), right)),
-        ):
-            image[rows, columns] = colour
+    ys, xs = np.mgrid[:height, :width]
+    for first, (name, colour) in zip((-2, 0, 2), COLOURS.items(), strict=True):
+        if name in boxes and is_valid(boxes[name]):
+            left, top, right, bottom = (round(v * (width, height)[k % 2]) for k, v in enumerate(boxes[name]))
+            # How far inside the box a pixel lies: 0 on its border, negative outside, (h, w).
+            depth = np.minimum.reduce([xs - left, right - 1 - xs, ys - top, bottom - 1 - ys])
+            first = min(first, depth.max() - 1)  # a box with no room for its line gets it further out
+            image[(depth >= first) & (depth < first + 2)] = colour
     return image
 
 
@@ -210,11 +173,11 @@ def fit(frame: np.ndarray, side: int) -> np.ndarray:
 
 SAMPLES = 8  # sentences shown
 STEPS = 12  # frames shown of a clip, at most
-SIDE, WIDE = 168, 1400  # longer side of a frame, at most; what the frames of a row may take together, about
+SIDE, WIDE = 168, 1900  # longer side of a frame, at most; what the frames of a row may take together, about
 SCREEN = 2600  # two columns, where they are not wider than this
 GAP, BAR = 4, 6  # between frames; height of the bars that mark the spans
 MARGIN, HEADER, LINE = 160, 90, 30  # left of the frames, with the scores; above all; a line of text
-PALE, FAINT = (226, 226, 226), {"color": "0.45"}  # a bar outside its span; writing of step numbers
+PALE = (226, 226, 226)  # a bar outside its span
 
 
 @dataclass
@@ -239,30 +202,31 @@ def draw_answers(run: Path) -> Figure:
     """The contact sheet: SAMPLES held-out sentences, evenly from the worst to the best final reward."""
     config = load_config(run / "config.yaml")
     samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
-    rows = {"AFTER": read_rows(run / "predictions.jsonl", "AFTER", samples, config)}  # name -> id -> row
+    known = {sample.id: sample for sample in samples}
+    final = read_rows(run / "predictions.jsonl", "AFTER", known, config)
+    before = {}
     if (run / "predictions_before.jsonl").is_file():
-        rows = {"BEFORE": read_rows(run / "predictions_before.jsonl", "BEFORE", samples, config)} | rows
-    final = rows["AFTER"]
+        before = read_rows(run / "predictions_before.jsonl", "BEFORE", known, config)
     ranked = sorted(final, key=lambda key: final[key].scored.rewards["total"])
     places = np.linspace(0, len(ranked) - 1, min(SAMPLES, len(ranked))).round().astype(int)
-    ids = [ranked[place] for place in places]
-    chosen = sorted((s for s in samples if s.id in ids), key=lambda sample: ids.index(sample.id))
-    check_videos(chosen)
+    chosen = [ranked[place] for place in places]
+    check_videos([known[key] for key in chosen])
     seconds = config.text_format.step_seconds
-    blocks = [draw_block(s, [part[s.id] for part in rows.values() if s.id in part], seconds) for s in chosen]
+    blocks = [
+        draw_block(known[k], [rows[k] for rows in (before, final) if k in rows], seconds) for k in chosen
+    ]
     title = f"{run.resolve().name}: held-out answers, worst to best of {len(ranked)}"
     return lay_out(blocks, f"{title} (one step = {seconds:g} s)")
 
 
-def read_rows(path: Path, name: str, samples: list[Sample], config: Config) -> dict[str, Row]:
+def read_rows(path: Path, name: str, known: dict[str, Sample], config: Config) -> dict[str, Row]:
     """id -> answer, scored again: nothing but its text and scale is needed. Raises DataError."""
-    known = {sample.id: sample for sample in samples}
     rows = {}
     for record in read_jsonl(path, "id", "completion", "scale"):
-        sample = known.get(record["id"])
-        if sample is None:
+        if record["id"] not in known:
             raise DataError(f"{path}: {record['id']!r} is no sentence of {config.eval_annotations}")
-        truth, scale = sample.truth(config.text_format.step_seconds), tuple(record["scale"])
+        sample, scale = known[record["id"]], tuple(record["scale"])
+        truth = sample.truth(config.text_format.step_seconds)
         scored = score(record["completion"], truth, scale, config.rewards, config.think)
         tube = tube_from_answer(scored.answer, sample, config.text_format, scale)
         rows[sample.id] = Row(name, scored, scale, native_scores(tube, sample))
@@ -290,9 +254,8 @@ def draw_block(sample: Sample, rows: list[Row], step_seconds: float) -> Block:
     texts.append((MARGIN, LINE / 2, title, {"va": "center", "weight": "bold"}))
     for k, step in enumerate(steps):
         x = MARGIN + (k + 0.5) * width / len(steps) - GAP / 2
-        texts.append(
-            (x, top, f"step {step}" if k == 0 else str(step), {"ha": "center", "va": "top", **FAINT})
-        )
+        words = f"step {step}" if k == 0 else str(step)
+        texts.append((x, top, words, {"ha": "center", "va": "top", "color": "0.45"}))
     return Block(image, texts)
 
 
@@ -319,11 +282,10 @@ def draw_strip(frames: np.ndarray, steps: list[int], truth: Truth, row: Row, sid
 
 
 def _scores(row: Row) -> str:
-    reward, native = row.scored.rewards["total"], row.native
-    what = (
-        "malformed" if row.scored.answer is None else f"tIoU {native['tIoU']:.2f}\nvIoU {native['vIoU']:.2f}"
-    )
-    return f"{row.name}\nreward {reward:.2f}\n{what}"
+    lines = [row.name, f"reward {row.scored.rewards['total']:.2f}"]
+    if row.scored.answer is None:
+        return "\n".join([*lines, "malformed"])
+    return "\n".join([*lines, *(f"{name} {row.native[name]:.2f}" for name in ("tIoU", "vIoU"))])
 
 
 def lay_out(blocks: list[Block], title: str) -> Figure:

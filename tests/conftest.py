@@ -1,0 +1,170 @@
+"""What several tests need: tiny Qwen-VLs with random weights, saved as checkpoint folders, and a small world.
+
+Nothing here is a mock. The models are the classes of transformers with everything small, and load_policy reads
+them as it reads the real ones; the world is files of the real formats.
+"""
+
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub is a wrong test
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+import toy
+from model import load_policy
+
+torch.set_num_threads(1)
+
+TEXT = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]},
+}
+MERGER = {"spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 2, "depth": 2}
+FAMILIES = {
+    "qwen2_vl": (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        {"patch_size": 14, "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2, **MERGER},
+        TEXT,
+    ),
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        {
+            "patch_size": 14,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 48,
+            "tokens_per_second": 2,  # as in the published checkpoints; the default of the class is 4
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            **MERGER,
+        },
+        TEXT,
+    ),
+    "qwen3_vl": (
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        {
+            "patch_size": 16,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+            **MERGER,
+        },
+        {**TEXT, "head_dim": 24, "rope_parameters": {**TEXT["rope_parameters"], "mrope_interleaved": True}},
+    ),
+}
+
+
+def save_checkpoint(family, folder):
+    """A checkpoint folder of one family: random weights, so large that the logits differ by O(1)."""
+    config_class, model_class, vision, text = FAMILIES[family]
+    tokenizer = toy.tiny_tokenizer()
+    marks = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    ids = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    special = dict(zip(("eos_token_id", "bos_token_id", "pad_token_id"), (*ends, ends[1]), strict=True))
+    text = {**text, "vocab_size": len(tokenizer), **special}
+    config = config_class(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    torch.manual_seed(0)
+    model = model_class._from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                fan_in = parameter[0].numel()
+                parameter.normal_(0, 0.25 if "embed_tokens" in name else 1.5 / fan_in**0.5)
+    # What the published checkpoints say; all of it but the end tokens would make the sampler another policy.
+    model.generation_config.update(
+        eos_token_id=ends, do_sample=True, repetition_penalty=1.05, top_k=1, top_p=0.001, temperature=0.1
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    sizes = {"patch_size": vision["patch_size"], "merge_size": 2, "temporal_patch_size": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """family -> checkpoint folder. To be read only."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {family: save_checkpoint(family, folder / family) for family in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def policy(request, checkpoints):
+    """A fresh policy of each family in turn."""
+    return load_policy(str(checkpoints[request.param]))
+
+
+@pytest.fixture
+def qwen2_5(checkpoints):
+    """A fresh policy of the paper's family, for what does not depend on the family."""
+    return load_policy(str(checkpoints["qwen2_5_vl"]))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder of six clips with HC-STVG annotations. To be read only."""
+    folder = tmp_path_factory.mktemp("world")
+    records = {}
+    for n in range(6):
+        objects = toy.draw_objects(np.random.default_rng((7, n)))
+        frames = toy.render(objects, toy.NATIVE_FPS)
+        toy.write_y4m(folder / f"{n}.y4m", frames, toy.NATIVE_FPS)
+        records[f"{n}.y4m"] = toy.hcstvg_record(objects[0])
+    (folder / "all.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_config(world, checkpoints):
+    """write_config(folder, key=value, ...) -> folder/config.yaml of a tiny run on that world, into folder/run."""
+
+    def write(folder, **changes):
+        settings = {
+            "model": str(checkpoints["qwen2_5_vl"]),
+            "train_annotations": str(world / "all.json"),
+            "eval_annotations": str(world / "all.json"),
+            "videos": str(world),
+            "output_dir": str(folder / "run"),
+            "max_side": 56,
+            "time_unit": "second",
+            "max_new_tokens": 24,
+            "num_generations": 4,
+            "batch_size": 2,
+            "steps": 2,
+            "learning_rate": 1e-3,
+            "rollout_batch": 2,
+            "eval_batch": 6,
+            "threads": 1,
+        }
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump({**settings, **changes}), encoding="utf-8")
+        return str(path)
+
+    return write

@@ -1,0 +1,510 @@
+"""model.py against the slow way: one answer at a time, the whole sequence, no cache, no packing, no padding.
+
+The slow way lives here (answer_logits). Its own foundation, the rotary positions, is checked first: against the
+figures of the transformers release that the weights were trained with, and position by position.
+"""
+
+import json
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from model import (
+    Completion,
+    ModelError,
+    completion_logprobs,
+    encode_prompt,
+    load_policy,
+    pack_completions,
+    rollout,
+    rope_positions,
+    save_policy,
+)
+
+SENTENCES = ("the red circle moves left", "the blue square moves up, then it rests", "a triangle")
+SHAPES = ((5, 2, 3), (4, 1, 2), (2, 3, 1))  # frames, and sides in multiples of the policy's size_factor
+KEYS = [(0, 3, k) for k in range(3)]
+
+
+def make_prompts(policy, fps=2.0):
+    """Three prompts of different length, and videos of different size, one of an odd number of frames."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = []
+    for sentence, (t, h, w) in zip(SENTENCES, SHAPES, strict=True):
+        size = (t, h * policy.size_factor, w * policy.size_factor, 3)
+        frames = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        prompts.append(encode_prompt(policy, frames, sentence, (1000, 1000), fps))
+    return prompts
+
+
+def with_many_ends(policy):
+    """Every seventh token ends an answer, so that random answers end, and at different times."""
+    return replace(policy, eos_ids=list(range(0, len(policy.tokenizer), 7)))
+
+
+def answer_logits(policy, prompt, ids, temperature=1.0):
+    """The slow way: logits (n, V), at the temperature, that the n tokens of one answer were drawn from."""
+    after = prompt.next_position + torch.arange(len(ids)).expand(3, -1)
+    values, grid = policy.patches(prompt.frames)
+    logits = policy.model(
+        input_ids=torch.cat([prompt.ids, torch.tensor(ids, dtype=torch.long)])[None],
+        position_ids=torch.cat([prompt.positions, after], 1)[:, None],
+        pixel_values_videos=values,
+        video_grid_thw=grid[None],
+        use_cache=False,
+    ).logits[0, len(prompt.ids) - 1 : -1]
+    allowed = torch.ones(logits.shape[-1], dtype=torch.bool)
+    allowed[policy.forbidden_ids] = False
+    return (logits.float() / temperature).where(allowed, -torch.inf)
+
+
+def slow_logprobs(policy, prompts, completions, temperature):
+    """One list of log-probs (n,) for each completion, prompt after prompt."""
+    return [
+        answer_logits(policy, prompt, ids, temperature).log_softmax(-1)[range(len(ids)), ids]
+        for prompt, group in zip(prompts, completions, strict=True)
+        for ids in group
+    ]
+
+
+def ids_of(answers):
+    return [[completion.ids for completion in group] for group in answers]
+
+
+def random_completions(policy, lengths, seed=0):
+    """completions[b][g]: random tokens without the forbidden ones."""
+    rng = np.random.default_rng(seed)
+    allowed = sorted(set(range(len(policy.tokenizer))) - set(policy.forbidden_ids))
+    return [[rng.choice(allowed, n).tolist() for n in group] for group in lengths]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+def slow_positions(ids, video_id, blocks):
+    """Position by position. blocks: for each one the temporal positions of its t slices, h and w."""
+    positions, start, k = [], 0, 0
+    blocks = iter(blocks)
+    while k < len(ids):
+        if ids[k] != video_id:
+            positions.append((start, start, start))
+            start, k = start + 1, k + 1
+            continue
+        times, h, w = next(blocks)
+        block = [(start + t, start + y, start + x) for t in times for y in range(h) for x in range(w)]
+        positions += block
+        start, k = 1 + max(map(max, block)), k + len(block)
+    return [list(axis) for axis in zip(*positions, strict=True)]
+
+
+def test_positions_of_the_release_that_the_weights_saw():
+    """transformers 4.57: 40 frames at 2 fps of 336 x 196 (grid 20 x 14 x 24, merged by 2), then 14 text tokens: the
+    text begins 39 after the video's first position, ends at 52, and the first answer token stands at 53."""
+    ids = torch.tensor([7, 8, 9] + [1] * (20 * 7 * 12) + [5] * 14)
+    positions = rope_positions(ids, 1, [(torch.arange(20) * 2.0).floor()], 7, 12)
+    text = positions[:, -14:] - 3
+    assert text[:, 0].tolist() == [39] * 3 and text[:, -1].tolist() == [52] * 3
+    assert int(positions.max()) + 1 - 3 == 53
+    assert positions[:, 3].tolist() == [3, 3, 3]  # first patch
+    assert positions[:, 3 + 20 * 7 * 12 - 1].tolist() == [3 + 38, 3 + 6, 3 + 11]  # last patch
+
+
+def test_positions_one_by_one():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        h, w, count = (int(n) for n in rng.integers(1, 6, 3))
+        ids, blocks = [], []
+        for _ in range(count):
+            times = np.floor(np.arange(rng.integers(1, 7)) * rng.choice([0.5, 1, 4 / 3, 2, 4])).astype(int)
+            blocks.append((times.tolist(), h, w))
+            ids += [5] * int(rng.integers(1, 5)) + [1] * (len(times) * h * w)
+        ids += [5] * int(rng.integers(0, 5))
+        temporal = [torch.tensor(times, dtype=torch.float32) for times, _, _ in blocks]
+        found = rope_positions(torch.tensor(ids), 1, temporal, h, w)
+        assert found.tolist() == slow_positions(ids, 1, blocks)
+
+
+@pytest.mark.parametrize("fps", [0.5, 1, 2, 3, 5, 7, 8, 12.5, 24])
+def test_positions_of_a_prompt(policy, fps):
+    """Family by family, the time axis in exact fractions: floor(t * tokens_per_second * 2 / fps), floored last."""
+    prompt = make_prompts(policy, fps)[0]
+    t, h, w = 3, 2, 3  # five frames, two to a slice
+    seconds = [math.floor(i * 2 * Fraction(2) / Fraction(fps)) for i in range(t)]
+    times = {"qwen2_vl": [[0, 1, 2]], "qwen2_5_vl": [seconds], "qwen3_vl": [[0]] * 3}
+    blocks = [(block, h, w) for block in times[policy.model.config.model_type]]
+    assert prompt.positions.tolist() == slow_positions(prompt.ids.tolist(), policy.video_id, blocks)
+    assert int((prompt.ids == policy.video_id).sum()) == t * h * w
+
+
+@pytest.mark.parametrize("fps", [1, 2, 3, 4, 5, 6, 7, 10, 12.5, 24, 25, 30])
+def test_times_do_not_drift(qwen2_5, fps):
+    """Up to 128 frames: rounding of the product never takes a frame below the whole number that it stands on."""
+    frames = torch.zeros(128, 28, 28, 3, dtype=torch.uint8)
+    prompt = encode_prompt(qwen2_5, frames, "", (1000, 1000), float(fps))
+    times = prompt.positions[0, prompt.ids == qwen2_5.video_id]
+    assert (times - times[0]).tolist() == [math.floor(i * Fraction(4) / Fraction(fps)) for i in range(64)]
+
+
+def test_positions_of_qwen3_equal_transformers(checkpoints):
+    """The one family whose positions transformers 5 counts as its weights were trained."""
+    policy = load_policy(str(checkpoints["qwen3_vl"]))
+    for prompt, (t, h, w) in zip(make_prompts(policy), SHAPES, strict=True):
+        grid = torch.tensor([[-(-t // 2), 2 * h, 2 * w]])
+        kinds = 2 * (prompt.ids == policy.video_id).int()
+        theirs, delta = policy.model.model.get_rope_index(prompt.ids[None], kinds[None], video_grid_thw=grid)
+        assert torch.equal(prompt.positions, theirs[:, 0])
+        assert prompt.next_position == len(prompt.ids) + int(delta)
+
+
+def test_qwen3_tells_the_time_in_the_prompt(checkpoints):
+    """Five frames at 2 fps: the slices hold 0 and 0.5 s, 1 and 1.5 s, 2 s and its copy (at 2.5 s)."""
+    policy = load_policy(str(checkpoints["qwen3_vl"]))
+    text = policy.tokenizer.decode(make_prompts(policy)[0].ids)
+    block = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
+    assert f"user\n<0.2 seconds>{block}<1.2 seconds>{block}<2.2 seconds>{block}{SENTENCES[0]}<|im_end|>" in text
+
+
+def test_text_that_imitates_the_special_tokens_is_refused(qwen2_5):
+    frames = torch.zeros(2, 28, 28, 3, dtype=torch.uint8)
+    with pytest.raises(ModelError, match=r"'a <\|video_pad\|> b' holds '<\|'.*remove"):
+        encode_prompt(qwen2_5, frames, "a <|video_pad|> b", (1000, 1000), 2.0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def test_the_random_models_are_not_trivial(policy):
+    """Else the equalities below would say little: the logits spread, and video and sentence matter to them."""
+    first, second, _ = make_prompts(policy)
+    ids = list(range(10, 20))
+    logits = answer_logits(policy, first, ids)
+    assert logits[logits > -torch.inf].std() > 1
+    other_video = replace(first, frames=255 - first.frames)
+    assert (answer_logits(policy, other_video, ids) - logits).nan_to_num().abs().max() > 0.1
+    assert (answer_logits(policy, second, ids) - logits).nan_to_num().abs().max() > 0.1
+    other_positions = replace(first, positions=torch.arange(len(first.ids)).expand(3, -1))
+    assert (answer_logits(policy, other_positions, ids) - logits).nan_to_num().abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_greedy_rollout_is_the_argmax_of_full_forwards(policy):
+    policy, prompts = with_many_ends(policy), make_prompts(policy)
+    answers = rollout(policy, prompts, 1, 20, 0.0, KEYS)
+    for prompt, (completion,) in zip(prompts, answers, strict=True):
+        best = answer_logits(policy, prompt, completion.ids).argmax(-1)
+        assert completion.ids == best.tolist()
+    assert len({len(completion.ids) for (completion,) in answers}) > 1  # some left the batch before others
+
+
+@torch.no_grad()
+def test_sampled_rollout_is_a_redraw_from_full_forwards(policy):
+    """Token t of answer g is the first whose cumulative probability exceeds the t-th number of its own stream."""
+    policy, prompts = with_many_ends(policy), make_prompts(policy)
+    answers = rollout(policy, prompts, 5, 16, 0.8, KEYS)
+    lengths = set()
+    for key, prompt, group in zip(KEYS, prompts, answers, strict=True):
+        for g, completion in enumerate(group):
+            uniform = np.random.default_rng([*key, g]).random(16)
+            probabilities = answer_logits(policy, prompt, completion.ids, 0.8).double().softmax(-1).numpy()
+            redrawn = [int((p.cumsum() <= u).sum()) for p, u in zip(probabilities, uniform, strict=False)]
+            assert completion.ids == redrawn
+            ended = [token in policy.eos_ids for token in completion.ids]
+            assert not any(ended[:-1]) and completion.truncated == (not ended[-1])
+            assert ended[-1] or len(completion.ids) == 16
+            lengths.add(len(completion.ids))
+    assert len(lengths) > 4
+
+
+def test_an_answer_depends_on_its_key_alone(policy):
+    """Not on the others in the batch, their number, or that of its siblings."""
+    policy, prompts = with_many_ends(policy), make_prompts(policy)
+    together = ids_of(rollout(policy, prompts, 4, 12, 1.0, KEYS))
+    for prompt, key, group in zip(prompts, KEYS, together, strict=True):
+        assert ids_of(rollout(policy, [prompt], 4, 12, 1.0, [key])) == [group]
+        assert ids_of(rollout(policy, [prompt], 2, 12, 1.0, [key])) == [group[:2]]
+    backwards = rollout(policy, prompts[::-1], 4, 12, 1.0, KEYS[::-1])
+    assert ids_of(backwards) == together[::-1]
+    other_keys = ids_of(rollout(policy, prompts, 4, 12, 1.0, [(1, *key[1:]) for key in KEYS]))
+    assert all(a != b for a, b in zip(other_keys, together, strict=True))
+
+
+def test_more_room_continues_the_same_answers(qwen2_5):
+    prompts = make_prompts(qwen2_5)
+    short, long = (ids_of(rollout(qwen2_5, prompts, 2, n, 1.0, KEYS)) for n in (6, 12))
+    assert short == [[ids[:6] for ids in group] for group in long]
+
+
+def test_both_end_tokens_end_an_answer(policy):
+    """Nearly uniform sampling, 64 answers of up to 100 tokens: each end token comes up, and stops its answer."""
+    prompt = make_prompts(policy)[1]
+    ends = policy.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert set(policy.eos_ids) == set(ends) and policy.end_id == ends[0]
+    (answers,) = rollout(policy, [prompt], 64, 100, 100.0, [(5,)])
+    for completion in answers:
+        whole = completion.ids[-1] in ends
+        assert completion.truncated == (not whole) and (whole or len(completion.ids) == 100)
+        body = completion.ids[:-1] if whole else completion.ids
+        assert not set(body) & set(ends) and completion.text == policy.tokenizer.decode(body)
+    assert {completion.ids[-1] for completion in answers} >= set(ends)
+    drawn = {token for completion in answers for token in completion.ids}
+    assert len(drawn) > 300 and not drawn & set(policy.forbidden_ids)
+
+
+def test_truncated_flag(qwen2_5):
+    """One token: the answer is cut unless that token is the end."""
+    prompt = make_prompts(qwen2_5)[0]
+    ((completion,),) = rollout(qwen2_5, [prompt], 1, 1, 0.0, [(0,)])
+    text = qwen2_5.tokenizer.decode(completion.ids)
+    assert completion == Completion(completion.ids, text, truncated=True)
+    ending = replace(qwen2_5, eos_ids=completion.ids)
+    ((ended,),) = rollout(ending, [prompt], 1, 1, 0.0, [(0,)])
+    assert ended == Completion(completion.ids, "", truncated=False)
+
+
+def test_placeholders_have_no_probability(policy):
+    """However much the model wants one: it is never sampled, and counts for nothing where tokens are scored."""
+    assert policy.tokenizer.convert_ids_to_tokens(policy.forbidden_ids) == [
+        f"<|{name}|>" for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    ]
+    prompt = make_prompts(policy)[0]
+    (greedy,) = rollout(policy, [prompt], 1, 1, 0.0, [(0,)])
+    with torch.no_grad():  # placeholders that the prompt lacks become ten times louder twins of the likeliest token
+        table = policy.model.get_input_embeddings().weight
+        table[policy.forbidden_ids[2:4]] = 10 * table[greedy[0].ids[0]]
+    (again,) = rollout(policy, [prompt], 1, 8, 0.0, [(0,)])
+    assert again[0].ids[0] == greedy[0].ids[0] and not set(again[0].ids) & set(policy.forbidden_ids)
+    allowed = sorted(set(range(len(policy.tokenizer))) - set(policy.forbidden_ids))
+    batch = pack_completions(policy, [prompt], [[[token] for token in allowed]])
+    with torch.no_grad():
+        total = completion_logprobs(policy, batch, 1.0).exp().sum()
+        batch.target[:] = policy.forbidden_ids[3]  # (its own forward would ask for an image)
+        none = completion_logprobs(policy, batch, 1.0).exp()
+    assert total.item() == pytest.approx(1, abs=1e-5) and (none == 0).all()
+
+
+def test_rollout_in_training_mode(policy):
+    """Gradient checkpointing would drop the cache in training mode; the mode is as before afterwards."""
+    policy, prompts = with_many_ends(policy), make_prompts(policy)
+    policy.model.eval()
+    expected = ids_of(rollout(policy, prompts, 3, 12, 1.0, KEYS))
+    assert not policy.model.training
+    policy.model.activation_checkpointing_enable()
+    policy.model.train()
+    assert ids_of(rollout(policy, prompts, 3, 12, 1.0, KEYS)) == expected
+    assert all(module.training for module in policy.model.modules())
+
+
+def test_generation_config_has_no_influence(qwen2_5):
+    """The checkpoint says top_k 1 and a repetition penalty (conftest); without them nothing changes."""
+    assert qwen2_5.model.generation_config.repetition_penalty == 1.05
+    assert qwen2_5.model.generation_config.top_k == 1
+    prompts = make_prompts(qwen2_5)
+    sampled = rollout(qwen2_5, prompts, 4, 12, 1.0, KEYS)
+    qwen2_5.model.generation_config.update(repetition_penalty=1.0, top_k=0, top_p=1.0, temperature=1.0)
+    assert rollout(qwen2_5, prompts, 4, 12, 1.0, KEYS) == sampled
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+LENGTHS = ([3, 1, 9], [6, 6, 2, 4], [12])  # of the answers to the three prompts; packed rows are padded
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_tokens_are_scored_as_they_were_drawn(policy, temperature):
+    policy, prompts = with_many_ends(policy), make_prompts(policy)
+    completions = ids_of(rollout(policy, prompts, 4, 12, temperature, KEYS))
+    batch = pack_completions(policy, prompts, completions)
+    with torch.no_grad():
+        logprobs = completion_logprobs(policy, batch, temperature)
+        slow = slow_logprobs(policy, prompts, completions, temperature)
+    assert logprobs.shape == batch.mask.shape == (12, max(map(len, slow)))
+    for row, mask, expected in zip(logprobs, batch.mask, slow, strict=True):
+        assert int(mask.sum()) == len(expected)
+        torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=2e-5)
+        assert (row[len(expected) :] == 0).all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_packed_gradients_equal_one_at_a_time(checkpoints, policy, dtype, checkpointing):
+    """float64 as far as transformers lets it: its norms, its rotary tables, and our log-softmax are float32."""
+    policy = load_policy(str(checkpoints[policy.model.config.model_type]), dtype=dtype)
+    prompts, completions = make_prompts(policy), random_completions(policy, LENGTHS)
+    weights = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for group in LENGTHS for n in group]
+    parameters = dict(policy.model.named_parameters())
+
+    slow = slow_logprobs(policy, prompts, completions, 0.9)
+    loss = sum((w * values).sum() for w, values in zip(weights, slow, strict=True))
+    expected = dict(zip(parameters, torch.autograd.grad(loss, parameters.values()), strict=True))
+
+    if checkpointing:
+        policy.model.activation_checkpointing_enable()
+    policy.model.train()
+    batch = pack_completions(policy, prompts, completions)
+    logprobs = completion_logprobs(policy, batch, 0.9, chunk=7)  # 43 tokens: the last chunk is not full
+    tolerance = 2e-6 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(logprobs[batch.mask], torch.cat(slow), rtol=0, atol=tolerance)
+    (torch.cat(weights) * logprobs[batch.mask]).sum().backward()
+    size = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    for name, parameter in parameters.items():
+        assert (parameter.grad - expected[name]).norm() <= tolerance * size, name
+        assert expected[name].abs().max() > 0 or "bias" in name, name  # it would pass with no gradient at all
+
+
+def test_scoring_is_the_same_in_any_batch_and_chunk(policy):
+    """Padding, batch mates and siblings change nothing."""
+    prompts, completions = make_prompts(policy), random_completions(policy, LENGTHS)
+    with torch.no_grad():
+        together = pack_completions(policy, prompts, completions)
+        values = completion_logprobs(policy, together, 1.0)[together.mask]
+        chunked = completion_logprobs(policy, together, 1.0, chunk=5)[together.mask]
+        alone = []
+        for prompt, group in zip(prompts, completions, strict=True):
+            for ids in group:
+                alone += completion_logprobs(policy, pack_completions(policy, [prompt], [[ids]]), 1.0)
+    torch.testing.assert_close(chunked, values, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(alone), values, rtol=0, atol=2e-5)
+
+
+def test_temperature_divides_the_logits(qwen2_5):
+    prompts, completions = make_prompts(qwen2_5), random_completions(qwen2_5, LENGTHS)
+    batch = pack_completions(qwen2_5, prompts, completions)
+    with torch.no_grad():
+        for temperature in (0.5, 1.0, 2.0):
+            logprobs = completion_logprobs(qwen2_5, batch, temperature)[batch.mask]
+            logits = [
+                answer_logits(qwen2_5, prompt, ids)
+                for prompt, group in zip(prompts, completions, strict=True)
+                for ids in group
+            ]
+            expected = (torch.cat(logits) / temperature).log_softmax(-1)  # log_softmax(logits / T)
+            expected = expected.gather(1, batch.target[:, None])[:, 0]
+            torch.testing.assert_close(logprobs, expected, rtol=0, atol=3e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoint folders
+
+
+def test_saved_policy_is_a_stock_checkpoint(policy, tmp_path):
+    """from_pretrained of transformers reads it, with the same logits; an aborted save is no obstacle."""
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    leftover = tmp_path / "out.tmp"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    (leftover / "config.json").write_text("{")
+    save_policy(policy, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    stock = type(policy.model).from_pretrained(tmp_path / "out", dtype=torch.float32)
+    prompt, ids = make_prompts(policy)[0], [11, 12, 13]
+    with torch.no_grad():
+        expected = answer_logits(policy, prompt, ids)
+        assert torch.equal(answer_logits(replace(policy, model=stock), prompt, ids), expected)
+        again = load_policy(str(tmp_path / "out"))
+        assert torch.equal(answer_logits(again, make_prompts(again)[0], ids), expected)
+    assert again.preprocessor == policy.preprocessor and again.eos_ids == policy.eos_ids
+    assert again.model.generation_config.repetition_penalty == 1.05  # left as found, for others to use
+
+
+def test_preprocessor_of_the_folder_wins(checkpoints, tmp_path):
+    folder = copy_of(checkpoints["qwen2_5_vl"], tmp_path / "other")
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    frames = torch.full((2, 28, 28, 3), 51, dtype=torch.uint8)
+    values, grid = load_policy(str(folder)).patches(frames)
+    assert grid.tolist() == [1, 2, 2]
+    torch.testing.assert_close(values, torch.full_like(values, 0.2))
+
+
+def copy_of(source, target, leave_out=()):
+    target.mkdir()
+    for path in source.iterdir():
+        if path.name not in leave_out:
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def load_error(folder):
+    """The message of the ModelError that loading the folder ends with: one line that names it."""
+    with pytest.raises(ModelError) as caught:
+        load_policy(str(folder))
+    message = str(caught.value)
+    assert str(folder) in message and "\n" not in message
+    return message
+
+
+def test_load_errors_of_folders_that_are_no_qwen_vl(checkpoints, tmp_path):
+    nothing = load_error(tmp_path / "nothing")
+    assert "neither a checkpoint folder (with a config.json) nor a known hub id" in nothing
+    (tmp_path / "empty").mkdir()
+    assert "neither a checkpoint folder" in load_error(tmp_path / "empty")
+    (tmp_path / "file").write_text("weights")
+    assert "neither a checkpoint folder" in load_error(tmp_path / "file")
+
+    remedy = "use one of qwen2_vl, qwen2_5_vl, qwen3_vl, for example Qwen/Qwen2.5-VL-7B-Instruct"
+    for model_type in ("llama", "qwen2", "clip"):
+        (tmp_path / model_type).mkdir()
+        (tmp_path / model_type / "config.json").write_text(json.dumps({"model_type": model_type}))
+        message = load_error(tmp_path / model_type)
+        assert f"is a '{model_type}'; {remedy}" in message
+    for model_type in ("qwen3_5", "qwen3_5_moe"):
+        (tmp_path / model_type).mkdir()
+        (tmp_path / model_type / "config.json").write_text(json.dumps({"model_type": model_type}))
+        message = load_error(tmp_path / model_type)
+        assert f"is a '{model_type}' (Qwen3.5's linear-attention layers" in message and remedy in message
+
+
+def test_load_errors_of_incomplete_folders(checkpoints, tmp_path):
+    source = checkpoints["qwen2_5_vl"]
+    no_weights = copy_of(source, tmp_path / "no_weights", ["model.safetensors"])
+    assert "does not load: " in load_error(no_weights) and "model.safetensors" in load_error(no_weights)
+
+    broken = copy_of(source, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:1000])
+    assert "does not load: " in load_error(broken)
+
+    bad_json = copy_of(source, tmp_path / "bad_json")
+    (bad_json / "config.json").write_text("{")
+    assert "config.json" in load_error(bad_json)
+
+    no_tokenizer = copy_of(source, tmp_path / "no_tokenizer", ["tokenizer.json", "tokenizer_config.json"])
+    load_error(no_tokenizer)
+
+    silent = copy_of(source, tmp_path / "silent", ["chat_template.jinja"])
+    config = json.loads((silent / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (silent / "tokenizer_config.json").write_text(json.dumps(config))
+    assert "the tokenizer lacks a chat template; use the one shipped with Qwen-VL" in load_error(silent)
+
+
+def test_weights_of_another_shape_or_name_are_refused(checkpoints, tmp_path):
+    """transformers would fill what it does not find with random numbers, and only warn."""
+    source = checkpoints["qwen2_5_vl"]
+    shape = copy_of(source, tmp_path / "shape")
+    config = json.loads((shape / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 64
+    (shape / "config.json").write_text(json.dumps(config))
+    message = load_error(shape)
+    assert "do not fit its config.json" in message and ".mlp.down_proj" in message
+
+    deeper = copy_of(source, tmp_path / "deeper")
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 3
+    config["text_config"].pop("layer_types", None)
+    (deeper / "config.json").write_text(json.dumps(config))
+    message = load_error(deeper)
+    assert "do not fit its config.json" in message and "layers.2." in message
