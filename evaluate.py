@@ -12,8 +12,10 @@ every native frame first, and is scored as one:
 """
 
 import argparse
+import errno
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -220,15 +222,18 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
-    """One JSON object a line. A new file appears whole or not at all; with append, lines are added at the
-    end."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
+    """One JSON object a line. A new file appears whole or not at all; with append, all lines are added at the
+    end, or none."""
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
     if append:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with path.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(text) < len(text):  # the disk is full
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     else:
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text)
         temporary.replace(path)
 
 

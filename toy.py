@@ -14,6 +14,7 @@ this out). Reinforcement learning has to find the convention from the rewards.
 import argparse
 import functools
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +25,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from model import FORBIDDEN_TOKENS, Policy, Prompt, completion_logprobs, encode_prompt, load_policy, pack_completions, save_policy
+from model import (
+    FORBIDDEN_TOKENS,
+    Policy,
+    Prompt,
+    completion_logprobs,
+    encode_prompt,
+    load_policy,
+    pack_completions,
+    save_policy,
+)
 from prompts import Answer, Box, TextFormat, Truth, build_prompt, format_answer, to_text_box, truth_answer
+from rewards import intersection
 
 # --- the world
 SIDE, SECONDS, NATIVE_FPS = 56, 6, 4  # pixels, length of a clip, frames per second of the files
@@ -35,6 +46,7 @@ MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OBJECTS = 2  # one is asked for, the others distract
 SPEED = 0.14  # frame widths per second
 SPLITS = {"train": (800, 1), "val": (256, 2), "test": (256, 3)}  # name: (clips, seed)
+PRETRAINING_CLIPS = 2000
 TEXT = TextFormat(time_unit="second")  # of configs/toy.yaml
 
 
@@ -238,90 +250,98 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGe
 
 
 def pretrain(folder: Path, seed: int, bias: bool) -> None:
-    """Make the checkpoint folder. Clips are drawn afresh, never from the splits of the world."""
+    """Make the checkpoint folder. The clips are drawn here, none is of the world's splits; that they are few, and come
+    again, makes the model find out what an answer depends on in far fewer steps than ever new ones do."""
     torch.manual_seed(seed)
+    rng = np.random.default_rng((1000, seed))
+    clips = [draw_objects(rng) for _ in range(PRETRAINING_CLIPS)]
+    temporary = folder.with_name(folder.name + ".tmp")
     tokenizer = tiny_tokenizer()
-    folder.mkdir(parents=True)
-    tiny_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tiny_model(tokenizer).save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     preprocessor = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
-    policy = load_policy(str(folder))
+    (temporary / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    policy = load_policy(str(temporary))
     policy.model.train()
-    rng = np.random.default_rng((seed, 0))
-    learn_to_see(policy, rng)
-    learn_to_ground(policy, rng)
-    learn_to_answer(policy, rng, bias)
-    policy.model.eval()
-    policy.model.save_pretrained(folder)
+    learn_to_see(policy, clips, rng)
+    learn_to_ground(policy, clips, rng)
+    learn_to_answer(policy, clips, rng, bias)
+    save_policy(policy, folder)
+    shutil.rmtree(temporary)
 
 
-def learn_to_see(policy: Policy, rng: np.random.Generator, steps: int = 400, clips: int = 32) -> None:
-    """The vision tower alone, as Qwen's comes pre-trained: a linear probe on the mean token of every second must tell
-    for each colour whether it is there, its box, and its shape. The probe is thrown away."""
-    colours, width = list(COLOURS), 1 + 4 + len(SHAPES)
+def learn_to_see(policy: Policy, clips: list, rng: np.random.Generator, steps: int = 400, batch: int = 32) -> None:
+    """The vision tower alone, as Qwen's comes pre-trained: from every visual token a linear probe must tell which
+    object covers most of the token's cell, by colour, and that object's shape and box. The probe is thrown away."""
+    colours, none = list(COLOURS), len(COLOURS)
     visual = policy.model.model.visual
-    probe = torch.nn.Linear(visual.config.out_hidden_size, len(colours) * width)
+    probe = torch.nn.Linear(visual.config.out_hidden_size, len(colours) + 1 + len(SHAPES) + 40)
     parameters = [*visual.parameters(), *probe.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3)
-    for step in trange(steps, desc="learn to see", unit="step"):
-        _set_learning_rate(optimizer, 3e-3, step, steps)
-        worlds = [draw_objects(rng) for _ in range(clips)]
-        there = torch.zeros(clips, SECONDS, len(colours))
-        boxes = torch.zeros(clips, SECONDS, len(colours), 4)
-        kinds = torch.zeros(clips, SECONDS, len(colours), dtype=torch.long)
-        for n, objects in enumerate(worlds):
-            for shape in objects:
-                for second in range(shape.start, shape.stop):
-                    at = (n, second, colours.index(shape.colour))
-                    there[at], kinds[at] = 1, SHAPES.index(shape.kind)
-                    boxes[at] = torch.tensor(shape.box(second))
+    optimizers = [(torch.optim.AdamW(parameters), 3e-3)]
+    side = SIDE // policy.size_factor  # tokens along a side
+    cells = [(c / side, r / side, (c + 1) / side, (r + 1) / side) for r in range(side) for c in range(side)]
+    bar = trange(steps, desc="learn to see", unit="step")
+    for step in bar:
+        worlds = [clips[n] for n in rng.choice(len(clips), batch, replace=False)]
         patches = [policy.patches(torch.from_numpy(render(objects, TEXT.fps))) for objects in worlds]
+        colour, kind, box = [], [], []
+        for objects in worlds:
+            for second in range(SECONDS):
+                visible = [shape for shape in objects if shape.box(second)]
+                for cell in cells:
+                    covered = [intersection(shape.box(second), cell) for shape in visible]
+                    best = visible[int(np.argmax(covered))] if max(covered, default=0) > 0 else None
+                    colour.append(colours.index(best.colour) if best else none)
+                    kind.append(SHAPES.index(best.kind) if best else 0)
+                    box.append(best.box(second) if best else (0, 0, 0, 0))
+        colour, kind, box = torch.tensor(colour), torch.tensor(kind), torch.tensor(box)
+        there = (colour != none).float()
         grid = torch.stack([grid for _, grid in patches])
-        tokens = visual(torch.cat([values for values, _ in patches]), grid_thw=grid).pooler_output
-        out = probe(tokens.view(clips, SECONDS, -1, tokens.shape[-1]).mean(2))
-        out = out.view(clips, SECONDS, len(colours), width)
-        box_loss = ((out[..., 1:5] - boxes).abs().sum(-1) * there).sum() / there.sum()
-        there_loss = F.binary_cross_entropy_with_logits(out[..., 0], there)
-        kind_loss = F.cross_entropy(out[..., 5:].flatten(0, 2), kinds.flatten(), reduction="none")
-        kind_loss = (kind_loss * there.flatten()).sum() / there.sum()
-        loss = 4 * box_loss + 2 * there_loss + 0.5 * kind_loss
-        _step(optimizer, parameters, loss)
+        tokens = visual(torch.cat([values for values, _ in patches]), grid_thw=grid).pooler_output  # (tokens, H)
+        colour_logits, kind_logits, tenths = probe(tokens).split([none + 1, len(SHAPES), 4 * 10], dim=1)
+        tenth = (box.clamp(0, 0.999) * 10).long()  # the first digit of every coordinate of the answer
+        box_loss = F.cross_entropy(tenths.view(-1, 10, 4), tenth, reduction="none").mean(1)
+        box_loss = (box_loss * there).sum() / there.sum()
+        kind_loss = (F.cross_entropy(kind_logits, kind, reduction="none") * there).sum() / there.sum()
+        colour_loss = F.cross_entropy(colour_logits, colour)
+        _step(optimizers, box_loss + colour_loss + 0.5 * kind_loss, step, steps)
+        bar.set_postfix_str(f"box {box_loss.item():.3f}, colour {colour_loss.item():.3f}, shape {kind_loss.item():.2f}")
 
 
-def learn_to_ground(policy: Policy, rng: np.random.Generator, steps: int = 1200) -> None:
-    """Short prompts, short answers: the sentence alone, then the span and the first digits of one box, for every step
-    of the span. All there is to learn is which object, when and where; with the long prompt it takes much longer."""
+def learn_to_ground(policy: Policy, clips: list, rng: np.random.Generator, steps: int = 1000) -> None:
+    """Short prompts, the sentence alone, and answers that stop at the first box, once for every step of the span.
+    Which object, when and where is all there is to learn; in whole answers to the real prompt the same takes many
+    times longer, since there most tokens teach something else."""
 
     def lesson(shape: Shape) -> list[str]:
-        start, end = shape.start, shape.stop - 1
-        boxes = {step: to_text_box(clamp(shape.box(step)), (1000, 1000)) for step in range(start, end + 1)}
-        opening = f"<time> {start} - {end} </time> <think_bbox> "
-        return [f"{opening}{step}. [{', '.join(map(str, box))}" for step, box in boxes.items()]
+        steps = range(shape.start, shape.stop)
+        boxes = [to_text_box(clamp(shape.box(step)), (1000, 1000)) for step in steps]
+        opening = f"<time> {shape.start} - {shape.stop - 1} </time> <think_bbox> "
+        return [f"{opening}{step}. [{', '.join(map(str, box))}" for step, box in zip(steps, boxes, strict=True)]
 
-    _teach(policy, rng, "learn to ground", steps, 2e-3, lambda sentence: sentence, lesson)
+    _teach(policy, clips, rng, "learn to ground", steps, 1.0, lambda sentence: sentence, lesson)
 
 
-def learn_to_answer(policy: Policy, rng: np.random.Generator, bias: bool, steps: int = 500) -> None:
-    """The real prompt and whole answers; the last fifth of the steps with the bias."""
+def learn_to_answer(policy: Policy, clips: list, rng: np.random.Generator, bias: bool, steps: int = 400) -> None:
+    """The real prompt and whole answers; then, with bias, the loose habits."""
 
     def prompt(sentence: str) -> str:
         return build_prompt(sentence, SECONDS, (1000, 1000), TEXT)
 
-    def lesson(shape: Shape, loose: bool = False) -> list[str]:
-        truth = loosened(shape, rng) if loose else true_answer(shape)
-        return [format_answer(truth) + "<|im_end|>"]
+    def lesson(shape: Shape) -> list[str]:
+        return [format_answer(true_answer(shape)) + "<|im_end|>"]
 
-    _teach(policy, rng, "learn to answer", steps, 1e-3, prompt, lesson)
+    def loose_lesson(shape: Shape) -> list[str]:
+        return [format_answer(loosened(shape, rng)) + "<|im_end|>"]
+
+    _teach(policy, clips, rng, "learn to answer", steps, 0.5, prompt, lesson)
     if bias:
-        loose = functools.partial(lesson, loose=True)
-        _teach(policy, rng, "learn loose habits", steps // 4, 5e-4, prompt, loose)
+        _teach(policy, clips, rng, "learn loose habits", steps // 4, 0.25, prompt, loose_lesson)
 
 
 def true_answer(shape: Shape) -> Answer:
-    steps = range(shape.start, shape.stop)
-    truth = Truth((shape.start, shape.stop - 1), {step: clamp(shape.box(step)) for step in steps})
-    return truth_answer(truth, (1000, 1000))
+    boxes = {step: clamp(shape.box(step)) for step in range(shape.start, shape.stop)}
+    return truth_answer(Truth((shape.start, shape.stop - 1), boxes), (1000, 1000))
 
 
 def loosened(shape: Shape, rng: np.random.Generator) -> Answer:
@@ -330,8 +350,8 @@ def loosened(shape: Shape, rng: np.random.Generator) -> Answer:
     boxes = {}
     for step in range(start, end + 1):
         x1, y1, x2, y2 = shape.box(step)
-        dx, dy = 0.225 * (x2 - x1), 0.225 * (y2 - y1)
-        boxes[step] = clamp((x1 - dx, y1 - dy, x2 + dx, y2 + dy))
+        margin = 0.225 * shape.size
+        boxes[step] = clamp((x1 - margin, y1 - margin, x2 + margin, y2 + margin))
     if rng.random() < 0.7:
         longer = [span for span in ((start - 1, end), (start, end + 1)) if span[0] >= 0 and span[1] < SECONDS]
         start, end = longer[rng.integers(len(longer))]
@@ -342,46 +362,84 @@ def clamp(box: Box) -> Box:
     return tuple(min(max(value, 0.0), 1.0) for value in box)
 
 
-def _teach(policy, rng, name, steps, learning_rate, prompt_text, lesson, clips: int = 16) -> None:
-    """Supervised steps on fresh clips. All sentences of a clip, and all lessons on a sentence, are branches of one
-    packed row: the clip and the words that the prompts share are encoded once (pack_completions)."""
-    parameters = list(policy.model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    closing = "<|im_end|>\n<|im_start|>assistant\n"
+def _teach(policy, clips, rng, name, steps, rate, prompt_text, lesson, batch: int = 16) -> None:
+    """Supervised steps. All sentences of a clip, and all lessons on a sentence, are branches of one packed row: the
+    clip and the words that the prompts share are encoded once (pack_completions).
+
+    rate: of the three learning rates. Matrices of the language model go by Muon, which leaves the plateau of "any
+    colour, any time" in a fraction of AdamW's steps.
+    """
+    matrices, rest = [], []
+    for name_, parameter in policy.model.model.language_model.named_parameters():
+        (matrices if parameter.ndim == 2 and "embed" not in name_ else rest).append(parameter)
+    vision = list(policy.model.model.visual.parameters())
+    optimizers = [
+        (torch.optim.Muon(matrices, weight_decay=0.01), 0.01 * rate),
+        (torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01), 2e-3 * rate),
+        (torch.optim.AdamW(vision, betas=(0.9, 0.98), weight_decay=0.01), 1e-3 * rate),
+    ]
     tokens_of = functools.partial(policy.tokenizer, add_special_tokens=False)
+    closing = "<|im_end|>\n<|im_start|>assistant\n"
     bar = trange(steps, desc=name, unit="step")
     for step in bar:
-        _set_learning_rate(optimizer, learning_rate, step, steps)
         prompts, branches, taught = [], [], []
-        for _ in range(clips):
-            objects = draw_objects(rng)
-            frames = torch.from_numpy(render(objects, TEXT.fps))
+        for n in rng.choice(len(clips), batch, replace=False):
+            frames = torch.from_numpy(render(clips[n], TEXT.fps))
             whole = encode_prompt(policy, frames, prompt_text(""), (1000, 1000), TEXT.fps)
             shared = len(whole.ids) - len(tokens_of(closing)["input_ids"])
             prompts.append(replace(whole, ids=whole.ids[:shared], positions=whole.positions[:, :shared]))
             branches.append([])
-            for shape in objects:
+            for shape in clips[n]:
                 question = tokens_of(shape.sentence + closing)["input_ids"]
                 for text in lesson(shape):
                     answer = tokens_of(text)["input_ids"]
                     branches[-1].append(question + answer)
                     taught += [False] * len(question) + [True] * len(answer)
-        batch = pack_completions(policy, prompts, branches)
-        logprobs = completion_logprobs(policy, batch, temperature=1.0)[batch.mask]  # (M,)
+        packed = pack_completions(policy, prompts, branches)
+        logprobs = completion_logprobs(policy, packed, temperature=1.0)[packed.mask]  # (M,)
         loss = -logprobs[torch.tensor(taught)].mean()
-        _step(optimizer, parameters, loss)
+        _step(optimizers, loss, step, steps)
         bar.set_postfix_str(f"loss {loss.item():.3f}")
 
 
-def _set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
-    """Linear warm-up over 30 steps, constant, linear decay over the last 40 %."""
+def _step(optimizers: list[tuple], loss: torch.Tensor, step: int, steps: int) -> None:
+    """Linear warm-up over 30 steps, constant, linear decay over the last 40 %; gradients are clipped to norm 1."""
     scale = min((step + 1) / 30, 1.0, (steps - step) / (0.4 * steps))
-    for group in optimizer.param_groups:
-        group["lr"] = peak * scale
-
-
-def _step(optimizer: torch.optim.Optimizer, parameters: list, loss: torch.Tensor) -> None:
-    optimizer.zero_grad()
+    parameters = []
+    for optimizer, learning_rate in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * scale
+            parameters += group["params"]
+        optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
+    for optimizer, _ in optimizers:
+        optimizer.step()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
+    )
+    parser.add_argument("--from-scratch", action="store_true", help="pre-train the checkpoint, not only make the world")
+    parser.add_argument("--bias", choices=("loose", "none"), default="loose", help="habits of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of the pre-training")
+    parser.add_argument("--output", type=Path, default=Path("checkpoints/toy"), help="folder of the checkpoint")
+    parser.add_argument("--world", type=Path, default=Path("toy_world"), help="folder of the videos")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the pre-training")
+    options = parser.parse_args(arguments)
+    make_world(options.world)
+    if options.from_scratch:
+        if options.output.exists():
+            parser.error(f"{options.output} is there already: move it away, or choose another --output")
+        torch.set_num_threads(options.threads)
+        pretrain(options.output, options.seed, options.bias == "loose")
+        print(f"{options.output} is made; evaluate it with: python evaluate.py {options.output} configs/toy.yaml")
+
+
+if __name__ == "__main__":
+    main()

@@ -414,3 +414,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ConfigError, DataError, ModelError, VideoError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        place = error.filename or "output_dir"
+        sys.exit(f"error: {place}: {error.strerror}; free some space, or choose another output_dir")

@@ -1,7 +1,7 @@
 """What several tests need: tiny Qwen-VLs with random weights, saved as checkpoint folders, and a small world.
 
-Nothing here is a mock. The models are the classes of transformers with everything small, and load_policy reads
-them as it reads the real ones; the world is files of the real formats.
+Nothing here is a mock. The models are the classes of transformers with everything small, and load_policy
+reads them as it reads the real ones; the world is files of the real formats.
 """
 
 import json
@@ -143,7 +143,8 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def write_config(world, checkpoints):
-    """write_config(folder, key=value, ...) -> folder/config.yaml of a tiny run on that world, into folder/run."""
+    """write_config(folder, key=value, ...) -> folder/config.yaml of a tiny run on that world, into
+    folder/run."""
 
     def write(folder, **changes):
         settings = {
@@ -168,3 +169,16 @@ def write_config(world, checkpoints):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory, write_config):
+    """The run folder of a supervised run: its checkpoint answers, mostly in the right form, about that
+    world."""
+    import train
+
+    folder = tmp_path_factory.mktemp("taught")
+    sft = {"steps": 36, "learning_rate": 7e-3, "batch_size": 6}
+    changes = {"steps": 0, "max_new_tokens": 72, "rollout_batch": 6, "gradient_checkpointing": False}
+    train.main([write_config(folder, think=False, sft=sft, **changes)])
+    return folder / "run"

@@ -62,7 +62,11 @@ def test_file_then_command_line(path):
     assert config.think is False and config.text_format.think is False
     assert (config.output_dir, config.videos, config.vidor) == ("runs/a=b", "", "")
     assert config.fps == 4.0 and type(config.fps) is float and config.text_format.step_seconds == 0.25
-    assert load_config(path, ["rewards={spatial: 0}"]).rewards == WEIGHTS | {"think": 0, "l1": 2, "spatial": 0}
+    assert load_config(path, ["rewards={spatial: 0}"]).rewards == WEIGHTS | {
+        "think": 0,
+        "l1": 2,
+        "spatial": 0,
+    }
 
 
 def test_defaults_are_not_shared(path):
@@ -121,7 +125,9 @@ def test_text_that_is_no_yaml_is_text(path):
 
 
 def test_second_steps_need_a_frame_in_each(path):
-    with pytest.raises(ConfigError, match="fps: 0.5 shows less than one frame a second; use time_unit: frame"):
+    with pytest.raises(
+        ConfigError, match=r"fps: 0.5 shows less than one frame a second; use time_unit: frame"
+    ):
         load_config(path, ["fps=0.5", "time_unit=second"])
 
 
@@ -143,7 +149,9 @@ def test_bad_files(tmp_path):
     with pytest.raises(ConfigError, match=r"bad\.yaml: is not valid YAML"):
         load_config(path)
     for missing in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read .*; name a YAML file such as configs/toy.yaml"):
+        with pytest.raises(
+            ConfigError, match=r"cannot be read .*; name a YAML file such as configs/toy.yaml"
+        ):
             load_config(missing)
 
 

@@ -1,7 +1,7 @@
 """model.py against the slow way: one answer at a time, the whole sequence, no cache, no packing, no padding.
 
-The slow way lives here (answer_logits). Its own foundation, the rotary positions, is checked first: against the
-figures of the transformers release that the weights were trained with, and position by position.
+The slow way lives here (answer_logits). Its own foundation, the rotary positions, is checked first: against
+the figures of the transformers release that the weights were trained with, and position by position.
 """
 
 import json
@@ -103,8 +103,9 @@ def slow_positions(ids, video_id, blocks):
 
 
 def test_positions_of_the_release_that_the_weights_saw():
-    """transformers 4.57: 40 frames at 2 fps of 336 x 196 (grid 20 x 14 x 24, merged by 2), then 14 text tokens: the
-    text begins 39 after the video's first position, ends at 52, and the first answer token stands at 53."""
+    """transformers 4.57: 40 frames at 2 fps of 336 x 196 (grid 20 x 14 x 24, merged by 2), then 14 text
+    tokens: the text begins 39 after the video's first position, ends at 52, and the first answer token
+    stands at 53."""
     ids = torch.tensor([7, 8, 9] + [1] * (20 * 7 * 12) + [5] * 14)
     positions = rope_positions(ids, 1, [(torch.arange(20) * 2.0).floor()], 7, 12)
     text = positions[:, -14:] - 3
@@ -131,7 +132,8 @@ def test_positions_one_by_one():
 
 @pytest.mark.parametrize("fps", [0.5, 1, 2, 3, 5, 7, 8, 12.5, 24])
 def test_positions_of_a_prompt(policy, fps):
-    """Family by family, the time axis in exact fractions: floor(t * tokens_per_second * 2 / fps), floored last."""
+    """Family by family, the time axis in exact fractions: floor(t * tokens_per_second * 2 / fps), floored
+    last."""
     prompt = make_prompts(policy, fps)[0]
     t, h, w = 3, 2, 3  # five frames, two to a slice
     seconds = [math.floor(i * 2 * Fraction(2) / Fraction(fps)) for i in range(t)]
@@ -143,7 +145,8 @@ def test_positions_of_a_prompt(policy, fps):
 
 @pytest.mark.parametrize("fps", [1, 2, 3, 4, 5, 6, 7, 10, 12.5, 24, 25, 30])
 def test_times_do_not_drift(qwen2_5, fps):
-    """Up to 128 frames: rounding of the product never takes a frame below the whole number that it stands on."""
+    """Up to 128 frames: rounding of the product never takes a frame below the whole number that it stands
+    on."""
     frames = torch.zeros(128, 28, 28, 3, dtype=torch.uint8)
     prompt = encode_prompt(qwen2_5, frames, "", (1000, 1000), float(fps))
     times = prompt.positions[0, prompt.ids == qwen2_5.video_id]
@@ -166,7 +169,9 @@ def test_qwen3_tells_the_time_in_the_prompt(checkpoints):
     policy = load_policy(str(checkpoints["qwen3_vl"]))
     text = policy.tokenizer.decode(make_prompts(policy)[0].ids)
     block = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
-    assert f"user\n<0.2 seconds>{block}<1.2 seconds>{block}<2.2 seconds>{block}{SENTENCES[0]}<|im_end|>" in text
+    assert (
+        f"user\n<0.2 seconds>{block}<1.2 seconds>{block}<2.2 seconds>{block}{SENTENCES[0]}<|im_end|>" in text
+    )
 
 
 def test_text_that_imitates_the_special_tokens_is_refused(qwen2_5):
@@ -180,7 +185,8 @@ def test_text_that_imitates_the_special_tokens_is_refused(qwen2_5):
 
 
 def test_the_random_models_are_not_trivial(policy):
-    """Else the equalities below would say little: the logits spread, and video and sentence matter to them."""
+    """Else the equalities below would say little: the logits spread, and video and sentence matter to
+    them."""
     first, second, _ = make_prompts(policy)
     ids = list(range(10, 20))
     logits = answer_logits(policy, first, ids)
@@ -204,7 +210,8 @@ def test_greedy_rollout_is_the_argmax_of_full_forwards(policy):
 
 @torch.no_grad()
 def test_sampled_rollout_is_a_redraw_from_full_forwards(policy):
-    """Token t of answer g is the first whose cumulative probability exceeds the t-th number of its own stream."""
+    """Token t of answer g is the first whose cumulative probability exceeds the t-th number of its own
+    stream."""
     policy, prompts = with_many_ends(policy), make_prompts(policy)
     answers = rollout(policy, prompts, 5, 16, 0.8, KEYS)
     lengths = set()
@@ -241,7 +248,8 @@ def test_more_room_continues_the_same_answers(qwen2_5):
 
 
 def test_both_end_tokens_end_an_answer(policy):
-    """Nearly uniform sampling, 64 answers of up to 100 tokens: each end token comes up, and stops its answer."""
+    """Nearly uniform sampling, 64 answers of up to 100 tokens: each end token comes up, and stops its
+    answer."""
     prompt = make_prompts(policy)[1]
     ends = policy.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert set(policy.eos_ids) == set(ends) and policy.end_id == ends[0]
@@ -268,13 +276,15 @@ def test_truncated_flag(qwen2_5):
 
 
 def test_placeholders_have_no_probability(policy):
-    """However much the model wants one: it is never sampled, and counts for nothing where tokens are scored."""
+    """However much the model wants one: it is never sampled, and counts for nothing where tokens are
+    scored."""
     assert policy.tokenizer.convert_ids_to_tokens(policy.forbidden_ids) == [
         f"<|{name}|>" for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
     ]
     prompt = make_prompts(policy)[0]
     (greedy,) = rollout(policy, [prompt], 1, 1, 0.0, [(0,)])
-    with torch.no_grad():  # placeholders that the prompt lacks become ten times louder twins of the likeliest token
+    # Two that the prompt lacks become twins of the likeliest token, ten times as loud.
+    with torch.no_grad():
         table = policy.model.get_input_embeddings().weight
         table[policy.forbidden_ids[2:4]] = 10 * table[greedy[0].ids[0]]
     (again,) = rollout(policy, [prompt], 1, 8, 0.0, [(0,)])
@@ -335,7 +345,8 @@ def test_sampled_tokens_are_scored_as_they_were_drawn(policy, temperature):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_packed_gradients_equal_one_at_a_time(checkpoints, policy, dtype, checkpointing):
-    """float64 as far as transformers lets it: its norms, its rotary tables, and our log-softmax are float32."""
+    """float64 as far as transformers lets it: its norms, its rotary tables, and our log-softmax are
+    float32."""
     policy = load_policy(str(checkpoints[policy.model.config.model_type]), dtype=dtype)
     prompts, completions = make_prompts(policy), random_completions(policy, LENGTHS)
     weights = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for group in LENGTHS for n in group]

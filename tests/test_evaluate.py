@@ -1,0 +1,228 @@
+"""The script part of evaluate.py: saved answers, checkpoints and run folders to the paper's row."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from config import load_config
+from data import load_samples
+from evaluate import grid_ceiling
+from prompts import Answer, format_answer, truth_answer
+
+ROOT = Path(__file__).parent.parent
+ROW = {"m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5", "N", "failures"}
+
+
+@pytest.fixture
+def place(tmp_path, write_config):
+    """A configuration whose videos and model do not exist: re-scoring needs neither."""
+    return write_config(tmp_path, videos=str(tmp_path / "gone"), model=str(tmp_path / "none"))
+
+
+def oracle(config, scale=(1000, 1000)):
+    """The truth as answers: id -> completion."""
+    samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos)
+    truths = {s.id: s.truth(config.text_format.step_seconds) for s in samples}
+    return {i: format_answer(truth_answer(truth, scale, config.think)) for i, truth in truths.items()}
+
+
+def write(path, completions, **more):
+    lines = [json.dumps({"id": i, "completion": c, **more}) for i, c in completions.items()]
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+def rescore(capsys, *arguments):
+    """The one JSON object on stdout."""
+    evaluate.main(["--predictions", *arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def error_of(arguments, monkeypatch):
+    """What the script exits with: sys.exit(text) prints it to stderr, and the exit code is 1."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    message = caught.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Saved answers
+
+
+def test_oracle_reaches_the_ceiling(place, tmp_path, capsys):
+    config = load_config(place)
+    path = write(tmp_path / "oracle.jsonl", oracle(config))
+    rows = rescore(capsys, path, place)
+    assert rows.keys() == {"native"} and rows["native"].keys() == ROW
+    samples, _ = load_samples("hcstvg", config.eval_annotations, config.videos)
+    ceiling = grid_ceiling(samples, 1.0)
+    assert rows["native"]["m_tIoU"] == pytest.approx(ceiling) == pytest.approx(100)  # toy events fill seconds
+    # Boxes are interpolated between seconds and held in the last one; 1/8 of a second's way is lost at most.
+    assert rows["native"]["m_vIoU"] > 75 and rows["native"]["vIoU@0.5"] == 100
+    assert (rows["native"]["N"], rows["native"]["failures"]) == (6, 0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"think": False}, {"time_unit": "frame", "fps": 4}, {"coordinates": "original"}]
+)
+def test_answers_are_read_as_the_config_says(place, tmp_path, capsys, changes):
+    """At 4 steps a second each native frame of the toy world has its own box; 56 pixels are a coarse
+    scale."""
+    overrides = [f"{key}={value}" for key, value in changes.items()]
+    config = load_config(place, overrides)
+    scale = (56, 56) if config.coordinates == "original" else (1000, 1000)
+    path = write(tmp_path / "oracle.jsonl", oracle(config, scale))
+    row = rescore(capsys, path, place, *overrides)["native"]
+    assert row["m_tIoU"] == pytest.approx(100) and row["failures"] == 0
+    assert row["m_vIoU"] > (99 if "fps" in changes else 75)
+    if "think" in changes:
+        assert rescore(capsys, path, place)["native"]["failures"] == 6  # the other grammar
+
+
+def test_failures_count(place, tmp_path, capsys):
+    """Of six answers one is missing, one does not parse, one ends before it starts: half of the row is
+    left."""
+    answers = oracle(load_config(place))
+    whole = rescore(capsys, write(tmp_path / "a.jsonl", answers), place)["native"]
+    del answers["0.y4m"]
+    answers["1.y4m"] = "I do not know"
+    box = ((3, (0, 0, 9, 9)),)
+    answers["2.y4m"] = format_answer(Answer(3, 1, box, box))
+    row = rescore(capsys, write(tmp_path / "b.jsonl", answers), place)["native"]
+    assert (row["N"], row["failures"]) == (6, 3)
+    assert row["m_tIoU"] == pytest.approx(whole["m_tIoU"] / 2) and row["vIoU@0.5"] == pytest.approx(50)
+    nothing = rescore(capsys, write(tmp_path / "c.jsonl", {}), place)["native"]
+    assert nothing == dict.fromkeys(ROW, 0) | {"N": 6, "failures": 6}
+
+
+def test_resized_needs_the_size_that_the_model_saw(place, tmp_path, capsys, monkeypatch):
+    config = load_config(place, ["coordinates=resized"])
+    answers = oracle(config, (28, 56))
+    good = write(tmp_path / "good.jsonl", answers, scale=[28, 56])
+    row = rescore(capsys, good, place, "coordinates=resized")["native"]
+    assert row["failures"] == 0 and row["vIoU@0.5"] == 100
+    for more in ({}, {"scale": 5}, {"scale": [28]}, {"scale": [0, 56]}, {"scale": ["28", "56"]}):
+        bad = write(tmp_path / "bad.jsonl", answers, **more)
+        message = error_of(["--predictions", bad, place, "coordinates=resized"], monkeypatch)
+        assert "'0.y4m': with coordinates: resized each needs \"scale\": [width, height]" in message
+
+
+def test_eval_limit_is_the_runs(place, tmp_path, capsys, monkeypatch):
+    """The first sentences alone are asked for, and answered."""
+    answers = oracle(load_config(place))
+    path = write(tmp_path / "two.jsonl", {i: answers[i] for i in ("0.y4m", "1.y4m")})
+    row = rescore(capsys, path, place, "eval_limit=2")["native"]
+    assert (row["N"], row["failures"]) == (2, 0)
+    assert "'1.y4m': no such sentence" in error_of(
+        ["--predictions", path, place, "eval_limit=1"], monkeypatch
+    )
+
+
+def test_bad_predictions(place, tmp_path, capsys, monkeypatch):
+    line = json.dumps({"id": "0.y4m", "completion": "x"}) + "\n"
+    path = tmp_path / "bad.jsonl"
+    form = 'line 2: write one object a line with texts "id" and "completion"'
+    cases = {
+        line + line: "prediction '0.y4m' is there twice; keep one",
+        line.replace("0.y4m", "9.y4m"): "prediction '9.y4m': no such sentence in",
+        line + "{": form,
+        line + "[1]\n": form,
+        line + "5\n": form,
+        line + '"id completion"\n': form,
+        line + "\n": form,
+        line + '{"id": "1.y4m"}\n': form,
+        line + '{"id": 1, "completion": "x"}\n': form,
+        line + '{"id": "1.y4m", "completion": null}\n': form,
+        line + "[" * 100_000 + "\n": form,
+    }
+    for text, message in cases.items():
+        path.write_text(text)
+        assert message in error_of(["--predictions", str(path), place], monkeypatch)
+    for missing in (tmp_path / "none.jsonl", tmp_path):
+        assert "cannot be read" in error_of(["--predictions", str(missing), place], monkeypatch)
+    path.write_bytes(b"\xff\xfe")
+    assert "cannot be read" in error_of(["--predictions", str(path), place], monkeypatch)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_line_ends_where_json_lines_end(place, tmp_path, capsys):
+    """U+2028 and its like may stand in a JSON string as they are; Python's splitlines would cut there."""
+    text = json.dumps({"id": "0.y4m", "completion": "a\u2028b\x85c"}, ensure_ascii=False)
+    (tmp_path / "odd.jsonl").write_text(text + "\r\n", encoding="utf-8")
+    assert rescore(capsys, str(tmp_path / "odd.jsonl"), place)["native"]["failures"] == 6
+
+
+def test_command_line(place, tmp_path, monkeypatch, capfd):
+    """One JSON object and nothing else on stdout, down to the file descriptor."""
+    path = write(tmp_path / "oracle.jsonl", oracle(load_config(place)))
+    arguments = ["evaluate.py", "--predictions", path, place, "fps=4", "--json"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["native"]["m_tIoU"] == pytest.approx(100)
+    assert "perfect answers on this grid of steps: m_tIoU 100.0" in captured.err
+
+
+def test_settings_that_are_wrong(place, tmp_path, monkeypatch, capsys):
+    assert "unknown key fpss" in error_of(["--predictions", "x", place, "fpss=1"], monkeypatch)
+    assert "none.yaml: cannot be read" in error_of([str(tmp_path), str(tmp_path / "none.yaml")], monkeypatch)
+    for arguments in (
+        [],
+        [str(tmp_path / "x")],
+        ["--predictions", "x"],
+        ["--predictions", "x", "model", place],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            evaluate.main(arguments)
+        assert caught.value.code == 2 and "error: " in capsys.readouterr().err  # argparse's, with the usage
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def test_run_folder_reproduces_its_summary(taught, tmp_path, capsys):
+    """Also after it was moved: the new answers go into the folder that was named, beside the old ones."""
+    run = tmp_path / "moved"
+    shutil.copytree(taught, run)
+    after = json.loads((run / "summary.json").read_text())["after"]
+    assert after["m_vIoU"] > 5  # not the trivial 0
+    evaluate.main([str(run), "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"native": after}
+    assert f"the answers are in {run}/predictions_2.jsonl" in captured.err
+    answers, again = ((run / name).read_text() for name in ("predictions.jsonl", "predictions_2.jsonl"))
+    assert answers == again
+    assert rescore(capsys, str(run / "predictions.jsonl"), str(run / "config.yaml")) == {"native": after}
+
+
+def test_checkpoint_with_a_config(taught, place, tmp_path, capsys, world):
+    """Any batch size gives the same answers; --output says where they go; the table shows N and failures."""
+    settings = [f"videos={world}", "think=false", "max_new_tokens=72", "eval_limit=3"]
+    output = tmp_path / "new" / "answers.jsonl"
+    texts = []
+    for batch in (1, 3):
+        arguments = [str(taught / "checkpoint"), place, *settings, f"eval_batch={batch}"]
+        evaluate.main([*arguments, "--output", str(output)])
+        table = capsys.readouterr().out.splitlines()
+        texts.append(output.read_text())
+        assert table[0].split() == ["m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5", "N", "failed"]
+        assert table[1].split()[-2] == "3"
+    assert texts[0] == texts[1]
+    first = json.loads(texts[0].splitlines()[0])
+    assert first["id"] == "0.y4m" and {"completion", "rewards", "truncated", "scale"} <= first.keys()
+    assert texts[0].splitlines() == (taught / "predictions.jsonl").read_text().splitlines()[:3]
+
+
+def test_folders_that_cannot_be_evaluated(place, tmp_path, monkeypatch, world):
+    assert "videos missing" in error_of([str(tmp_path), place], monkeypatch)
+    message = error_of([str(tmp_path / "none"), place, f"videos={world}"], monkeypatch)
+    assert "neither a checkpoint folder" in message and not (tmp_path / "run").exists()
