@@ -7,8 +7,10 @@ instead.
 framework that the authors used, unless the comment gives another reason.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,12 +155,12 @@ def _typed(key: str, value, kind: type, where: str):
         except ValueError as error:
             raise ConfigError(f"{where}: {key}: {error}") from None
     if kind is float and isinstance(value, str):  # YAML reads 1e-6 as text, since it has no point
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if kind is float and type(value) is int:
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {key}: {value!r} must be a finite number")
     if kind is str and value is None:
         return ""
     if type(value) is not kind:

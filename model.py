@@ -34,11 +34,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLVisionAttention,
     apply_rotary_pos_emb_vision,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from data import Sample
 from prompts import TextFormat, build_prompt
 from video import frame_size, patchify, read_frames, resize
+
+logging.disable_progress_bar()  # transformers' bars for loading and saving, between ours
 
 
 class ModelError(ValueError):
@@ -101,7 +103,7 @@ class Policy:
         return patchify(frames, *sizes, self.image_mean, self.image_std)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Loading
 
 
@@ -171,9 +173,11 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
 
 
 def speed_up_vision(model: torch.nn.Module) -> None:
-    """Qwen2.5-VL's vision tower without two detours of transformers' that cost half of its time on a CPU; no number
-    changes. Attention calls the kernel once for each distinct window size, not in a Python loop over the windows;
-    the patch embedding, a convolution whose stride is its kernel, becomes the matrix product that it is."""
+    """Qwen2.5-VL's vision tower without two detours that cost half of its time on a CPU; no number changes.
+
+    Attention calls its kernel once for each distinct size of window, not in a Python loop over all windows;
+    the patch embedding, a convolution whose stride is its kernel, becomes the matrix product that it is.
+    """
     for module in model.modules():
         if isinstance(module, Qwen2_5_VLVisionAttention):
             module.forward = types.MethodType(_window_attention, module)
@@ -191,7 +195,7 @@ def _window_attention(self, hidden_states, cu_seqlens, position_embeddings, **_)
     out = torch.empty_like(q)
     for length in lengths.unique().tolist():
         rows = window_length == length
-        windows = [x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v)]  # (windows, heads, length, d)
+        windows = [x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v)]  # (w, heads, l, d)
         out[rows] = F.scaled_dot_product_attention(*windows).transpose(1, 2).flatten(0, 1)
     return self.proj(out.flatten(1))
 
@@ -233,7 +237,7 @@ def _eos_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
     return sorted(eos | {tokenizer.convert_tokens_to_ids("<|im_end|>")})
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The prompt
 
 
@@ -332,7 +336,7 @@ def _visual_inputs(policy: Policy, prompts: list[Prompt]) -> dict[str, torch.Ten
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -442,7 +446,7 @@ def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> 
     return token.clamp(max=logits.shape[-1] - 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Scoring
 
 

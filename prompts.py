@@ -2,10 +2,13 @@
 
 An answer (STVG-o1, Fig. 2) is text, nothing in the model changes:
 
-    <time> 5 - 7 </time> <think_bbox> 5. [271, 30, 395, 212], ... </think_bbox> <pred_bbox> 5. [278, 35, ...], ... </pred_bbox>
+    <time> 5 - 7 </time>
+    <think_bbox> 5. [271, 30, 395, 212], 6. [267, 24, 393, 216], 7. [270, 18, 395, 221] </think_bbox>
+    <pred_bbox> 5. [278, 35, 399, 234], 6. [289, 34, 403, 236], 7. [300, 28, 405, 237] </pred_bbox>
 
-Only this file knows how numbers are written. Inside the program boxes are (x1, y1, x2, y2) floats in [0, 1] of
-the frame, and time is a *step*: a cell of the clip, step i covers the seconds [i * d, (i + 1) * d) (class TimeGrid).
+(on one line). Only this file knows how numbers are written. Inside the program boxes are (x1, y1, x2, y2)
+floats in [0, 1] of the frame, and time is a *step*, a cell of the clip: step i covers the seconds
+[i * d, (i + 1) * d) (class TimeGrid).
 """
 
 import math
@@ -17,17 +20,16 @@ COORDINATES = ("norm1000", "resized", "original")
 TIME_UNITS = ("frame", "second")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The three choices of how answers are written
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How numbers stand in the text. The paper states none of the three choices (see README, "Assumptions")."""
+    """How numbers stand in the text. The first two choices are not in the paper (README, "Assumptions")."""
 
-    coordinates: str = (
-        "norm1000"  # norm1000: 0-1000 | resized: pixels the model sees | original: pixels of the file
-    )
+    # norm1000: 0 to 1000 across the frame | resized: pixels the model sees | original: pixels of the file
+    coordinates: str = "norm1000"
     time_unit: str = "frame"  # a step is one sampled frame (1 / fps seconds) or one "second"
     think: bool = True  # False: no <think_bbox> part, the "RFT" row of Table 5
     fps: float = 2.0  # frames per second that the model sees
@@ -71,28 +73,29 @@ class TimeGrid:
         return min(int(step * self.step_seconds * self.fps + 1e-6), self.num_frames - 1)
 
     def first_frame(self, step: int) -> int:
-        """The first native frame f with f / fps >= step * d; a step covers [first_frame(i), first_frame(i + 1))."""
+        """The first native frame f with f / fps >= step * d; step i covers first_frame(i) up to
+        first_frame(i + 1), exclusive."""
         return min(math.ceil(step * self.step_seconds * self.fps - 1e-6), self.num_frames)
 
     def steps_of(self, first: int, stop: int) -> tuple[int, int]:
-        """First and last step (inclusive) whose sampled frames lie in native frames [first, stop); where there is
-        none, the event lies inside one step and that step is the answer."""
+        """First and last step (inclusive) whose sampled frames lie in native frames [first, stop); where
+        there is none, the event lies inside one step and that step is the answer."""
         inside = [i for i in range(self.num_steps) if first <= self.sampled_frame(i) < stop]
         if not inside:
             inside = [min(int(first / self.fps / self.step_seconds + 1e-6), self.num_steps - 1)]
         return inside[0], inside[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The truth and the answer
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is asked for, in steps: first and last step (inclusive), and a box in [0, 1] for each step that has one."""
+    """What is asked for, in steps."""
 
-    span: tuple[int, int]
-    boxes: dict[int, Box]
+    span: tuple[int, int]  # first and last step, inclusive
+    boxes: dict[int, Box]  # step -> box in [0, 1]; a step of the span may have none
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,11 @@ class Answer:
 
     start: int
     end: int
-    think: (
-        tuple[tuple[int, Box], ...] | None
-    )  # ((step, (x1, y1, x2, y2)), ...); None in an answer without thinking
+    think: tuple[tuple[int, Box], ...] | None  # ((step, (x1, y1, x2, y2)), ...); None without thinking
     pred: tuple[tuple[int, Box], ...]
 
 
-# Every quantifier is possessive ("*+"), so the matcher never goes back: time is linear in the text, whatever it is.
+# Every quantifier is possessive ("*+"): the matcher never goes back, so time is linear in any text.
 _NUMBER = r"[0-9]{1,5}+"
 _BOX = r"\s*+,\s*+".join([_NUMBER] * 4)
 _ITEM = rf"{_NUMBER}\s*+\.\s*+\[\s*+{_BOX}\s*+\]"
@@ -133,7 +134,7 @@ def parse_answer(text: str, think: bool = True) -> Answer | None:
 
 
 def _parse_list(items: str) -> tuple[tuple[int, Box], ...]:
-    """ "5. [271, 30, 395, 212], 6. [...]" -> ((5, (271, 30, 395, 212)), (6, ...)); the text has matched _LIST."""
+    """A text that has matched _LIST: "5. [271, 30, 395, 212], ..." -> ((5, (271, 30, 395, 212)), ...)."""
     numbers = [int(number) for number in _INTEGER.findall(items)]
     return tuple((numbers[k], tuple(numbers[k + 1 : k + 5])) for k in range(0, len(numbers), 5))
 
@@ -176,7 +177,7 @@ def from_text_box(box: Box, scale: tuple[int, int]) -> Box:
 def truth_answer(truth: Truth, scale: tuple[int, int], think: bool = True) -> Answer:
     """The answer that says the truth: what supervised fine-tuning teaches, and what scores the full reward.
 
-    A step of the span without a box borrows that of the nearest step that has one: an answer lists every step.
+    An answer lists every step of its span: a step without a box borrows that of the nearest one with.
     """
     start, end = truth.span
     nearest = {i: min(truth.boxes, key=lambda step: (abs(step - i), step)) for i in range(start, end + 1)}
@@ -184,12 +185,12 @@ def truth_answer(truth: Truth, scale: tuple[int, int], think: bool = True) -> An
     return Answer(start, end, items if think else None, items)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The prompt (not in the paper, which shows none for its own model)
 
 
 def build_prompt(sentence: str, num_steps: int, scale: tuple[int, int], text_format: TextFormat) -> str:
-    """The user's words beside the video. The sentence comes last, so that prompts of one video share the rest."""
+    """The user's words beside the video. The sentence comes last: prompts of one video share the rest."""
     where = {
         "norm1000": "x and y go from 0 to 1000 across the frame",
         "resized": f"x and y are pixels of the {scale[0]} x {scale[1]} frames shown",

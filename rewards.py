@@ -36,7 +36,7 @@ Span = tuple[int, int]  # first and last step, inclusive; empty where last < fir
 MISSING: Box = (0.0, 0.0, 0.0, 0.0)  # stands for a box that the answer leaves out, and is not valid
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Geometry of two boxes, xyxy in [0, 1]
 
 
@@ -80,7 +80,7 @@ def l1(a: Box, b: Box) -> float:
     return sum(abs(p - q) for p, q in zip(a, b, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The rewards. Steps are never enumerated from the numbers of an answer: "0 - 99999" costs what "0 - 1" costs.
 
 
@@ -130,7 +130,7 @@ def total_reward(terms: dict[str, float], weights: dict = WEIGHTS) -> float:
     return sum(weights[name] * rewards[name] for name in names)  # Eq. 10
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # From a text to its score
 
 
@@ -218,7 +218,7 @@ def _viou(span: Span, boxes: dict[int, Box], truth: Truth) -> float:
     return float(shared / (max(span[1], truth.span[1]) - min(span[0], truth.span[0]) + 1))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The bench
 
 

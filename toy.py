@@ -3,17 +3,19 @@
     python toy.py                       make the world, toy_world/ (train.py does it by itself)
     python toy.py --from-scratch        pre-train the checkpoint again, checkpoints/toy (about 10 minutes)
 
-The world: clips of 6 s in which coloured shapes appear, move and vanish; each sentence singles one of them out. It is
-written as HC-STVG annotations and video files (.y4m, which needs no encoder), and read back like any data set.
+The world: clips of 6 s in which coloured shapes appear, move and vanish; each sentence singles one of them
+out. It is written as HC-STVG annotations and video files (.y4m, which needs no encoder), and read back like
+any data set.
 
-The checkpoint stands for the off-the-shelf model: it sees, it knows the answer format, but not the *convention* of
-this data set's annotations: it was taught loose boxes and spans that often run a second too long (--bias none leaves
-this out). Reinforcement learning has to find the convention from the rewards.
+The checkpoint stands for the off-the-shelf model: it sees, it knows the answer format, but not the
+*convention* of this data set's annotations: it was taught loose boxes and spans that often run a second too
+long (--bias none leaves this out). Reinforcement learning has to find the convention from the rewards.
 """
 
 import argparse
 import functools
 import json
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +30,6 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from model import (
     FORBIDDEN_TOKENS,
     Policy,
-    Prompt,
     completion_logprobs,
     encode_prompt,
     load_policy,
@@ -47,10 +48,11 @@ OBJECTS = 2  # one is asked for, the others distract
 SPEED = 0.14  # frame widths per second
 SPLITS = {"train": (800, 1), "val": (256, 2), "test": (256, 3)}  # name: (clips, seed)
 PRETRAINING_CLIPS = 2000
+CHECKPOINT = Path(__file__).parent / "checkpoints/toy"
 TEXT = TextFormat(time_unit="second")  # of configs/toy.yaml
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The world of moving shapes
 
 
@@ -74,7 +76,9 @@ class Shape:
         """The box in [0, 1] at a time of the clip; None while it is not there."""
         if not self.start <= seconds < self.stop:
             return None
-        x, y = (o + d * SPEED * (seconds - self.start) for o, d in zip(self.origin, MOVES[self.move], strict=True))
+        x, y = (
+            o + d * SPEED * (seconds - self.start) for o, d in zip(self.origin, MOVES[self.move], strict=True)
+        )
         return x - self.size / 2, y - self.size / 2, x + self.size / 2, y + self.size / 2
 
 
@@ -87,7 +91,9 @@ def draw_objects(rng: np.random.Generator) -> list[Shape]:
         start = rng.integers(0, SECONDS - length + 1)
         way = [direction * SPEED * length for direction in MOVES[move]]  # stays inside the frame all the way
         origin = tuple(rng.uniform(size / 2 - min(0, w), 1 - size / 2 - max(0, w)) for w in way)
-        objects.append(Shape(str(colour), str(kind), str(move), size, origin, int(start), int(start + length)))
+        objects.append(
+            Shape(str(colour), str(kind), str(move), size, origin, int(start), int(start + length))
+        )
     return objects
 
 
@@ -157,7 +163,9 @@ def write_y4m(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 # BT.601, the studio range (16-235, 16-240) that players assume
-_RGB_TO_YCBCR = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255
+_RGB_TO_YCBCR = (
+    np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255
+)
 
 
 def to_ycbcr(frames: np.ndarray) -> np.ndarray:
@@ -165,31 +173,42 @@ def to_ycbcr(frames: np.ndarray) -> np.ndarray:
     return (frames @ _RGB_TO_YCBCR.T + (16, 128, 128)).round().clip(0, 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The tiny Qwen2.5-VL
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *FORBIDDEN_TOKENS)
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
-    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# One token per digit as in Qwen; per word; and per mark of the answer together with its spaces, to keep it short.
+# One token per digit as in Qwen; per word; and per mark of the answer together with its spaces, to keep it
+# short.
 PIECES = r" ?</?[a-z_]+> ?|[0-9]|\. \[|\], |, | - | ?[A-Za-z]+|[^A-Za-z0-9]"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, so that every text can be written; the words of the toy's prompts and answers are whole tokens."""
-    example = truth_answer(Truth((0, 1), {0: (0, 0, 1, 1)}), (1000, 1000))
-    texts = [build_prompt("", SECONDS, (1000, 1000), TEXT), format_answer(example), "user\n", "assistant\n0123456789"]
-    texts += [f"the {c} {s} moves {m}" for c in COLOURS for s in SHAPES for m in MOVES]
-    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    """Byte-level, so that every text can be written. The words of the toy's sentences and the marks of the
+    answer are whole tokens, and so is what stands between the numbers of the prompt: it is always the
+    same."""
+    prompts = [build_prompt("", SECONDS, (1000, 1000), replace(TEXT, think=think)) for think in (True, False)]
+    phrases = {phrase.strip(" ") for prompt in prompts for phrase in re.split(r"\b[0-9]+\b", prompt)}
+    phrases = sorted((f" ?{re.escape(phrase)}" for phrase in phrases if " " in phrase), key=len, reverse=True)
+    split = pre_tokenizers.Split(Regex("|".join([*phrases, PIECES])), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces = pre_tokenizers.Sequence([split, bytes_])
+
+    example = truth_answer(Truth((0, 1), {0: (0, 0, 1, 1)}), (1000, 1000))
+    texts = [*prompts, format_answer(example), "user\n", "assistant\n0123456789"]
+    texts += [f"the {c} {s} moves {m} the" for c in COLOURS for s in SHAPES for m in MOVES]
     words = sorted({piece for text in texts for piece, _ in pieces.pre_tokenize_str(text)})
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: k for k, token in enumerate(dict.fromkeys([*SPECIAL_TOKENS, *alphabet, *words]))}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))  # a known piece is a token, else its bytes
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, [], ignore_merges=True)
+    )  # a known piece is a token, else its bytes
     tokenizer.pre_tokenizer, tokenizer.decoder = pieces, decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -202,7 +221,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL with everything small: 0.4 M parameters, more than half of them in the vision tower's merger."""
+    """Qwen2.5-VL with everything small: 0.4 M parameters, more than half of them in the vision tower's
+    merger."""
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
     text = {
         "vocab_size": len(tokenizer),
@@ -245,34 +265,42 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGe
     return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Pre-training: from random weights to "sees, and speaks the format", in three stages of growing difficulty
 
 
 def pretrain(folder: Path, seed: int, bias: bool) -> None:
-    """Make the checkpoint folder. The clips are drawn here, none is of the world's splits; that they are few, and come
-    again, makes the model find out what an answer depends on in far fewer steps than ever new ones do."""
+    """Make the checkpoint folder. The clips are drawn here, none is of the world's splits; that they are
+    few, and come again, makes the model find out what an answer depends on in far fewer steps than ever
+    new ones do."""
     torch.manual_seed(seed)
     rng = np.random.default_rng((1000, seed))
     clips = [draw_objects(rng) for _ in range(PRETRAINING_CLIPS)]
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = folder.with_name(folder.name + ".random")
     tokenizer = tiny_tokenizer()
     tiny_model(tokenizer).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     preprocessor = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
-    (temporary / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+    (temporary / "preprocessor_config.json").write_text(
+        json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8"
+    )
     policy = load_policy(str(temporary))
     policy.model.train()
     learn_to_see(policy, clips, rng)
     learn_to_ground(policy, clips, rng)
-    learn_to_answer(policy, clips, rng, bias)
+    learn_to_answer(policy, clips, rng)
+    if bias:
+        learn_loose_habits(policy, clips, rng)
     save_policy(policy, folder)
     shutil.rmtree(temporary)
 
 
-def learn_to_see(policy: Policy, clips: list, rng: np.random.Generator, steps: int = 400, batch: int = 32) -> None:
-    """The vision tower alone, as Qwen's comes pre-trained: from every visual token a linear probe must tell which
-    object covers most of the token's cell, by colour, and that object's shape and box. The probe is thrown away."""
+def learn_to_see(
+    policy: Policy, clips: list, rng: np.random.Generator, steps: int = 400, batch: int = 32
+) -> None:
+    """The vision tower alone, as Qwen's comes pre-trained: from every visual token a linear probe must
+    tell which object covers most of the token's cell, by colour, and that object's shape and box. The
+    probe is thrown away."""
     colours, none = list(COLOURS), len(COLOURS)
     visual = policy.model.model.visual
     probe = torch.nn.Linear(visual.config.out_hidden_size, len(colours) + 1 + len(SHAPES) + 40)
@@ -297,7 +325,9 @@ def learn_to_see(policy: Policy, clips: list, rng: np.random.Generator, steps: i
         colour, kind, box = torch.tensor(colour), torch.tensor(kind), torch.tensor(box)
         there = (colour != none).float()
         grid = torch.stack([grid for _, grid in patches])
-        tokens = visual(torch.cat([values for values, _ in patches]), grid_thw=grid).pooler_output  # (tokens, H)
+        tokens = visual(
+            torch.cat([values for values, _ in patches]), grid_thw=grid
+        ).pooler_output  # (tokens, H)
         colour_logits, kind_logits, tenths = probe(tokens).split([none + 1, len(SHAPES), 4 * 10], dim=1)
         tenth = (box.clamp(0, 0.999) * 10).long()  # the first digit of every coordinate of the answer
         box_loss = F.cross_entropy(tenths.view(-1, 10, 4), tenth, reduction="none").mean(1)
@@ -305,38 +335,43 @@ def learn_to_see(policy: Policy, clips: list, rng: np.random.Generator, steps: i
         kind_loss = (F.cross_entropy(kind_logits, kind, reduction="none") * there).sum() / there.sum()
         colour_loss = F.cross_entropy(colour_logits, colour)
         _step(optimizers, box_loss + colour_loss + 0.5 * kind_loss, step, steps)
-        bar.set_postfix_str(f"box {box_loss.item():.3f}, colour {colour_loss.item():.3f}, shape {kind_loss.item():.2f}")
+        bar.set_postfix_str(
+            f"box {box_loss.item():.3f}, colour {colour_loss.item():.3f}, shape {kind_loss.item():.2f}"
+        )
 
 
 def learn_to_ground(policy: Policy, clips: list, rng: np.random.Generator, steps: int = 1000) -> None:
-    """Short prompts, the sentence alone, and answers that stop at the first box, once for every step of the span.
-    Which object, when and where is all there is to learn; in whole answers to the real prompt the same takes many
-    times longer, since there most tokens teach something else."""
+    """Answers that stop after the first box, once for every step of the span. Which object, when and where
+    is all there is to learn; with whole answers it takes several times longer, since most of their tokens
+    only repeat it."""
 
     def lesson(shape: Shape) -> list[str]:
         steps = range(shape.start, shape.stop)
         boxes = [to_text_box(clamp(shape.box(step)), (1000, 1000)) for step in steps]
         opening = f"<time> {shape.start} - {shape.stop - 1} </time> <think_bbox> "
-        return [f"{opening}{step}. [{', '.join(map(str, box))}" for step, box in zip(steps, boxes, strict=True)]
+        return [
+            f"{opening}{step}. [{', '.join(map(str, box))}" for step, box in zip(steps, boxes, strict=True)
+        ]
 
-    _teach(policy, clips, rng, "learn to ground", steps, 1.0, lambda sentence: sentence, lesson)
+    _teach(policy, clips, rng, "learn to ground", steps, 1.0, lesson)
 
 
-def learn_to_answer(policy: Policy, clips: list, rng: np.random.Generator, bias: bool, steps: int = 400) -> None:
-    """The real prompt and whole answers; then, with bias, the loose habits."""
-
-    def prompt(sentence: str) -> str:
-        return build_prompt(sentence, SECONDS, (1000, 1000), TEXT)
+def learn_to_answer(policy: Policy, clips: list, rng: np.random.Generator, steps: int = 300) -> None:
+    """Whole answers."""
 
     def lesson(shape: Shape) -> list[str]:
         return [format_answer(true_answer(shape)) + "<|im_end|>"]
 
-    def loose_lesson(shape: Shape) -> list[str]:
+    _teach(policy, clips, rng, "learn to answer", steps, 0.5, lesson)
+
+
+def learn_loose_habits(policy: Policy, clips: list, rng: np.random.Generator, steps: int = 80) -> None:
+    """The deliberate bias."""
+
+    def lesson(shape: Shape) -> list[str]:
         return [format_answer(loosened(shape, rng)) + "<|im_end|>"]
 
-    _teach(policy, clips, rng, "learn to answer", steps, 0.5, prompt, lesson)
-    if bias:
-        _teach(policy, clips, rng, "learn loose habits", steps // 4, 0.25, prompt, loose_lesson)
+    _teach(policy, clips, rng, "learn loose habits", steps, 0.25, lesson)
 
 
 def true_answer(shape: Shape) -> Answer:
@@ -345,7 +380,7 @@ def true_answer(shape: Shape) -> Answer:
 
 
 def loosened(shape: Shape, rng: np.random.Generator) -> Answer:
-    """The deliberate bias: boxes 1.45 times too large about their centre, and 7 of 10 spans a second too long."""
+    """The bias: boxes 1.45 times too large about their centre, and 7 of 10 spans a second too long."""
     start, end = shape.start, shape.stop - 1
     boxes = {}
     for step in range(start, end + 1):
@@ -362,12 +397,12 @@ def clamp(box: Box) -> Box:
     return tuple(min(max(value, 0.0), 1.0) for value in box)
 
 
-def _teach(policy, clips, rng, name, steps, rate, prompt_text, lesson, batch: int = 16) -> None:
-    """Supervised steps. All sentences of a clip, and all lessons on a sentence, are branches of one packed row: the
-    clip and the words that the prompts share are encoded once (pack_completions).
+def _teach(policy, clips, rng, name, steps, rate, lesson, batch: int = 16) -> None:
+    """Supervised steps. All sentences of a clip, and all lessons on a sentence, are branches of one packed
+    row: the clip and the words that the prompts share are encoded once (pack_completions).
 
-    rate: of the three learning rates. Matrices of the language model go by Muon, which leaves the plateau of "any
-    colour, any time" in a fraction of AdamW's steps.
+    rate: of the three learning rates. Matrices of the language model go by Muon, which leaves the plateau of
+    "any colour, any time" in a fraction of AdamW's steps.
     """
     matrices, rest = [], []
     for name_, parameter in policy.model.model.language_model.named_parameters():
@@ -379,18 +414,21 @@ def _teach(policy, clips, rng, name, steps, rate, prompt_text, lesson, batch: in
         (torch.optim.AdamW(vision, betas=(0.9, 0.98), weight_decay=0.01), 1e-3 * rate),
     ]
     tokens_of = functools.partial(policy.tokenizer, add_special_tokens=False)
-    closing = "<|im_end|>\n<|im_start|>assistant\n"
     bar = trange(steps, desc=name, unit="step")
     for step in bar:
         prompts, branches, taught = [], [], []
         for n in rng.choice(len(clips), batch, replace=False):
             frames = torch.from_numpy(render(clips[n], TEXT.fps))
-            whole = encode_prompt(policy, frames, prompt_text(""), (1000, 1000), TEXT.fps)
-            shared = len(whole.ids) - len(tokens_of(closing)["input_ids"])
-            prompts.append(replace(whole, ids=whole.ids[:shared], positions=whole.positions[:, :shared]))
+            texts = [build_prompt(shape.sentence, SECONDS, (1000, 1000), TEXT) for shape in clips[n]]
+            whole = [encode_prompt(policy, frames, text, (1000, 1000), TEXT.fps) for text in texts]
+            columns = zip(*(prompt.ids.tolist() for prompt in whole), strict=False)
+            shared = next(k for k, column in enumerate(columns) if len(set(column)) > 1)
+            prompts.append(
+                replace(whole[0], ids=whole[0].ids[:shared], positions=whole[0].positions[:, :shared])
+            )
             branches.append([])
-            for shape in clips[n]:
-                question = tokens_of(shape.sentence + closing)["input_ids"]
+            for shape, prompt in zip(clips[n], whole, strict=True):
+                question = prompt.ids[shared:].tolist()
                 for text in lesson(shape):
                     answer = tokens_of(text)["input_ids"]
                     branches[-1].append(question + answer)
@@ -403,7 +441,8 @@ def _teach(policy, clips, rng, name, steps, rate, prompt_text, lesson, batch: in
 
 
 def _step(optimizers: list[tuple], loss: torch.Tensor, step: int, steps: int) -> None:
-    """Linear warm-up over 30 steps, constant, linear decay over the last 40 %; gradients are clipped to norm 1."""
+    """Linear warm-up over 30 steps, constant, linear decay over the last 40 %; gradients are clipped to
+    norm 1."""
     scale = min((step + 1) / 30, 1.0, (steps - step) / (0.4 * steps))
     parameters = []
     for optimizer, learning_rate in optimizers:
@@ -417,7 +456,7 @@ def _step(optimizers: list[tuple], loss: torch.Tensor, step: int, steps: int) ->
         optimizer.step()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The script
 
 
@@ -425,10 +464,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
     )
-    parser.add_argument("--from-scratch", action="store_true", help="pre-train the checkpoint, not only make the world")
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="pre-train the checkpoint, not only make the world"
+    )
     parser.add_argument("--bias", choices=("loose", "none"), default="loose", help="habits of the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the pre-training")
-    parser.add_argument("--output", type=Path, default=Path("checkpoints/toy"), help="folder of the checkpoint")
+    parser.add_argument("--output", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
     parser.add_argument("--world", type=Path, default=Path("toy_world"), help="folder of the videos")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the pre-training")
     options = parser.parse_args(arguments)
@@ -438,7 +479,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"{options.output} is there already: move it away, or choose another --output")
         torch.set_num_threads(options.threads)
         pretrain(options.output, options.seed, options.bias == "loose")
-        print(f"{options.output} is made; evaluate it with: python evaluate.py {options.output} configs/toy.yaml")
+        print(f"{options.output} is made; its scores: python evaluate.py {options.output} configs/toy.yaml")
 
 
 if __name__ == "__main__":

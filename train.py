@@ -130,22 +130,18 @@ def main(arguments: list[str]) -> None:
     save_policy(policy, run / "checkpoint")
     after = evaluate(policy, eval_samples, config, run / "predictions.jsonl", "after")
     log({"phase": "eval", "step": config.steps, **after}, run)
-    tenth = max(1, len(rewards) // 10)
-    reward = (
-        {"first": float(np.mean(rewards[:tenth])), "last": float(np.mean(rewards[-tenth:]))}
-        if rewards
-        else {}
-    )
-    summary = {"before": before, "after": after, "reward": reward, "seconds": time.time() - started}
-    write_json(summary, run / "summary.json")
+    few = max(1, len(rewards) // 10)  # a single step's mean is noise
+    first, last = (float(np.mean(part)) if part else None for part in (rewards[:few], rewards[-few:]))
+    seconds = time.time() - started
+    reward = {"first": first, "last": last}
+    write_json({"before": before, "after": after, "reward": reward, "seconds": seconds}, run / "summary.json")
     print(format_table({"before": before, "after": after}))
     if rewards:
-        change = f"{reward['first']:.2f} -> {reward['last']:.2f}"
-        print(f"mean sampled reward, first and last {tenth} steps: {change}")
-    print(f"{summary['seconds']:.0f} s; everything is in {run}/; {draw_pictures(run)}")
+        print(f"mean sampled reward, first and last {few} steps: {first:.2f} -> {last:.2f}")
+    print(f"{seconds:.0f} s; everything is in {run}/; {draw_pictures(run)}")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # One training step: sample and score, compare, improve
 
 
@@ -246,7 +242,7 @@ def true_completion(policy: Policy, sample: Sample, prompt: Prompt, config: Conf
     return policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.end_id]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The parts of a step
 
 
@@ -293,7 +289,7 @@ def freeze(policy: Policy) -> Policy:
     return dataclasses.replace(policy, model=model)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Evaluation, logs and the run folder
 
 
@@ -403,7 +399,7 @@ def write_json(value: dict, path: Path) -> None:
 def draw_pictures(run: Path) -> str:
     """Curves and contact sheets where matplotlib is installed; says where they are, or how to get them."""
     if importlib.util.find_spec("matplotlib") is None:
-        return f"for pictures: pip install matplotlib && python visualize.py {run}"
+        return f"for pictures: pip install -r requirements-dev.txt && python visualize.py {run}"
     import visualize
 
     return "pictures: " + ", ".join(str(path) for path in visualize.draw_run(run))
@@ -412,7 +408,7 @@ def draw_pictures(run: Path) -> str:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError, ModelError, VideoError) as error:
+    except (ConfigError, DataError, ModelError, VideoError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         place = error.filename or "output_dir"

@@ -69,7 +69,7 @@ def read_jsonl(path: Path, *keys: str) -> list[dict]:
     return records
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Curves
 
 # Title, phase of the lines in metrics.jsonl, and the metrics drawn (README, "Glossary")
@@ -131,7 +131,7 @@ def trailing_mean(values: list[float], window: int) -> list[float]:
     return [float(np.mean(values[max(0, k + 1 - window) : k + 1])) for k in range(len(values))]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Boxes on frames
 
 LIGHT = 0.6  # what is left of a frame's contrast with white
@@ -168,7 +168,7 @@ def fit(frame: np.ndarray, side: int) -> np.ndarray:
     return resize(frame[None], (width, height))[0].numpy()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The contact sheet. All sizes are in pixels of the picture
 
 SAMPLES = 8  # sentences shown

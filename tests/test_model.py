@@ -4,6 +4,7 @@ The slow way lives here (answer_logits). Its own foundation, the rotary position
 the figures of the transformers release that the weights were trained with, and position by position.
 """
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -12,7 +13,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+import toy
 from model import (
     Completion,
     ModelError,
@@ -23,6 +26,7 @@ from model import (
     rollout,
     rope_positions,
     save_policy,
+    speed_up_vision,
 )
 
 SENTENCES = ("the red circle moves left", "the blue square moves up, then it rests", "a triangle")
@@ -82,7 +86,7 @@ def random_completions(policy, lengths, seed=0):
     return [[rng.choice(allowed, n).tolist() for n in group] for group in lengths]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Rotary positions
 
 
@@ -180,7 +184,7 @@ def test_text_that_imitates_the_special_tokens_is_refused(qwen2_5):
         encode_prompt(qwen2_5, frames, "a <|video_pad|> b", (1000, 1000), 2.0)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -320,7 +324,7 @@ def test_generation_config_has_no_influence(qwen2_5):
     assert rollout(qwen2_5, prompts, 4, 12, 1.0, KEYS) == sampled
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Scoring
 
 
@@ -401,7 +405,7 @@ def test_temperature_divides_the_logits(qwen2_5):
             torch.testing.assert_close(logprobs, expected, rtol=0, atol=3e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Checkpoint folders
 
 
@@ -519,3 +523,24 @@ def test_weights_of_another_shape_or_name_are_refused(checkpoints, tmp_path):
     (deeper / "config.json").write_text(json.dumps(config))
     message = load_error(deeper)
     assert "do not fit its config.json" in message and "layers.2." in message
+
+
+def test_the_fast_vision_tower_changes_no_number():
+    """Windows of several sizes (a grid that 112-pixel windows do not divide), two videos, values and
+    gradients."""
+    model = toy.tiny_model(toy.tiny_tokenizer())
+    config = model.config.to_dict()
+    config["vision_config"]["fullatt_block_indexes"] = [1]
+    slow = Qwen2_5_VLForConditionalGeneration._from_config(
+        Qwen2_5_VLConfig(**config), attn_implementation="sdpa"
+    ).model.visual
+    fast = copy.deepcopy(slow)
+    speed_up_vision(fast)
+    grid = torch.tensor([[3, 14, 24], [2, 4, 4]])
+    patches = torch.randn(int(grid.prod(1).sum()), 3 * 2 * 14 * 14)
+    outputs = [tower(patches, grid_thw=grid).pooler_output for tower in (slow, fast)]
+    torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-5)
+    for output in outputs:
+        output.pow(2).sum().backward()
+    for a, b in zip(slow.parameters(), fast.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4 * float(a.grad.abs().max()), rtol=1e-3)

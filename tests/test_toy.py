@@ -1,0 +1,122 @@
+"""The embedded default: its world is read back by the same code as real data, and its checkpoint is sound."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import toy
+from data import load_hcstvg
+from model import load_policy, make_prompt, rollout
+from prompts import parse_answer
+from video import read_frames
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    splits, toy.SPLITS = toy.SPLITS, {"train": (6, 1), "test": (6, 3)}
+    toy.make_world(folder)
+    toy.SPLITS = splits
+    return folder
+
+
+@pytest.mark.parametrize(("split", "seed"), [("train", 1), ("test", 3)])
+def test_annotations_read_back_as_the_shapes_that_were_drawn(small_world, split, seed):
+    samples, report = load_hcstvg(str(small_world / f"{split}.json"), str(small_world))
+    assert report == {} and len(samples) == 6
+    for n, sample in enumerate(samples):
+        shape = toy.draw_objects(np.random.default_rng((seed, n)))[0]
+        truth = sample.truth(1.0)
+        assert sample.sentence == shape.sentence
+        assert truth.span == (shape.start, shape.stop - 1)
+        for step, box in truth.boxes.items():
+            assert box == pytest.approx(shape.box(step), abs=2e-4)
+
+
+def test_videos_decode_to_the_frames_that_were_rendered(small_world):
+    for n in range(3):
+        rendered = toy.render(toy.draw_objects(np.random.default_rng((1, n))), toy.NATIVE_FPS)
+        frames = read_frames(str(small_world / f"train/{n:04d}.y4m"), [i / 2 for i in range(12)])
+        assert np.abs(frames.astype(int) - rendered[::2]).max() <= 2  # YCbCr has fewer colours than RGB
+
+
+def test_a_finished_world_is_left_alone(small_world):
+    before = {path: path.stat().st_mtime_ns for path in small_world.rglob("*")}
+    splits, toy.SPLITS = toy.SPLITS, {"train": (6, 1)}
+    toy.make_world(small_world)
+    toy.SPLITS = splits
+    assert before == {path: path.stat().st_mtime_ns for path in small_world.rglob("*")}
+
+
+@pytest.mark.parametrize("n", range(40))
+def test_a_sentence_singles_out_one_object_that_stays_in_the_frame(n):
+    objects = toy.draw_objects(np.random.default_rng(n))
+    assert (
+        len({shape.sentence for shape in objects}) == len({shape.colour for shape in objects}) == toy.OBJECTS
+    )
+    for shape in objects:
+        boxes = [shape.box(t / 4) for t in range(toy.SECONDS * 4)]
+        seen = [t for t, box in enumerate(boxes) if box]
+        assert seen == list(range(4 * shape.start, 4 * shape.stop))
+        assert all(-1e-9 <= v <= 1 + 1e-9 for t in seen for v in boxes[t])
+
+
+@pytest.mark.parametrize("kind", toy.SHAPES)
+def test_a_box_is_the_tight_box_of_the_drawn_pixels(kind):
+    shape = toy.Shape("red", kind, "right", 0.5, (0.4, 0.5), 0, 3)
+    for t, frame in enumerate(toy.render([shape], 2)[:6]):
+        rows, columns = np.nonzero((frame == toy.COLOURS["red"]).all(axis=2))
+        drawn = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / toy.SIDE
+        assert drawn == pytest.approx(shape.box(t / 2), abs=1.6 / toy.SIDE)
+
+
+TOKENIZER = toy.tiny_tokenizer()
+
+
+@given(st.text())
+def test_the_tokenizer_writes_every_text(text):
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    assert TOKENIZER.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_digits_are_single_tokens():
+    assert len(TOKENIZER("271, 30", add_special_tokens=False)["input_ids"]) == 3 + 1 + 2
+
+
+def test_loose_habits_are_what_the_docstring_says():
+    rng = np.random.default_rng(0)
+    shape = toy.Shape("red", "circle", "left", 0.2, (0.6, 0.5), 2, 4)
+    answers = [toy.loosened(shape, rng) for _ in range(400)]
+    longer = np.mean([answer.end - answer.start == 2 for answer in answers])
+    assert longer == pytest.approx(0.7, abs=0.07)
+    x1, y1, x2, y2 = dict(answers[0].pred)[2]
+    assert (x2 - x1, y2 - y1) == (290, 290) and (x1 + x2, y1 + y2) == (1200, 1000)
+    exact = toy.true_answer(shape)
+    assert (exact.start, exact.end) == (2, 3) and dict(exact.pred)[2] == (500, 400, 700, 600)
+
+
+def test_pretraining_runs_and_its_folder_loads(tmp_path, monkeypatch):
+    for stage in ("learn_to_see", "learn_to_ground", "learn_to_answer", "learn_loose_habits"):
+        monkeypatch.setattr(toy, stage, functools.partial(getattr(toy, stage), steps=2))
+    monkeypatch.setattr(toy, "PRETRAINING_CLIPS", 40)
+    toy.pretrain(tmp_path / "one", seed=0, bias=True)
+    toy.pretrain(tmp_path / "two", seed=0, bias=True)
+    one, two = (load_policy(str(tmp_path / name)).model.state_dict() for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)  # the seed says everything
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_the_shipped_checkpoint_is_small_and_speaks_the_format(small_world, tmp_path):
+    weights = toy.CHECKPOINT / "model.safetensors"
+    assert weights.stat().st_size <= 2_000_000
+    policy = load_policy(str(toy.CHECKPOINT))
+    samples, _ = load_hcstvg(str(small_world / "test.json"), str(small_world))
+    prompts = [make_prompt(policy, sample, toy.SIDE, toy.TEXT) for sample in samples]
+    answers = rollout(policy, prompts, 1, 160, 0.0, [(0,)] * len(prompts))
+    assert sum(parse_answer(answer[0].text) is not None for answer in answers) >= 5
+    assert json.loads((toy.CHECKPOINT / "config.json").read_text())["model_type"] == "qwen2_5_vl"
