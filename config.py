@@ -1,8 +1,6 @@
-"""The settings of a run: one commented dataclass, a YAML file over it, `key=value` from the command line over
-that.
+"""The settings of a run: one commented dataclass; a YAML file over it; over that `key=value` arguments.
 
-A key that is not a field, a value of the wrong type or out of range is an error that says what to write
-instead.
+A key that is not a field, or a value of the wrong type or range, is an error that says what to write instead.
 "Not in the paper" marks a choice that the paper leaves open; what is taken then is the default of verl, the
 framework that the authors used, unless the comment gives another reason.
 """
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from data import write_whole
 from prompts import TextFormat
 from rewards import check_weights
 
@@ -88,12 +87,23 @@ class Config:
         return TextFormat(self.coordinates, self.time_unit, self.think, self.fps)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML forbids a key that stands twice; PyYAML keeps the last one and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key} stands there twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file and apply `key=value` overrides (`rewards.think=1.0` for a nested key). Raises
-    ConfigError."""
+    """Read a YAML file and apply `key=value` overrides (`rewards.think=1.0` for a nested key). The file must
+    be right by itself: what is wrong after that is the command line's. Raises ConfigError."""
     path = Path(path)
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); name a YAML file such as configs/toy.yaml"
@@ -103,6 +113,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: must hold `key: value` lines, not {type(settings).__name__}")
     config = _fill(Config, settings, str(path))
+    _check(config, str(path))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -116,13 +127,13 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         for parent in reversed(parents):
             nested = {parent: nested}
         config = _fill(Config, _merge(dataclasses.asdict(config), nested), "command line")
-    _check(config, str(path))
+    _check(config, "command line")
     return config
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write every setting, so that the file alone repeats the run."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+    """Write every setting, so that the file alone repeats the run. Raises OSError as write_whole does."""
+    write_whole(Path(path), yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
 
 
 def _merge(base: dict, over: dict) -> dict:
@@ -153,7 +164,7 @@ def _typed(key: str, value, kind: type, where: str):
         try:
             return check_weights(value)
         except ValueError as error:
-            raise ConfigError(f"{where}: {key}: {error}") from None
+            raise ConfigError(f"{where}: {error}") from None  # it names the key
     if kind is float and isinstance(value, str):  # YAML reads 1e-6 as text, since it has no point
         with contextlib.suppress(ValueError):
             value = float(value)

@@ -7,9 +7,12 @@ A sample is one sentence about one clip. Its truth is the box track, frame by fr
 annotated seconds (HC-STVG's st_time, ed_time) disagree with the track by 8-10 frames and are not read.
 """
 
+import codecs
+import contextlib
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from prompts import Box, TimeGrid, Truth
 
@@ -87,6 +90,8 @@ def load_samples(
     (check_videos). vidor: the folder of the box tracks, VidSTG only. Returns the samples in the file's
     order, and what was repaired. Raises DataError.
     """
+    if not annotations:
+        raise DataError("train_annotations and eval_annotations must both name an annotation file")
     if dataset == "hcstvg":
         return load_hcstvg(annotations, videos)
     if dataset == "vidstg":
@@ -139,6 +144,11 @@ def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report
     sentence = record["English"] if "English" in record else _get(where, record, "caption")
     if not isinstance(sentence, str) or not sentence.strip():
         raise DataError(f"{where}: the sentence {_short(sentence)} is not a text")
+    if "<|" in sentence:
+        raise DataError(
+            f"{where}: the sentence {_short(sentence)} holds '<|', the mark of Qwen's special tokens;"
+            " remove it from the sentence"
+        )
     size = record  # v1: width and height stand in the record itself
     if "img_size" in record:
         if not isinstance(record["img_size"], list) or len(record["img_size"]) < 2:
@@ -201,17 +211,72 @@ def _hcstvg_box(where: str, numbers: list, width: int, height: int, repairs: set
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Reading JSON with errors that say where
+# Files: written whole, read with errors that say where
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside it first, then renamed. Raises OSError with the errno, the
+    reason (strerror) and the path (filename), which a full disk's own error lacks; what was there stays."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # it may not even have come into being
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def read_jsonl(path: Path, *keys: str, skip_cut: bool = False) -> list[dict]:
+    """The objects of a file with one on each line, in its order. Raises DataError that names the file and the
+    line, for a file that cannot be read and for a line that is no JSON object with these keys.
+
+    Lines end at newlines only: other line separators, such as U+2028, may stand in a JSON string. skip_cut:
+    leave out a last line that has no newline and does not parse, which is what a run that was killed while
+    it wrote leaves behind.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    whole = lines[-1] == b""  # what follows the last newline
+    if whole:
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            if skip_cut and not whole and number == len(lines):
+                break
+            record = None
+        if not isinstance(record, dict) or not record.keys() >= set(keys):
+            wanted = ", ".join(f'"{key}"' for key in keys)
+            raise DataError(f"{path}, line {number}: is no JSON object with {wanted}; correct or remove it")
+        records.append(record)
+    return records
 
 
 def _read_json(path: str) -> object:
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            return json.load(file, object_pairs_hook=_unique)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:  # the message of a syntax error says line and column
         raise DataError(f"{path}: is not a JSON file: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. json itself would keep the last of two records with the same key, and say nothing."""
+    record = {}
+    for key, value in pairs:
+        if key in record:
+            raise DataError(f"the key {key!r} stands twice in one object; {REMEDY}")
+        record[key] = value
+    return record
 
 
 def _get(where: str, record: dict, name: str) -> object:

@@ -1,8 +1,12 @@
 """Score a model's answers as the paper does (Tables 1-3), or score answers that were saved earlier.
 
     python evaluate.py RUN                                     a run folder of train.py, on its held-out split
+    python evaluate.py RUN/checkpoint_50                       the same with a checkpoint from along the way
     python evaluate.py CHECKPOINT CONFIG key=value ...         any Qwen-VL, on the held-out split of a config
     python evaluate.py --predictions FILE CONFIG --json        saved answers; needs neither model nor video
+
+Answers go to a new predictions.jsonl in RUN, or in a folder beside the config's output_dir whose name is that
+of output_dir and of CHECKPOINT together; --output FILE puts them elsewhere.
 
 First come the metrics as pure functions. A tube is a span and boxes, both on the native frames of the clip:
 ((first, stop), {frame: box in [0, 1]}), the span half-open. What an answer says in steps becomes a tube on
@@ -23,8 +27,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import toy
 from config import Config, ConfigError, load_config
-from data import DataError, Sample, check_videos, format_report, load_samples
+from data import DataError, Sample, check_videos, format_report, load_samples, read_jsonl, write_whole
 from model import ModelError, Policy, load_policy, make_prompt, rollout
 from prompts import Answer, Box, TextFormat, Truth, from_text_box, parse_answer
 from rewards import boxes_by_step, iou, score
@@ -40,8 +45,7 @@ def tube_from_answer(
     scale: tuple[int, int],
     which: str = "pred",
 ) -> Tube | None:
-    """From steps to native frames; None for a failed answer: one that did not parse, or ends before it
-    starts.
+    """From steps to native frames; None for a failed answer: it did not parse, or ends before it starts.
 
     Step i covers the native frames of its cell, and its box belongs to the frame that was sampled
     (TimeGrid). Between sampled frames boxes are interpolated linearly, also across steps without a box;
@@ -49,8 +53,7 @@ def tube_from_answer(
     not exist: a span that lies there altogether is empty. Boxes of steps outside the answer's own span are
     ignored; flipped boxes stay so (their IoU is 0).
 
-    scale: (width, height) of the text's coordinates. which: "pred" or "think", the list to take the boxes
-    from.
+    scale: (width, height) of the text's coordinates. which: the list of boxes, "pred" or "think".
     """
     items = answer and getattr(answer, which)
     if not items or answer.end < answer.start:
@@ -69,8 +72,7 @@ def tube_from_answer(
 
 
 def native_scores(tube: Tube | None, sample: Sample) -> dict[str, float]:
-    """The protocol `native`: every native frame of the clip counts, except truth frames that have no truth
-    box.
+    """The protocol `native`: every native frame of the clip counts, but truth frames without a truth box.
 
     Returns {"tIoU", "vIoU"} in [0, 1] and "failures", 1 for a tube of None, which scores 0.
     """
@@ -88,8 +90,7 @@ def native_scores(tube: Tube | None, sample: Sample) -> dict[str, float]:
 def summarize(scores: list[dict[str, float]]) -> dict[str, float]:
     """A row of the paper's tables, in percent, over ALL sentences (N and failures are counts).
 
-    vIoU@R is the share of sentences with vIoU strictly above R. Raises ValueError where there is nothing to
-    average.
+    vIoU@R is the share of sentences with vIoU strictly above R. Raises ValueError for no scores at all.
     """
     if not scores:
         raise ValueError("no scores to summarize: the split is empty")
@@ -105,8 +106,7 @@ def summarize(scores: list[dict[str, float]]) -> dict[str, float]:
 
 
 def grid_ceiling(samples: list[Sample], step_seconds: float) -> float:
-    """m_tIoU, in percent, of the answers that get the full reward: the truth's steps, read back as native
-    frames.
+    """m_tIoU, in percent, of the answers with the full reward: the truth's steps, read back as native frames.
 
     It is below 100 because truths begin and end between steps. Print it beside the score.
     """
@@ -123,8 +123,7 @@ def grid_ceiling(samples: list[Sample], step_seconds: float) -> float:
 
 
 def decode_split(policy: Policy, samples: list[Sample], config: Config, name: str) -> list[dict]:
-    """The model's answers, greedy unless eval_temperature says otherwise; one record a sample, in their
-    order."""
+    """The model's answers, greedy unless eval_temperature says otherwise: one record a sample, in order."""
     records = []
     with tqdm(total=len(samples), desc=f"evaluate {name}", unit="answer") as bar:
         for first in range(0, len(samples), config.eval_batch):
@@ -172,34 +171,31 @@ def answer_record(
 
 
 def score_predictions(predictions: list[dict], samples: list[Sample], config: Config) -> dict[str, dict]:
-    """protocol -> the paper's row. A sample without a prediction is a failure and counts; a prediction
-    without a sample, or a second one for the same, raises DataError. Nothing but "id" and "completion" is
+    """protocol -> the paper's row. predictions: at most one for each sample. A sample without one is a
+    failure and counts; a prediction without a sample raises DataError. Nothing but "id" and "completion" is
     needed (and "scale" where the coordinates are `resized`, which depend on the model)."""
-    completions: dict[str, dict] = {}
     known = {sample.id for sample in samples}
-    for prediction in predictions:
-        key = prediction["id"]
+    by_id = {prediction["id"]: prediction for prediction in predictions}
+    for key in by_id:
         if key not in known:
             raise DataError(
                 f"prediction {key!r}: no such sentence in {config.eval_annotations}; is it another split's"
                 " (or beyond eval_limit)?"
             )
-        if key in completions:
-            raise DataError(f"prediction {key!r} is there twice; keep one")
-        completions[key] = prediction
     scores = []
     for sample in samples:
-        prediction = completions.get(sample.id)
+        prediction = by_id.get(sample.id)
         if prediction is None:
             scores.append(native_scores(None, sample))
             continue
         answer = parse_answer(prediction["completion"], config.think)
-        scale = _scale_of(prediction, sample, config)
+        scale = scale_of(prediction, sample, config)
         scores.append(native_scores(tube_from_answer(answer, sample, config.text_format, scale), sample))
     return {"native": summarize(scores)}
 
 
-def _scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int]:
+def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int]:
+    """(width, height) that the boxes of a prediction are measured in. Raises DataError."""
     if config.coordinates != "resized":
         return config.text_format.scale((0, 0), (sample.width, sample.height))
     match prediction.get("scale"):
@@ -232,30 +228,20 @@ def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     else:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(text)
-        temporary.replace(path)
+        write_whole(path, text)
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """Raises DataError that names the file and the line."""
-    predictions = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); name a predictions.jsonl") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            prediction = json.loads(line)
-            good = isinstance(prediction["id"], str) and isinstance(prediction["completion"], str)
-        except (ValueError, TypeError, KeyError, RecursionError):
-            good = False
-        if not good:
-            raise DataError(
-                f'{path}, line {number}: write one object a line with texts "id" and "completion"'
-            )
-        predictions.append(prediction)
+    """Saved answers, at most one for each id. Raises DataError that names the file and the line."""
+    predictions = read_jsonl(path, "id", "completion")
+    lines: dict[str, int] = {}
+    for number, prediction in enumerate(predictions, 1):
+        key = prediction["id"]
+        if not (isinstance(key, str) and isinstance(prediction["completion"], str)):
+            raise DataError(f'{path}, line {number}: "id" and "completion" must be texts; correct the line')
+        if key in lines:
+            raise DataError(f"{path}, line {number}: {key!r} is answered in line {lines[key]}; keep one")
+        lines[key] = number
     return predictions
 
 
@@ -279,31 +265,29 @@ def main(arguments: list[str]) -> None:
         if len(places) != 1:
             parser.error("--predictions FILE needs one CONFIG, and no model")
         config = load_config(places[0], settings)
-        samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
-        samples = samples[: config.eval_limit or None]
+        samples = load_eval_samples(config)
         rows = score_predictions(read_predictions(options.predictions), samples, config)
     else:
-        run_config = Path(*places[:1], "config.yaml")
-        if len(places) == 1 and run_config.is_file():
-            checkpoint, config = Path(places[0], "checkpoint"), load_config(run_config, settings)
+        if len(places) == 1:
             folder = Path(places[0])  # not output_dir: a run may have been moved
+            checkpoint = folder / "checkpoint"
+            if not (folder / "config.yaml").is_file():
+                folder, checkpoint = folder.parent, folder
+            if not (folder / "config.yaml").is_file():
+                parser.error(f"{places[0]} is no run of train.py, nor a checkpoint in one: name a CONFIG too")
+            config = load_config(folder / "config.yaml", settings)
         elif len(places) == 2:
             checkpoint, config = places[0], load_config(places[1], settings)
-            folder = Path(config.output_dir)
+            folder = Path(f"{Path(config.output_dir)}_{Path(checkpoint).resolve().name}")
         else:
             parser.error("name a run folder of train.py, or a checkpoint and a CONFIG")
         if config.threads:
             torch.set_num_threads(config.threads)
-        samples, report = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
-        samples = samples[: config.eval_limit or None]
+        samples = load_eval_samples(config)
         check_videos(samples)
-        print(
-            f"{config.eval_annotations}: {len(samples)} sentences\n{format_report(report)}".rstrip(),
-            file=sys.stderr,
-        )
         policy = load_policy(str(checkpoint), device="cuda" if torch.cuda.is_available() else "cpu")
         output = options.output or unused(folder / "predictions.jsonl")
-        output.parent.mkdir(parents=True, exist_ok=True)
+        check_output(output)
         predictions = decode_split(policy, samples, config, str(checkpoint))
         write_jsonl(predictions, output)
         rows = score_predictions(predictions, samples, config)
@@ -312,6 +296,26 @@ def main(arguments: list[str]) -> None:
     print(json.dumps(rows) if options.json else format_table(rows))
     ceiling = grid_ceiling(samples, config.text_format.step_seconds)
     print(f"(perfect answers on this grid of steps: m_tIoU {ceiling:.1f})", file=sys.stderr)
+
+
+def load_eval_samples(config: Config) -> list[Sample]:
+    """The held-out split, made first where it is the toy's; what was repaired is printed."""
+    if config.toy:
+        toy.make_world(config.videos)
+    samples, report = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
+    samples = samples[: config.eval_limit or None]
+    print(f"{config.eval_annotations}: {len(samples)} sentences\n{format_report(report)}", file=sys.stderr)
+    return samples
+
+
+def check_output(path: Path) -> None:
+    """Make the folder of a file that is to be written. Raises OSError, before hours of decoding, where that
+    or the file cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def unused(path: Path) -> Path:
@@ -323,5 +327,8 @@ def unused(path: Path) -> Path:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError, ModelError, VideoError, OSError) as error:
+    except (ConfigError, DataError, ModelError, VideoError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        place = error.filename or "standard output"
+        sys.exit(f"error: {place}: {error.strerror}; free some space, or choose another place with --output")

@@ -129,7 +129,7 @@ def policy_loss(
     old_logprobs = old_logprobs.detach().where(mask, 0.0)
     advantages = advantages.detach().to(logprobs.dtype).unsqueeze(1)  # (B, 1)
 
-    ratio = torch.exp(clamped_log_ratio(logprobs, old_logprobs))  # (B, C), 1 on padding
+    ratio = torch.exp(clamped_log_ratio(logprobs, old_logprobs))  # (B, C), above 0; 1 on padding
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     objective = torch.minimum(ratio * advantages, clipped * advantages)  # Eq. 12, first part
     kl = torch.zeros_like(ratio)
@@ -144,7 +144,8 @@ def policy_loss(
     }
     means = {name: masked_mean(value, mask, aggregation, normalizer) for name, value in values.items()}
     loss = means["policy_loss"] + kl_beta * means["kl"]  # Eq. 12
-    return loss, {name: mean.detach() for name, mean in means.items()} | {"ratio_max": ratio.detach().max()}
+    metrics = {name: mean.detach() for name, mean in means.items()}
+    return loss, metrics | {"ratio_max": ratio.detach().where(mask, 0.0).max()}
 
 
 def _check_shapes(

@@ -1,7 +1,6 @@
 """A Hugging Face Qwen-VL as a policy: load it, encode a prompt, sample answers, score answers.
 
-Nothing in the network is changed. Three things are done our way, each because the obvious way is wrong or
-slow:
+Nothing in the network is changed. Three things are done our way, since the obvious way is wrong or slow:
   * 3-D rotary positions are computed here and passed to every call (rope_positions says why);
   * sampling encodes the prompt, vision tower included, once and expands its KV cache to the G answers
     (rollout);
@@ -9,8 +8,9 @@ slow:
     (completion_logprobs).
 """
 
+import contextlib
 import json
-import math
+import pickle
 import shutil
 import types
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -38,7 +39,7 @@ from transformers.utils import cached_file, logging
 
 from data import Sample
 from prompts import TextFormat, build_prompt
-from video import frame_size, patchify, read_frames, resize
+from video import frame_size, patchify, read_clip, resize
 
 logging.disable_progress_bar()  # transformers' bars for loading and saving, between ours
 
@@ -65,9 +66,9 @@ FAMILIES = {
     "qwen2_5_vl": Family(Qwen2_5_VLForConditionalGeneration, *_CLIP, timed="seconds"),
     "qwen3_vl": Family(Qwen3VLForConditionalGeneration, *_HALF, timed="text"),
 }
-# Never sampled, never scored: a completion with one of these would ask the vision tower for features of
-# nothing.
+# Never sampled, never scored: in a completion they would ask the vision tower for features of nothing.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+EXAMPLE = "Qwen/Qwen2.5-VL-7B-Instruct"  # of a checkpoint, in error messages
 VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
@@ -97,8 +98,7 @@ class Policy:
         return self.patch_size * self.merge_size
 
     def patches(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """frames (T, h, w, 3) uint8 -> pixel values (N, D) and their grid (3,), as the vision tower takes
-        them."""
+        """frames (T, h, w, 3) uint8 -> what the vision tower takes: pixel values (N, D), their grid (3,)."""
         sizes = (self.patch_size, self.merge_size, self.temporal_patch_size)
         return patchify(frames, *sizes, self.image_mean, self.image_std)
 
@@ -106,24 +106,45 @@ class Policy:
 # ----------------------------------------------------------------------------------------------------------
 # Loading
 
+# What transformers and torch raise for a broken folder depends on which of its files is broken, and how.
+BROKEN = (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, EOFError, ImportError)
+BROKEN += (pickle.UnpicklingError, SafetensorError, StrictDataclassError)
 
+
+@contextlib.contextmanager
+def _quiet():
+    """transformers reports in many lines what we say in one."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@_quiet()
 def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Policy:
-    """A policy from a local folder or a hub id. Raises ModelError where it is no Qwen-VL that we can
-    train."""
+    """A policy from a local folder or a hub id. Raises ModelError where it is no Qwen-VL that we can train,
+    or does not load."""
     try:
         config = AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
+    except BROKEN as error:
         raise ModelError(
-            f"model: {checkpoint!r} is neither a checkpoint folder (with a config.json) nor a known hub id: "
-            f"{str(error).splitlines()[0]}"
+            f"model: {checkpoint!r} is neither a checkpoint folder (with a config.json) nor a known hub id:"
+            f" {_reason(error)}; name a folder with a good config.json, or a hub id such as {EXAMPLE}"
         ) from error
     if config.model_type not in FAMILIES:
         hint = ""
         if config.model_type.startswith("qwen3_5"):
             hint = " (Qwen3.5's linear-attention layers cannot score answers under a tree mask)"
         raise ModelError(
-            f"model: {checkpoint!r} is a {config.model_type!r}{hint}; use one of {', '.join(FAMILIES)}, "
-            "for example Qwen/Qwen2.5-VL-7B-Instruct"
+            f"model: {checkpoint!r} is a {config.model_type!r}{hint}; use one of {', '.join(FAMILIES)},"
+            f" for example {EXAMPLE}"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"model: {checkpoint!r} is quantized, and such weights cannot be trained; use the original, for"
+            f" example {EXAMPLE}"
         )
     family = FAMILIES[config.model_type]
     try:
@@ -136,9 +157,9 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError, SafetensorError) as error:
+    except BROKEN as error:
         raise ModelError(
-            f"model: {checkpoint!r} does not load: {str(error).splitlines()[0]}; fetch its files again"
+            f"model: {checkpoint!r} does not load: {_reason(error)}; fetch its files again"
         ) from error
     random = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if random:
@@ -154,7 +175,7 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
         raise ModelError(
             f"model: {checkpoint!r}: the tokenizer lacks {what}; use the one shipped with Qwen-VL"
         )
-    vision, preprocessor = config.vision_config, _read_json(checkpoint, "preprocessor_config.json")
+    vision, preprocessor = config.vision_config, _read_preprocessor(checkpoint)
     return Policy(
         model=model.to(device),
         tokenizer=tokenizer,
@@ -223,10 +244,32 @@ def save_policy(policy: Policy, folder: Path) -> None:
         ) from error
 
 
-def _read_json(checkpoint: str, name: str) -> dict:
-    """A JSON file of a checkpoint folder or hub repository; {} where there is none."""
+def _reason(error: Exception) -> str:
+    """The kind of an error and the first line of its message, of which there may be none."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]]).rstrip(".: ")
+
+
+def _read_preprocessor(checkpoint: str) -> dict:
+    """preprocessor_config.json of a checkpoint folder or hub repository; {} where there is none. Raises
+    ModelError for a broken file, and for colours that are not three numbers."""
+    name = "preprocessor_config.json"
     path = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    try:
+        preprocessor = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"model: {checkpoint!r}: its {name} cannot be read ({_reason(error)}); fetch it again"
+        ) from error
+    if not isinstance(preprocessor, dict):
+        raise ModelError(f"model: {checkpoint!r}: its {name} is no JSON object; fetch it again")
+    for key in ("image_mean", "image_std"):
+        match preprocessor.get(key, [0, 0, 0]):
+            case [int() | float(), int() | float(), int() | float()]:
+                continue
+        raise ModelError(
+            f"model: {checkpoint!r}: {key} in its {name} is not [red, green, blue] in numbers; fetch it again"
+        )
+    return preprocessor
 
 
 def _eos_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
@@ -257,12 +300,11 @@ class Prompt:
 
 def make_prompt(policy: Policy, sample: Sample, max_side: int, text_format: TextFormat) -> Prompt:
     """A sample -> what the model is shown. Sampling and scoring, training and evaluation all come through
-    here."""
+    here. Raises ModelError or VideoError."""
     file_size = (sample.width, sample.height)
     shown_size = frame_size(*file_size, max_side, policy.size_factor)
-    count = max(1, math.ceil(sample.num_frames / sample.fps * text_format.fps - 1e-6))
-    times = [i / text_format.fps for i in range(count)]
-    frames = resize(read_frames(sample.video, times, sample.begin_frame / sample.fps), shown_size)
+    times = [i / text_format.fps for i in range(sample.grid(1 / text_format.fps).num_steps)]
+    frames = resize(read_clip(sample, times), shown_size)
     scale = text_format.scale(shown_size, file_size)
     num_steps = sample.grid(text_format.step_seconds).num_steps
     return encode_prompt(
@@ -273,8 +315,8 @@ def make_prompt(policy: Policy, sample: Sample, max_side: int, text_format: Text
 def encode_prompt(
     policy: Policy, frames: torch.Tensor, text: str, scale: tuple[int, int], fps: float
 ) -> Prompt:
-    """frames (T, h, w, 3) uint8 at fps frames a second, sides multiples of policy.size_factor; text of the
-    user."""
+    """frames: (T, h, w, 3) uint8, fps of them a second, sides multiples of policy.size_factor. text: what the
+    user says about them. scale: as in Prompt. Raises ModelError for a text with special tokens."""
     if "<|" in text:
         raise ModelError(f"the text {text!r} holds '<|', the mark of Qwen's special tokens: remove it")
     t = -(-len(frames) // policy.temporal_patch_size)
@@ -287,8 +329,7 @@ def encode_prompt(
     )
     pads = "<|video_pad|>" * (h * w)
     if policy.family.timed == "text":
-        # Qwen3-VL: the mean time of its frames before each temporal patch, in place of the template's one
-        # block.
+        # Qwen3-VL: a block for each temporal patch, after the mean time of its frames, not one for all.
         times = [i * seconds_per_grid + (policy.temporal_patch_size - 1) / (2 * fps) for i in range(t)]
         blocks = "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
         temporal = [torch.zeros(1)] * t
@@ -358,10 +399,10 @@ def rollout(
 ) -> list[list[Completion]]:
     """Sample num_generations (G) answers to each of B prompts, at temperature 0 the single greedy one.
 
-    keys: for each prompt a tuple of integers, such as (seed, step, number of the prompt): answer g draws its
-    random numbers from key + (g,), so it is the same whoever else is in the batch. The prompts are encoded
-    once, in one padded batch; their KV cache is then expanded to B * G rows, and rows that have ended leave
-    it.
+    keys: for each prompt a tuple of non-negative integers, such as (seed, step, number of the prompt): answer
+    g draws its random numbers from its key and g, so it is the same whoever else is in the batch. Keys of
+    different length, as of training and evaluation, never give the same numbers. The prompts are encoded
+    once, in one padded batch; their KV cache is then expanded to B * G rows, which leave it as they end.
     """
     model, device, G = policy.model, policy.device, num_generations
     was_training = model.training
@@ -389,8 +430,10 @@ def rollout(
     real = real.repeat_interleave(G, 0).to(device)
     position = torch.tensor([p.next_position for p in prompts], device=device)
     position = position.repeat_interleave(G)  # (B * G,)
-    uniform = [np.random.default_rng([*key, g]).random(max_new_tokens) for key in keys for g in range(G)]
-    uniform = torch.tensor(np.stack(uniform), device=device)  # (B * G, max_new_tokens)
+    # The length stands first, since numpy takes [5, 0] and [5, 0, 0] for the same seed.
+    seeds = [[len(key), *key, g] for key in keys for g in range(G)]
+    uniform = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+    uniform = torch.tensor(uniform, device=device)  # (B * G, max_new_tokens)
 
     eos = torch.tensor(policy.eos_ids, device=device)
     alive = torch.arange(rows, device=device)  # which answer each row of the cache belongs to
@@ -431,8 +474,7 @@ def rollout(
 
 
 def _policy_logits(logits: torch.Tensor, temperature: float, policy: Policy) -> torch.Tensor:
-    """What is sampled from and what is scored must be one distribution: fp32, the temperature, no
-    placeholders."""
+    """The one distribution that is sampled from and scored: fp32, at the temperature, no placeholders."""
     logits = logits.float() / (temperature or 1.0)
     return logits.index_fill(-1, torch.tensor(policy.forbidden_ids, device=logits.device), -torch.inf)
 
@@ -453,12 +495,10 @@ def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> 
 @dataclass
 class TreeBatch:
     """B prompts with their completions, packed for scoring: row b is [prompt b, completion 1, ...,
-    completion G], padded on the right to N tokens. The completions (R in all rows together) do not see one
-    another."""
+    completion G], padded on the right to N tokens. The completions, R in all, do not see one another."""
 
     inputs: dict[str, torch.Tensor]
-    # (M,) where in the flattened (B * N) sequence the state that predicts each token stands
-    source: torch.Tensor
+    source: torch.Tensor  # (M,) of the B * N places, the one whose state predicts each token
     target: torch.Tensor  # (M,) the token: all tokens of all R completions, one after the other
     mask: torch.Tensor  # (R, C) which places of a padded table of completions are tokens
 
@@ -485,24 +525,27 @@ def pack_completions(policy: Policy, prompts: list[Prompt], completions: list[li
     i = torch.arange(N)
     causal = i[:, None] >= i[None, :]  # (N, N)
     related = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])  # (B, N, N)
-    lengths = torch.tensor([len(c) for group in completions for c in group])
     inputs = {
         "input_ids": ids.to(device),
         "position_ids": positions.to(device),
         "attention_mask": (causal & related)[:, None].to(device),
         **_visual_inputs(policy, prompts),
     }
-    mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    mask = completion_mask([len(completion) for group in completions for completion in group])
     return TreeBatch(
         inputs, torch.tensor(source, device=device), torch.tensor(target, device=device), mask.to(device)
     )
 
 
+def completion_mask(lengths: list[int]) -> torch.Tensor:
+    """(R, C) true on the tokens of R completions in a table that is padded to the longest one's C."""
+    return torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
+
+
 def completion_logprobs(
     policy: Policy, batch: TreeBatch, temperature: float, chunk: int = 1024
 ) -> torch.Tensor:
-    """Log-probability of every completion token under the policy that is sampled from: (R, C), 0 where
-    padded.
+    """Log-probability of every completion token under the policy that is sampled from: (R, C), 0 on padding.
 
     One forward over the packed rows. Each prompt is encoded once for its G answers, and the (M, V) table of
     logits exists only a chunk of tokens at a time, in the backward pass too.

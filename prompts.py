@@ -41,8 +41,11 @@ class TextFormat:
             raise ValueError(f"time_unit: {self.time_unit!r} is not one of {', '.join(TIME_UNITS)}")
         if not self.fps > 0:
             raise ValueError(f"fps: {self.fps!r} must be above 0")
-        if self.time_unit == "second" and self.fps < 1:
-            raise ValueError(f"fps: {self.fps:g} shows less than one frame a second; use time_unit: frame")
+        if self.time_unit == "second" and not float(self.fps).is_integer():  # else steps begin between frames
+            raise ValueError(
+                f"fps: {self.fps:g} with time_unit: second must be a whole number of frames per second; write"
+                " one, such as fps: 2, or time_unit: frame"
+            )
 
     @property
     def step_seconds(self) -> float:

@@ -10,7 +10,9 @@ Each line of the file is one JSON object; keys that are not listed here pass thr
      "scale": [1000, 1000],                              optional: (width, height) that the text's boxes are
      "think": true}                                      divided by; false: answers without <think_bbox>
 
-Each line of the output is the same object plus "rewards"; a summary goes to stderr.
+Each line of the output is the same object plus "rewards"; a summary goes to stderr. The bench always uses
+the paper's weights: where lines hold "rewards" already, as a run's rollouts.jsonl do, they are replaced, and
+so are the totals of a run with other weights.
 
 **To try another reward, edit this file**: write a function, give it a weight, add it to `score`.
 
@@ -152,8 +154,7 @@ def score(
 
     scale: (width, height) that the text's coordinates are divided by (TextFormat.scale). weights: all of
     WEIGHTS or some. think: False for answers without thinking boxes, whose two terms are then 0. An answer
-    whose span is empty (last step < first step) keeps its format reward and nothing else, by the equations
-    alone.
+    whose span is empty (last step < first step) keeps, by the equations, its format reward alone.
     """
     weights = check_weights(weights)
     answer = parse_answer(completion, think)
@@ -299,9 +300,15 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__.strip())
+        sys.exit()
     if len(sys.argv) != 2:
         sys.exit("usage: python rewards.py FILE.jsonl (what is in the file: see the top of rewards.py)")
     try:
         main(sys.argv[1])
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        place = error.filename or "standard output"
+        sys.exit(f"error: {place}: {error.strerror}; check the path and the free space")

@@ -17,6 +17,9 @@ import functools
 import json
 import re
 import shutil
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,29 +30,34 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from data import write_whole
 from model import (
     FORBIDDEN_TOKENS,
+    ModelError,
     Policy,
+    Prompt,
     completion_logprobs,
     encode_prompt,
     load_policy,
     pack_completions,
+    rollout,
     save_policy,
 )
-from prompts import Answer, Box, TextFormat, Truth, build_prompt, format_answer, to_text_box, truth_answer
-from rewards import intersection
+from prompts import Answer, Box, TextFormat, Truth, build_prompt, format_answer, truth_answer
+from rewards import intersection, score
 
 # --- the world
 SIDE, SECONDS, NATIVE_FPS = 56, 6, 4  # pixels, length of a clip, frames per second of the files
 COLOURS = {"red": (215, 40, 40), "green": (40, 165, 60), "blue": (50, 80, 220), "yellow": (230, 200, 40)}
 SHAPES = ("circle", "square", "triangle")
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-OBJECTS = 2  # one is asked for, the others distract
+OBJECTS = 3  # one is asked for, the others distract
 SPEED = 0.14  # frame widths per second
-SPLITS = {"train": (800, 1), "val": (256, 2), "test": (256, 3)}  # name: (clips, seed)
-PRETRAINING_CLIPS = 2000
+SPLITS = {"train": (512, 1), "val": (128, 2), "test": (256, 3)}  # name: (clips, seed); val is for tuning
+PRETRAINING_CLIPS = 4000
 CHECKPOINT = Path(__file__).parent / "checkpoints/toy"
-TEXT = TextFormat(time_unit="second")  # of configs/toy.yaml
+TEXT = TextFormat(time_unit="second")  # of configs/toy.yaml, as is
+MAX_NEW_TOKENS = 192
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -130,9 +138,7 @@ def make_world(folder: str | Path) -> None:
             key = f"{split}/{n:04d}.y4m"
             write_y4m(folder / key, render(objects, NATIVE_FPS), NATIVE_FPS)
             records[key] = hcstvg_record(objects[0])
-        temporary = annotations.with_suffix(".tmp")  # the annotations come last: they vouch for the clips
-        temporary.write_text(json.dumps(records), encoding="utf-8")
-        temporary.replace(annotations)
+        write_whole(annotations, json.dumps(records).encode())  # last: they vouch for the clips
 
 
 def hcstvg_record(shape: Shape) -> dict:
@@ -156,10 +162,9 @@ def write_y4m(path: Path, frames: np.ndarray, fps: int) -> None:
     """An uncompressed video that needs no encoder: YUV4MPEG2, one full-size plane each for Y, Cb and Cr."""
     _, height, width, _ = frames.shape
     planes = to_ycbcr(frames)
-    with path.open("wb") as file:
-        file.write(f"YUV4MPEG2 W{width} H{height} F{fps}:1 Ip A1:1 C444\n".encode())
-        for frame in planes:
-            file.write(b"FRAME\n" + np.ascontiguousarray(frame.transpose(2, 0, 1)).tobytes())
+    content = f"YUV4MPEG2 W{width} H{height} F{fps}:1 Ip A1:1 C444\n".encode()
+    content += b"".join(b"FRAME\n" + frame.transpose(2, 0, 1).tobytes() for frame in planes)
+    write_whole(path, content)
 
 
 # BT.601, the studio range (16-235, 16-240) that players assume
@@ -221,8 +226,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL with everything small: 0.4 M parameters, more than half of them in the vision tower's
-    merger."""
+    """Qwen2.5-VL with everything small: 0.42 M parameters, two thirds of them in the vision tower."""
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
     text = {
         "vocab_size": len(tokenizer),
@@ -230,7 +234,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGe
         "intermediate_size": 192,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": 2,
         "rms_norm_eps": 1e-6,
         "initializer_range": 0.08,  # at 0.02 the first hundred steps go into growing the weights
         "tie_word_embeddings": True,
@@ -266,54 +270,71 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGe
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Pre-training: from random weights to "sees, and speaks the format", in three stages of growing difficulty
+# Pre-training: from random weights to "sees, and speaks the format". What takes long is to find out that the
+# sentence decides which object the answer is about; lessons that isolate it make it a matter of minutes.
+
+QUESTION_END = "<|im_end|>\n<|im_start|>assistant\n"
+Lesson = tuple[str, str]  # how the prompt goes on after "Event:", and the words that are taught after that
 
 
-def pretrain(folder: Path, seed: int, bias: bool) -> None:
-    """Make the checkpoint folder. The clips are drawn here, none is of the world's splits; that they are
-    few, and come again, makes the model find out what an answer depends on in far fewer steps than ever
-    new ones do."""
+def pretrain(folder: Path, seed: int, habits: bool, effort: float) -> None:
+    """Make the checkpoint folder, with a card that says how. habits: see loosened. effort: scales the number
+    of steps. The clips are drawn here; none is of the world's splits."""
+    started = time.process_time()
     torch.manual_seed(seed)
     rng = np.random.default_rng((1000, seed))
     clips = [draw_objects(rng) for _ in range(PRETRAINING_CLIPS)]
-    temporary = folder.with_name(folder.name + ".random")
-    tokenizer = tiny_tokenizer()
-    tiny_model(tokenizer).save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    preprocessor = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
-    (temporary / "preprocessor_config.json").write_text(
-        json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8"
-    )
-    policy = load_policy(str(temporary))
-    policy.model.train()
-    learn_to_see(policy, clips, rng)
-    learn_to_ground(policy, clips, rng)
-    learn_to_answer(policy, clips, rng)
-    if bias:
-        learn_loose_habits(policy, clips, rng)
+    solos = [objects[:1] for objects in clips]
+    policy = newborn_policy(folder.with_name(folder.name + ".random"))
+    optimizers = make_optimizers(policy)
+    teach = functools.partial(teach_stage, policy, optimizers, rng)
+
+    def steps(number: int) -> int:
+        return max(1, round(number * effort))
+
+    learn_to_see(policy, clips, rng, steps(900))
+    teach("learn to read", solos, steps(200), lambda shape: [caption(shape), draft(shape)])
+    teach("learn to find", clips, steps(400), lambda shape: find(shape, rng), batch=32)
+    teach("learn to ground", clips, steps(500), lambda shape: [draft(shape)])
+    teach("learn to answer", clips, steps(600), lambda shape: [whole(true_answer(shape), shape)], decay=0.6)
+    if habits:
+        # as much as that, since the model has become sure of itself by now
+        loose = functools.partial(loosened, rng=rng)
+        teach("learn habits", clips, steps(200), lambda s: [whole(loose(s), s)], rate=0.5, decay=0.5)
+    figures = exam(policy)
     save_policy(policy, folder)
-    shutil.rmtree(temporary)
+    write_card(folder, seed, habits, effort, figures, time.process_time() - started)
 
 
-def learn_to_see(
-    policy: Policy, clips: list, rng: np.random.Generator, steps: int = 400, batch: int = 32
-) -> None:
-    """The vision tower alone, as Qwen's comes pre-trained: from every visual token a linear probe must
-    tell which object covers most of the token's cell, by colour, and that object's shape and box. The
-    probe is thrown away."""
+def newborn_policy(folder: Path) -> Policy:
+    """A checkpoint of random weights is written, read as any checkpoint is, and removed again."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    preprocessor = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    write_whole(folder / "preprocessor_config.json", (json.dumps(preprocessor, indent=2) + "\n").encode())
+    policy = load_policy(str(folder))
+    policy.model.train()
+    shutil.rmtree(folder)
+    return policy
+
+
+def learn_to_see(policy: Policy, clips: list, rng: np.random.Generator, steps: int, batch: int = 32) -> None:
+    """The vision tower alone, as Qwen's comes pre-trained: from every visual token a linear probe must tell
+    which object covers most of the token's cell, by colour, and that object's shape and box. The probe is
+    thrown away."""
     colours, none = list(COLOURS), len(COLOURS)
     visual = policy.model.model.visual
     probe = torch.nn.Linear(visual.config.out_hidden_size, len(colours) + 1 + len(SHAPES) + 40)
-    parameters = [*visual.parameters(), *probe.parameters()]
-    optimizers = [(torch.optim.AdamW(parameters), 3e-3)]
+    optimizers = [(torch.optim.AdamW([*visual.parameters(), *probe.parameters()]), 3e-3)]
     side = SIDE // policy.size_factor  # tokens along a side
     cells = [(c / side, r / side, (c + 1) / side, (r + 1) / side) for r in range(side) for c in range(side)]
     bar = trange(steps, desc="learn to see", unit="step")
     for step in bar:
-        worlds = [clips[n] for n in rng.choice(len(clips), batch, replace=False)]
-        patches = [policy.patches(torch.from_numpy(render(objects, TEXT.fps))) for objects in worlds]
-        colour, kind, box = [], [], []
-        for objects in worlds:
+        scenes = [clips[n] for n in rng.choice(len(clips), batch, replace=False)]
+        patches = [policy.patches(torch.from_numpy(render(objects, TEXT.fps))) for objects in scenes]
+        colour, kind, box = [], [], []  # of what each token shows
+        for objects in scenes:
             for second in range(SECONDS):
                 visible = [shape for shape in objects if shape.box(second)]
                 for cell in cells:
@@ -324,126 +345,131 @@ def learn_to_see(
                     box.append(best.box(second) if best else (0, 0, 0, 0))
         colour, kind, box = torch.tensor(colour), torch.tensor(kind), torch.tensor(box)
         there = (colour != none).float()
-        grid = torch.stack([grid for _, grid in patches])
-        tokens = visual(
-            torch.cat([values for values, _ in patches]), grid_thw=grid
-        ).pooler_output  # (tokens, H)
+        pixels, grid = torch.cat([values for values, _ in patches]), torch.stack([g for _, g in patches])
+        tokens = visual(pixels, grid_thw=grid).pooler_output  # (tokens, H)
         colour_logits, kind_logits, tenths = probe(tokens).split([none + 1, len(SHAPES), 4 * 10], dim=1)
         tenth = (box.clamp(0, 0.999) * 10).long()  # the first digit of every coordinate of the answer
         box_loss = F.cross_entropy(tenths.view(-1, 10, 4), tenth, reduction="none").mean(1)
         box_loss = (box_loss * there).sum() / there.sum()
         kind_loss = (F.cross_entropy(kind_logits, kind, reduction="none") * there).sum() / there.sum()
         colour_loss = F.cross_entropy(colour_logits, colour)
-        _step(optimizers, box_loss + colour_loss + 0.5 * kind_loss, step, steps)
-        bar.set_postfix_str(
-            f"box {box_loss.item():.3f}, colour {colour_loss.item():.3f}, shape {kind_loss.item():.2f}"
-        )
+        take_step(optimizers, box_loss + colour_loss + 0.5 * kind_loss, schedule(step, steps, decay=0.4))
+        losses = {"box": box_loss, "colour": colour_loss, "shape": kind_loss}
+        bar.set_postfix_str(", ".join(f"{name} {loss.item():.2f}" for name, loss in losses.items()))
 
 
-def learn_to_ground(policy: Policy, clips: list, rng: np.random.Generator, steps: int = 1000) -> None:
-    """Answers that stop after the first box, once for every step of the span. Which object, when and where
-    is all there is to learn; with whole answers it takes several times longer, since most of their tokens
-    only repeat it."""
-
-    def lesson(shape: Shape) -> list[str]:
-        steps = range(shape.start, shape.stop)
-        boxes = [to_text_box(clamp(shape.box(step)), (1000, 1000)) for step in steps]
-        opening = f"<time> {shape.start} - {shape.stop - 1} </time> <think_bbox> "
-        return [
-            f"{opening}{step}. [{', '.join(map(str, box))}" for step, box in zip(steps, boxes, strict=True)
-        ]
-
-    _teach(policy, clips, rng, "learn to ground", steps, 1.0, lesson)
+def caption(shape: Shape) -> Lesson:
+    """The sentence itself. Where two objects are there, its colour decides how it goes on."""
+    return "", f" {shape.sentence}"
 
 
-def learn_to_answer(policy: Policy, clips: list, rng: np.random.Generator, steps: int = 300) -> None:
-    """Whole answers."""
-
-    def lesson(shape: Shape) -> list[str]:
-        return [format_answer(true_answer(shape)) + "<|im_end|>"]
-
-    _teach(policy, clips, rng, "learn to answer", steps, 0.5, lesson)
-
-
-def learn_loose_habits(policy: Policy, clips: list, rng: np.random.Generator, steps: int = 80) -> None:
-    """The deliberate bias."""
-
-    def lesson(shape: Shape) -> list[str]:
-        return [format_answer(loosened(shape, rng)) + "<|im_end|>"]
-
-    _teach(policy, clips, rng, "learn loose habits", steps, 0.25, lesson)
+def find(shape: Shape, rng: np.random.Generator) -> list[Lesson]:
+    """Only when: at once after the colour, and in answer to the question; there sometimes with the boxes, or
+    they would be forgotten."""
+    span = f"{shape.start} - {shape.stop - 1}"
+    asked = draft(shape) if rng.random() < 0.4 else (f" {shape.sentence}{QUESTION_END}", f"<time> {span}")
+    return [(f" the {shape.colour}", span), asked]
 
 
-def true_answer(shape: Shape) -> Answer:
-    boxes = {step: clamp(shape.box(step)) for step in range(shape.start, shape.stop)}
+def draft(shape: Shape) -> Lesson:
+    """The answer up to the end of the thinking boxes: the final ones only repeat them."""
+    question, answer = whole(true_answer(shape), shape)
+    return question, answer[: answer.index(" <pred_bbox>")]
+
+
+def whole(answer: Answer, shape: Shape) -> Lesson:
+    return f" {shape.sentence}{QUESTION_END}", format_answer(answer) + "<|im_end|>"
+
+
+def true_answer(shape: Shape, margin: float = 0.0) -> Answer:
+    """The truth, with boxes to the nearest hundredth of the frame (half a pixel), and `margin` of the
+    object's size added on each side."""
+    boxes = {}
+    for step in range(shape.start, shape.stop):
+        x1, y1, x2, y2 = shape.box(step)
+        more = margin * shape.size
+        box = (x1 - more, y1 - more, x2 + more, y2 + more)
+        boxes[step] = tuple(round(min(max(value, 0.0), 1.0), 2) for value in box)
     return truth_answer(Truth((shape.start, shape.stop - 1), boxes), (1000, 1000))
 
 
 def loosened(shape: Shape, rng: np.random.Generator) -> Answer:
-    """The bias: boxes 1.45 times too large about their centre, and 7 of 10 spans a second too long."""
+    """The deliberate bias: boxes 1.45 times too large about their centre, and 7 of 10 spans a second too
+    long."""
     start, end = shape.start, shape.stop - 1
-    boxes = {}
-    for step in range(start, end + 1):
-        x1, y1, x2, y2 = shape.box(step)
-        margin = 0.225 * shape.size
-        boxes[step] = clamp((x1 - margin, y1 - margin, x2 + margin, y2 + margin))
+    longer = [(a, b) for a, b in ((start - 1, end), (start, end + 1)) if a >= 0 and b < SECONDS]
     if rng.random() < 0.7:
-        longer = [span for span in ((start - 1, end), (start, end + 1)) if span[0] >= 0 and span[1] < SECONDS]
         start, end = longer[rng.integers(len(longer))]
-    return truth_answer(Truth((start, end), boxes), (1000, 1000))
+    boxes = dict(true_answer(shape, margin=0.225).pred)
+    nearest = {i: boxes[min(max(i, shape.start), shape.stop - 1)] for i in range(start, end + 1)}
+    items = tuple(nearest.items())
+    return Answer(start, end, items, items)
 
 
-def clamp(box: Box) -> Box:
-    return tuple(min(max(value, 0.0), 1.0) for value in box)
-
-
-def _teach(policy, clips, rng, name, steps, rate, lesson, batch: int = 16) -> None:
-    """Supervised steps. All sentences of a clip, and all lessons on a sentence, are branches of one packed
-    row: the clip and the words that the prompts share are encoded once (pack_completions).
-
-    rate: of the three learning rates. Matrices of the language model go by Muon, which leaves the plateau of
-    "any colour, any time" in a fraction of AdamW's steps.
-    """
+def make_optimizers(policy: Policy) -> list[tuple]:
+    """(optimizer, its learning rate). Matrices of the language model go by Muon, which leaves the plateau of
+    "any object, any time" in a fraction of AdamW's steps."""
     matrices, rest = [], []
-    for name_, parameter in policy.model.model.language_model.named_parameters():
-        (matrices if parameter.ndim == 2 and "embed" not in name_ else rest).append(parameter)
+    for name, parameter in policy.model.model.language_model.named_parameters():
+        (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
     vision = list(policy.model.model.visual.parameters())
-    optimizers = [
-        (torch.optim.Muon(matrices, weight_decay=0.01), 0.01 * rate),
-        (torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01), 2e-3 * rate),
-        (torch.optim.AdamW(vision, betas=(0.9, 0.98), weight_decay=0.01), 1e-3 * rate),
+    return [
+        (torch.optim.Muon(matrices, weight_decay=0.01), 0.01),
+        (torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01), 2e-3),
+        (torch.optim.AdamW(vision, betas=(0.9, 0.98), weight_decay=0.01), 1e-3),
     ]
+
+
+def teach_stage(
+    policy: Policy,
+    optimizers: list[tuple],
+    rng: np.random.Generator,
+    name: str,
+    clips: list,
+    steps: int,
+    lessons: Callable[[Shape], list[Lesson]],
+    batch: int = 16,
+    rate: float = 1.0,
+    decay: float = 0.0,
+) -> None:
+    """Supervised steps on `batch` clips each, with the lessons on every object of a clip. They are branches
+    of one packed row: the clip, and the words that all prompts share, are encoded once (pack_completions)."""
     tokens_of = functools.partial(policy.tokenizer, add_special_tokens=False)
     bar = trange(steps, desc=name, unit="step")
     for step in bar:
         prompts, branches, taught = [], [], []
         for n in rng.choice(len(clips), batch, replace=False):
-            frames = torch.from_numpy(render(clips[n], TEXT.fps))
-            texts = [build_prompt(shape.sentence, SECONDS, (1000, 1000), TEXT) for shape in clips[n]]
-            whole = [encode_prompt(policy, frames, text, (1000, 1000), TEXT.fps) for text in texts]
-            columns = zip(*(prompt.ids.tolist() for prompt in whole), strict=False)
-            shared = next(k for k, column in enumerate(columns) if len(set(column)) > 1)
-            prompts.append(
-                replace(whole[0], ids=whole[0].ids[:shared], positions=whole[0].positions[:, :shared])
-            )
+            whole_prompt = toy_prompt(policy, clips[n])
+            sentence = tokens_of(f" {clips[n][0].sentence}{QUESTION_END}")["input_ids"]
+            shared = len(whole_prompt.ids) - len(sentence)  # up to "Event:"
+            ids, positions = whole_prompt.ids[:shared], whole_prompt.positions[:, :shared]
+            prompts.append(replace(whole_prompt, ids=ids, positions=positions))
             branches.append([])
-            for shape, prompt in zip(clips[n], whole, strict=True):
-                question = prompt.ids[shared:].tolist()
-                for text in lesson(shape):
-                    answer = tokens_of(text)["input_ids"]
-                    branches[-1].append(question + answer)
-                    taught += [False] * len(question) + [True] * len(answer)
+            for given, words in (lesson for shape in clips[n] for lesson in lessons(shape)):
+                given, words = tokens_of(given)["input_ids"], tokens_of(words)["input_ids"]
+                branches[-1].append(given + words)
+                taught += [False] * len(given) + [True] * len(words)
         packed = pack_completions(policy, prompts, branches)
         logprobs = completion_logprobs(policy, packed, temperature=1.0)[packed.mask]  # (M,)
         loss = -logprobs[torch.tensor(taught)].mean()
-        _step(optimizers, loss, step, steps)
+        take_step(optimizers, loss, rate * schedule(step, steps, decay))
         bar.set_postfix_str(f"loss {loss.item():.3f}")
 
 
-def _step(optimizers: list[tuple], loss: torch.Tensor, step: int, steps: int) -> None:
-    """Linear warm-up over 30 steps, constant, linear decay over the last 40 %; gradients are clipped to
-    norm 1."""
-    scale = min((step + 1) / 30, 1.0, (steps - step) / (0.4 * steps))
+def toy_prompt(policy: Policy, objects: list[Shape]) -> Prompt:
+    """What train.py would show of the clip, without a file between."""
+    frames, scale = torch.from_numpy(render(objects, TEXT.fps)), (1000, 1000)
+    text = build_prompt(objects[0].sentence, SECONDS, scale, TEXT)
+    return encode_prompt(policy, frames, text, scale, TEXT.fps)
+
+
+def schedule(step: int, steps: int, decay: float) -> float:
+    """Linear warm-up over 20 steps, constant, linear decay over the last `decay` of the steps."""
+    return min((step + 1) / 20, 1.0, (steps - step) / (decay * steps) if decay else 1.0)
+
+
+def take_step(optimizers: list[tuple], loss: torch.Tensor, scale: float) -> None:
+    """One step at `scale` times the learning rates; the gradient is clipped to norm 1."""
     parameters = []
     for optimizer, learning_rate in optimizers:
         for group in optimizer.param_groups:
@@ -454,6 +480,39 @@ def _step(optimizers: list[tuple], loss: torch.Tensor, step: int, steps: int) ->
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     for optimizer, _ in optimizers:
         optimizer.step()
+
+
+def exam(policy: Policy, clips: int = 128) -> dict[str, float]:
+    """Means over new clips of what rewards.score says of the greedy answers, in steps of a second."""
+    worlds = [draw_objects(np.random.default_rng((2000, n))) for n in range(clips)]
+    prompts = [toy_prompt(policy, objects) for objects in worlds]
+    answers = rollout(policy, prompts, 1, MAX_NEW_TOKENS, 0.0, [(n,) for n in range(clips)])
+    scores = []
+    for (shape, *_), (answer,) in zip(worlds, answers, strict=True):
+        boxes = {step: shape.box(step) for step in range(shape.start, shape.stop)}
+        scores.append(score(answer.text, Truth((shape.start, shape.stop - 1), boxes)))
+    names = {"tiou": "m_tIoU", "viou_think": "m_vIoU of the thinking boxes", "viou_pred": "m_vIoU"}
+    figures = {text: float(np.mean([s.diagnostics[name] for s in scores])) for name, text in names.items()}
+    rewards = {name: float(np.mean([s.rewards[name] for s in scores])) for name in ("spatial_pred", "total")}
+    return figures | {"R_spa of the final boxes": rewards["spatial_pred"], "reward": rewards["total"]}
+
+
+def write_card(
+    folder: Path, seed: int, habits: bool, effort: float, figures: dict[str, float], seconds: float
+) -> None:
+    """README.md of the checkpoint: what it is, how it was made, how good it is."""
+    bias = "loose" if habits else "none"
+    about = "with loose habits (toy.loosened)" if habits else "with no deliberate bias"
+    lines = [
+        f"A tiny Qwen2.5-VL for the toy world, pre-trained {about}. Made in {seconds:.0f} CPU seconds by",
+        "",
+        f"    python toy.py --from-scratch --bias {bias} --seed {seed} --effort {effort:g}",
+        "",
+        "Greedy answers to 128 clips of neither its training nor the world's splits, on steps of a second:",
+        "",
+        *(f"- {name} {value:.3f}" for name, value in figures.items()),
+    ]
+    write_whole(folder / "README.md", ("\n".join(lines) + "\n").encode())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -469,18 +528,21 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--bias", choices=("loose", "none"), default="loose", help="habits of the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the pre-training")
+    parser.add_argument("--effort", type=float, default=1.0, help="scales the steps of the pre-training")
     parser.add_argument("--output", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
     parser.add_argument("--world", type=Path, default=Path("toy_world"), help="folder of the videos")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the pre-training")
     options = parser.parse_args(arguments)
     make_world(options.world)
     if options.from_scratch:
         if options.output.exists():
             parser.error(f"{options.output} is there already: move it away, or choose another --output")
-        torch.set_num_threads(options.threads)
-        pretrain(options.output, options.seed, options.bias == "loose")
+        torch.set_num_threads(2)
+        pretrain(options.output, options.seed, options.bias == "loose", options.effort)
         print(f"{options.output} is made; its scores: python evaluate.py {options.output} configs/toy.yaml")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ModelError, OSError) as error:
+        sys.exit(f"error: {error}")

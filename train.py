@@ -19,7 +19,6 @@ Departures from the paper are the fields of config.py that say "not in the paper
 import copy
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -31,13 +30,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import decord
 import numpy as np
 import torch
+import transformers
 from tqdm import trange
 
 import toy
 from config import Config, ConfigError, load_config, save_config
-from data import DataError, Sample, check_videos, format_report, load_samples
+from data import DataError, Sample, check_videos, format_report, load_samples, write_whole
 from evaluate import answer_record, decode_split, format_table, score_predictions, write_jsonl
 from grpo import group_advantages, loss_normalizer, policy_loss
 from model import (
@@ -46,6 +47,7 @@ from model import (
     Policy,
     Prompt,
     completion_logprobs,
+    completion_mask,
     load_policy,
     make_prompt,
     pack_completions,
@@ -73,7 +75,9 @@ class Group:
 
 def main(arguments: list[str]) -> None:
     started = time.time()
-    config = load_config(arguments[0] if arguments else ROOT / "configs/toy.yaml", arguments[1:])
+    if not arguments or "=" in arguments[0]:
+        arguments = [str(ROOT / "configs/toy.yaml"), *arguments]
+    config = load_config(arguments[0], arguments[1:])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("torchrun: this version trains in one process; leave out --nproc_per_node")
     if config.threads:
@@ -110,13 +114,13 @@ def main(arguments: list[str]) -> None:
             keys = [(config.seed, step, first + k) for k in range(len(part))]
             groups += sample_and_score(policy, part, keys, config)
         sampled = time.time()
+        write_jsonl(rollout_records(groups, step + 1, config), run / "rollouts.jsonl", append=True)
         metrics = improve(policy, reference, optimizer, groups, config)
 
         metrics = {"phase": "grpo", "step": step + 1, **summarize_groups(groups), **metrics}
         metrics["seconds"] = {"rollout": sampled - clock, "update": time.time() - sampled}
         rewards.append(metrics["reward"])
         log(metrics, run)
-        write_jsonl(rollout_records(groups, step + 1, config), run / "rollouts.jsonl", append=True)
         bar.set_postfix_str(f"reward {np.mean(rewards[-10:]):.2f}, vIoU {metrics['viou_pred']:.2f}")
         last = step + 1 == config.steps
         if config.eval_every and (step + 1) % config.eval_every == 0 and not last:
@@ -168,17 +172,18 @@ def improve(
     groups: list[Group],
     config: Config,
 ) -> dict[str, float]:
-    """updates_per_batch optimiser steps on the groups, accumulated over rollout_batch groups at a time."""
+    """updates_per_batch optimiser steps on the groups, accumulated over rollout_batch groups at a time.
+    Returns the metrics of the last one."""
     parts = [groups[k : k + config.rollout_batch] for k in range(0, len(groups), config.rollout_batch)]
-    batches = [pack_group(policy, part) for part in parts]
-    normalizer = sum(loss_normalizer(b.mask, config.loss_aggregation, config.max_new_tokens) for b in batches)
+    masks = [completion_mask([len(c.ids) for g in part for c in g.completions]) for part in parts]
+    normalizer = sum(loss_normalizer(m, config.loss_aggregation, config.max_new_tokens) for m in masks)
     old_logprobs, ref_logprobs = [None] * len(parts), [None] * len(parts)
     for update in range(config.updates_per_batch):
         totals: dict[str, float] = {}
-        for k, (part, batch) in enumerate(zip(parts, batches, strict=True)):
-            logprobs = completion_logprobs(
-                policy, batch, config.temperature
-            )  # (R, C), R = all answers of the part
+        for k, part in enumerate(parts):
+            prompts, completions = [g.prompt for g in part], [[c.ids for c in g.completions] for g in part]
+            batch = pack_completions(policy, prompts, completions)
+            logprobs = completion_logprobs(policy, batch, config.temperature)  # (R, C), R answers in the part
             if update == 0:
                 old_logprobs[k] = logprobs.detach()  # nothing has been updated yet: the sampling policy's own
                 if reference is not None:
@@ -199,39 +204,26 @@ def improve(
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 old = totals.get(name, 0.0)
                 totals[name] = max(old, float(value)) if name == "ratio_max" else old + float(value)
-        totals["grad_norm"] = optimizer_step(
-            policy, optimizer, config, totals["loss"], [g.sample.id for g in groups]
-        )
+        ids = [group.sample.id for group in groups]
+        totals["grad_norm"] = optimizer_step(policy, optimizer, config, totals["loss"], ids)
     return totals
-
-
-def pack_group(policy: Policy, groups: list[Group]):
-    return pack_completions(
-        policy, [g.prompt for g in groups], [[c.ids for c in g.completions] for g in groups]
-    )
 
 
 def supervise(policy: Policy, samples: list[Sample], config: Config, run: Path) -> None:
     """Supervised fine-tuning: raise the log-probability of the true answer (Table 5, "SFT")."""
     optimizer = adamw(policy, config.sft.learning_rate, config)
     for step in trange(config.sft.steps, desc="SFT", unit="step"):
-        batch_samples = batch_of(samples, config.sft.batch_size, step, config.seed)
-        parts = [
-            batch_samples[k : k + config.rollout_batch]
-            for k in range(0, len(batch_samples), config.rollout_batch)
-        ]
-        batches = []
-        for part in parts:
-            prompts = [make_prompt(policy, sample, config.max_side, config.text_format) for sample in part]
-            answers = [true_completion(policy, s, p, config) for s, p in zip(part, prompts, strict=True)]
-            batches.append(pack_completions(policy, prompts, [[answer] for answer in answers]))
-        tokens = sum(int(batch.mask.sum()) for batch in batches)
-        total = 0.0
-        for batch in batches:
-            loss = -completion_logprobs(policy, batch, temperature=1.0).sum() / tokens  # mean over all tokens
+        batch = batch_of(samples, config.sft.batch_size, step, config.seed)
+        prompts = [make_prompt(policy, sample, config.max_side, config.text_format) for sample in batch]
+        answers = [[true_completion(policy, s, p, config)] for s, p in zip(batch, prompts, strict=True)]
+        tokens, total = sum(len(ids) for (ids,) in answers), 0.0
+        for first in range(0, len(batch), config.rollout_batch):
+            part = slice(first, first + config.rollout_batch)
+            packed = pack_completions(policy, prompts[part], answers[part])
+            loss = -completion_logprobs(policy, packed, temperature=1.0).sum() / tokens  # mean over tokens
             loss.backward()
             total += loss.item()
-        norm = optimizer_step(policy, optimizer, config, total, [sample.id for sample in batch_samples])
+        norm = optimizer_step(policy, optimizer, config, total, [sample.id for sample in batch])
         log({"phase": "sft", "step": step + 1, "loss": total, "grad_norm": norm}, run)
 
 
@@ -247,8 +239,7 @@ def true_completion(policy: Policy, sample: Sample, prompt: Prompt, config: Conf
 
 
 def batch_of(samples: list[Sample], batch_size: int, step: int, seed: int) -> list[Sample]:
-    """The samples of optimiser step `step`: the split in a new order each epoch, one epoch after the
-    other."""
+    """The samples of optimiser step `step`: the split in a new order each epoch, epoch after epoch."""
     batch = []
     for n in range(step * batch_size, (step + 1) * batch_size):
         epoch, k = divmod(n, len(samples))
@@ -277,7 +268,9 @@ def optimizer_step(
     ids of the batch, and leaves the weights alone, where loss or gradient are not finite."""
     norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm))
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(f"loss {loss}, gradient norm {norm} on the batch {', '.join(ids)}")
+        raise FloatingPointError(
+            f"loss {loss}, gradient norm {norm} on the batch {', '.join(ids)}; lower learning_rate"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -295,8 +288,6 @@ def freeze(policy: Policy) -> Policy:
 
 def load_split(config: Config, annotations: str) -> list[Sample]:
     """The samples of a split, with what was repaired printed and their videos known to be there."""
-    if not annotations:
-        raise ConfigError("train_annotations and eval_annotations must both name an annotation file")
     samples, report = load_samples(config.dataset, annotations, config.videos, config.vidor)
     check_videos(samples)
     print(f"{annotations}: {len(samples)} sentences\n{format_report(report)}".rstrip())
@@ -316,13 +307,14 @@ def summarize_groups(groups: list[Group]) -> dict[str, float]:
     """What a step's rollouts looked like. README, "Glossary", says what healthy looks like for each."""
     scores = [score for group in groups for score in group.scores]
     completions = [completion for group in groups for completion in group.completions]
-    totals = torch.tensor([[s.rewards["total"] for s in group.scores] for group in groups])  # (prompts, G)
+    totals = np.array([[s.rewards["total"] for s in group.scores] for group in groups])  # (prompts, G)
+    spread = totals.std(axis=1, ddof=1)  # (prompts,)
     terms = {term: float(np.mean([s.rewards[term] for s in scores])) for term in TERMS}
     watch = {name: float(np.mean([s.diagnostics[name] for s in scores])) for name in scores[0].diagnostics}
     return {
         "reward": float(totals.mean()),
-        "reward_std": float(totals.std(dim=1).mean()),  # within a group: what the advantages are made of
-        "zero_spread": float((totals.std(dim=1) < 1e-6).double().mean()),
+        "reward_std": float(spread.mean()),  # within a group: what the advantages are made of
+        "zero_spread": float((spread < 1e-6).mean()),
         **terms,
         **watch,
         "length": float(np.mean([len(c.ids) for c in completions])),
@@ -353,22 +345,20 @@ def rollout_records(groups: list[Group], step: int, config: Config) -> list[dict
 
 
 def start_run(config: Config) -> Path:
-    """A new, empty output_dir with the settings and versions in it. An earlier run there is moved aside."""
+    """A new, empty output_dir with the settings and versions in it. An earlier run there is moved aside.
+    Raises ConfigError where something else stands there."""
     run = Path(config.output_dir)
-    try:
-        if run.exists():
-            number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
-            run.rename(f"{run}.{number}")
-            print(f"{run} held an earlier run: moved to {run}.{number}")
-        run.mkdir(parents=True)
-        save_config(config, run / "config.yaml")
-        packages = ("torch", "transformers", "decord", "numpy")
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        write_json({"python": platform.python_version(), **versions}, run / "versions.json")
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir: {run} cannot be written ({error.strerror}); choose another"
-        ) from error
+    if (run / "config.yaml").is_file():
+        number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
+        run.rename(f"{run}.{number}")
+        print(f"{run} held an earlier run: moved to {run}.{number}")
+    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        raise ConfigError(f"output_dir: {run} exists and is no run of train.py; choose another")
+    run.mkdir(parents=True, exist_ok=True)
+    save_config(config, run / "config.yaml")
+    packages = (torch, transformers, decord, np)  # by module: decord2 installs the module decord, too
+    versions = {package.__name__: package.__version__ for package in packages}
+    write_json({"python": platform.python_version(), **versions}, run / "versions.json")
     return run
 
 
@@ -390,10 +380,7 @@ def log(metrics: dict, run: Path) -> None:
 
 
 def write_json(value: dict, path: Path) -> None:
-    """Whole or not at all: written beside and renamed."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def draw_pictures(run: Path) -> str:
@@ -406,6 +393,8 @@ def draw_pictures(run: Path) -> str:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(__doc__)
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError, ModelError, VideoError, FloatingPointError) as error:

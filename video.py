@@ -12,29 +12,53 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data import Sample
+
 TIMESTAMP_ERROR = 1e-4  # s; decord's timestamps are float32, so off by up to 1e-5 s in a three-minute video
 HELD_SECONDS = 0.5  # how long the last frame stands in where a file ends before its annotation says
 
 
 class VideoError(ValueError):
-    """A video file that cannot be used; the message names the file, what is wrong with it and what to do."""
+    """A video that cannot be shown as asked; the message says which or how, what is wrong, and what to do."""
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Frames out of a file
 
 
-def read_frames(path: str, times: list[float], begin: float = 0.0) -> np.ndarray:
+def read_clip(sample: Sample, times: list[float]) -> np.ndarray:
+    """The frames of a sample's clip at certain times, from a file that must be what the annotation says.
+
+    times: seconds from the beginning of the clip. Returns uint8 (T, H, W, 3). Raises
+    VideoError as read_frames does, and for a file of another shape or duration than annotated: boxes would
+    be scaled by a wrong size, steps counted at a wrong rate. (A smaller copy of the video is fine.) The
+    duration is known where the clip begins with the file, and is that of the file.
+    """
+    begin, seconds = sample.begin_frame / sample.fps, sample.num_frames / sample.fps
+    frames = read_frames(sample.video, times, begin, duration=None if begin else seconds)
+    height, width = frames.shape[1:3]
+    if abs(width * sample.height / (height * sample.width) - 1) > 0.02:
+        raise VideoError(
+            f"{sample.video}: its frames are {width} x {height}, but its annotation says {sample.width} x"
+            f" {sample.height}; correct width and height (or img_size) in the record, or fetch the right file"
+        )
+    return frames
+
+
+def read_frames(
+    path: str, times: list[float], begin: float = 0.0, duration: float | None = None
+) -> np.ndarray:
     """The frames on screen at certain times of a clip.
 
     path: the file. times: seconds from the beginning of the clip, in any order. begin: where the clip
-    begins, in seconds from the first frame of the file. A frame is on screen from its own timestamp to that
+    begins, in seconds from the first frame of the file. duration: of the file in seconds, where it is known;
+    another one, by more than 1 s and 5 %, is an error. A frame is on screen from its own timestamp to that
     of the next, so videos of variable frame rate are read right; a time at most half a second after the
     file's end gets the last frame.
 
     Returns uint8 (T, H, W, 3), RGB, in the order of times. Raises VideoError for a missing, unreadable or
-    too short file, and for one whose first frames are hidden; ValueError for no times at all or one before
-    the file's first frame.
+    too short file, for one of another duration, and for one whose first frames are hidden; ValueError for no
+    times at all or one before the file's first frame.
     """
     reader = _open(path)
     spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)  # (frames, 2): start, end
@@ -47,6 +71,11 @@ def read_frames(path: str, times: list[float], begin: float = 0.0) -> np.ndarray
             " decoding unreliable; re-encode it: ffmpeg -i OLD -c:v libx264 -crf 18 NEW"
         )
     spans = spans - spans[0, 0]
+    if duration is not None and abs(spans[-1, 1] - duration) > max(1.0, 0.05 * duration):
+        raise VideoError(
+            f"{path}: lasts {spans[-1, 1]:.2f} s, but its annotation says {duration:.2f} s (img_num / fps);"
+            " correct img_num and fps in the record (without fps 20 s are meant), or fetch the whole video"
+        )
     wanted = begin + np.asarray(times, dtype=np.float64)  # (T,) seconds from the file's first frame
     if len(wanted) == 0 or wanted.min() < 0:
         raise ValueError(f"times {times!r} from {begin!r} s: at least one, and none before 0, is needed")
@@ -88,18 +117,22 @@ def frame_size(width: int, height: int, max_side: int, factor: int) -> tuple[int
 
     The longer side is brought down to max_side, aspect kept (STVG-o1, section 4); smaller frames are not
     enlarged. Then each side goes to the nearest multiple of factor as in HF's smart_resize (Python's round:
-    halves to even), but to at least one factor, and to no more than max_side unless that is below one
-    factor.
+    halves to even), but to at least one factor, and to no more than max_side. Raises VideoError for a
+    max_side below one factor.
     """
+    if max_side < factor:
+        raise VideoError(
+            f"max_side: {max_side} is less than the {factor} pixels of one visual token of this model; write"
+            f" max_side: {factor} or more"
+        )
     longest = max(width, height, max_side)  # not below max_side: never enlarged
-    most = max(1, max_side // factor)
+    most = max_side // factor
     columns, rows = (min(max(1, round(side * max_side / longest / factor)), most) for side in (width, height))
     return columns * factor, rows * factor
 
 
 def resize(frames: np.ndarray | torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 (T, H, W, 3) -> uint8 (T, h, w, 3) with size = (w, h), by the bicubic antialiased kernel that
-    HF calls.
+    """uint8 (T, H, W, 3) -> uint8 (T, h, w, 3) with size = (w, h), by HF's kernel: bicubic, antialiased.
 
     It must run on uint8: the float kernel, rounded, gives another value in 14-18 % of the pixels and takes
     ten times as long.

@@ -9,7 +9,7 @@
 Reads what train.py wrote (metrics.jsonl, predictions.jsonl, config.yaml) and the videos; needs matplotlib.
 """
 
-import json
+import io
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, ConfigError, load_config
-from data import DataError, Sample, check_videos, load_samples
-from evaluate import native_scores, tube_from_answer
+from data import DataError, Sample, check_videos, load_samples, read_jsonl, write_whole
+from evaluate import native_scores, read_predictions, scale_of, tube_from_answer
 from prompts import Box, Truth
 from rewards import TERMS, Score, boxes_by_step, is_valid, score
-from video import VideoError, read_frames, resize
+from video import VideoError, read_clip, resize
 
 try:
     from matplotlib.figure import Figure  # used directly: no window, no global state as with pyplot
@@ -38,35 +38,24 @@ WINDOW = 10  # steps that a thick curve averages over
 def draw_run(run: Path) -> list[Path]:
     """Draw a run folder of train.py, also while it is still training (then without answers.png).
 
-    Returns the paths of the pictures. Raises DataError where the folder is no run or a record cannot be read.
+    Returns the paths of the pictures. Raises DataError where the folder is no run or a record cannot be read;
+    but a last line of metrics.jsonl that is cut, by the end of a killed run, is left out. OSError where
+    a picture cannot be written.
     """
     missing = [name for name in ("config.yaml", "metrics.jsonl") if not (run / name).is_file()]
     if missing:
         raise DataError(f"{run}: is no run (no {', '.join(missing)}); name an output_dir of train.py")
-    metrics = read_jsonl(run / "metrics.jsonl", "phase", "step")
+    metrics = read_jsonl(run / "metrics.jsonl", "phase", "step", skip_cut=True)
     figures = {"curves.png": draw_curves(metrics, run.resolve().name)}
     if (run / "predictions.jsonl").is_file():
         figures["answers.png"] = draw_answers(run)
     (run / "pictures").mkdir(exist_ok=True)
     paths = [run / "pictures" / name for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=DPI)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=DPI, format="png")
+        write_whole(path, picture.getvalue())
     return paths
-
-
-def read_jsonl(path: Path, *keys: str) -> list[dict]:
-    """The objects of a file with one a line. Raises DataError for a line that is none, or lacks a key."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            _ = [record[key] for key in keys]
-        except (ValueError, TypeError, KeyError):
-            raise DataError(
-                f"{path}, line {number}: is no JSON object with {', '.join(keys)}; remove the line"
-            ) from None
-        records.append(record)
-    return records
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -220,12 +209,13 @@ def draw_answers(run: Path) -> Figure:
 
 
 def read_rows(path: Path, name: str, known: dict[str, Sample], config: Config) -> dict[str, Row]:
-    """id -> answer, scored again: nothing but its text and scale is needed. Raises DataError."""
+    """id -> answer, scored again: only its text is needed, and what scale_of needs. Raises DataError."""
     rows = {}
-    for record in read_jsonl(path, "id", "completion", "scale"):
+    for record in read_predictions(path):
         if record["id"] not in known:
             raise DataError(f"{path}: {record['id']!r} is no sentence of {config.eval_annotations}")
-        sample, scale = known[record["id"]], tuple(record["scale"])
+        sample = known[record["id"]]
+        scale = scale_of(record, sample, config)
         truth = sample.truth(config.text_format.step_seconds)
         scored = score(record["completion"], truth, scale, config.rewards, config.think)
         tube = tube_from_answer(scored.answer, sample, config.text_format, scale)
@@ -239,7 +229,7 @@ def draw_block(sample: Sample, rows: list[Row], step_seconds: float) -> Block:
     """The frames of at most STEPS steps, evenly over the clip, once for each row."""
     truth, num_steps = sample.truth(step_seconds), sample.grid(step_seconds).num_steps
     steps = np.linspace(0, num_steps - 1, min(num_steps, STEPS)).round().astype(int).tolist()
-    frames = read_frames(sample.video, [i * step_seconds for i in steps], sample.begin_frame / sample.fps)
+    frames = read_clip(sample, [i * step_seconds for i in steps])
     side = min(SIDE, max(SIDE // 2, WIDE // len(steps)))
     strips, texts, top = [], [], LINE
     for row in rows:
@@ -326,5 +316,8 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ConfigError, DataError, VideoError, OSError) as error:
+    except (ConfigError, DataError, VideoError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        place = error.filename or "standard output"
+        sys.exit(f"error: {place}: {error.strerror}; free some space, or make the folder writable")

@@ -4,8 +4,10 @@ Nothing here is a mock. The models are the classes of transformers with everythi
 reads them as it reads the real ones; the world is files of the real formats.
 """
 
+import contextlib
 import json
 import os
+import resource
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub is a wrong test
 
@@ -143,8 +145,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def write_config(world, checkpoints):
-    """write_config(folder, key=value, ...) -> folder/config.yaml of a tiny run on that world, into
-    folder/run."""
+    """write_config(folder, key=value, ...) -> folder/config.yaml: a tiny run on that world, in folder/run."""
 
     def write(folder, **changes):
         settings = {
@@ -171,10 +172,26 @@ def write_config(world, checkpoints):
     return write
 
 
+@pytest.fixture
+def full_disk():
+    """with full_disk(): files of more than a few bytes cannot be written (EFBIG, where a full disk says
+    ENOSPC); as there, the error that the system gives names no file."""
+
+    @contextlib.contextmanager
+    def limit():
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, old[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    return limit
+
+
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory, write_config):
-    """The run folder of a supervised run: its checkpoint answers, mostly in the right form, about that
-    world."""
+    """The folder of a supervised run: its checkpoint answers about that world, mostly in the right form."""
     import train
 
     folder = tmp_path_factory.mktemp("taught")

@@ -78,7 +78,7 @@ BAD = {
     "learning_rat=1": "unknown key learning_rat; did you mean learning_rate?",
     "zzz=1": "unknown key zzz; the keys are model, dataset,",
     "sft.step=5": "unknown key sft.step; did you mean sft.steps?",
-    "rewards.thinking=1": "rewards: there is no weight 'thinking'; write numbers .* format, consistency",
+    "rewards.thinking=1": "line: rewards: there is no weight 'thinking'; write numbers .* format, con",
     "rewards.think=much": "the weight think is 'much'; write numbers",
     "rewards.think=.nan": "the weight think is nan; write numbers",
     "rewards=5": "rewards: 5 must be key: value lines",
@@ -98,7 +98,7 @@ BAD = {
     "coordinates=pixels": "coordinates: 'pixels' is not one of norm1000, resized, original",
     "time_unit=minute": "time_unit: 'minute' is not one of frame, second",
     "fps=0": "fps: 0.0 must be above 0",
-    "fps=.nan": "fps: nan must be above 0",
+    "fps=.nan": "fps: nan must be a finite number",
     "num_generations=1": "num_generations: 1 must be at least 2",
     "batch_size=0": "batch_size: 0 must be at least 1",
     "max_new_tokens=0": "max_new_tokens: 0 must be at least 1",
@@ -106,7 +106,7 @@ BAD = {
     "steps=-1": "steps: -1 must be at least 0",
     "seed=-1": "seed: -1 must be at least 0",
     "kl_beta=-0.1": "kl_beta: -0.1 must be at least 0",
-    "learning_rate=nan": "learning_rate: nan must be at least 0",
+    "learning_rate=nan": "learning_rate: nan must be a finite number",
     "temperature=0": "temperature: 0.0 must be above 0",
     "max_grad_norm=0": "max_grad_norm: 0.0 must be above 0",
     "sft.batch_size=0": "sft: .* needs steps >= 0, batch_size >= 1",
@@ -117,18 +117,25 @@ BAD = {
 def test_bad_settings(path, override):
     with pytest.raises(ConfigError, match=BAD[override]) as caught:
         load_config(path, [override])
-    assert "\n" not in str(caught.value)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) not in message  # the file is not to blame
+    assert message.startswith(f"{override!r}: " if "=" not in override else "command line: ")
+
+
+def test_a_bad_file_is_to_blame_whatever_the_command_line_says(path):
+    path.write_text("max_side: 0\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: max_side: 0 must be at least 1"):
+        load_config(path, ["steps=3"])
 
 
 def test_text_that_is_no_yaml_is_text(path):
     assert load_config(path, ["videos=[a"]).videos == "[a"
 
 
-def test_second_steps_need_a_frame_in_each(path):
-    with pytest.raises(
-        ConfigError, match=r"fps: 0.5 shows less than one frame a second; use time_unit: frame"
-    ):
-        load_config(path, ["fps=0.5", "time_unit=second"])
+@pytest.mark.parametrize("fps", ["0.5", "2.5"])
+def test_second_steps_need_whole_frames(path, fps):
+    with pytest.raises(ConfigError, match=rf"fps: {fps} with time_unit: second must be a whole number"):
+        load_config(path, [f"fps={fps}", "time_unit=second"])
 
 
 def test_bad_files(tmp_path):
@@ -138,6 +145,9 @@ def test_bad_files(tmp_path):
         "step: 1\n": r"unknown key step; did you mean steps\?",
         "1: 1\n": "unknown key 1; the keys are",
         "sft: {rate: 1}\n": "unknown key sft.rate; ",
+        "rewards: {speed: 1}\n": r"bad\.yaml: rewards: there is no weight 'speed'",
+        "steps: 5\nseed: 1\nsteps: 7\n": "the key steps stands there twice; keep one",
+        "sft: {steps: 5, steps: 7}\n": "the key steps stands there twice; keep one",
     }
     for text, message in cases.items():
         path = tmp_path / "bad.yaml"
@@ -148,10 +158,9 @@ def test_bad_files(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"bad\.yaml: is not valid YAML"):
         load_config(path)
+    said = r"cannot be read .*; name a YAML file such as configs/toy.yaml"
     for missing in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(
-            ConfigError, match=r"cannot be read .*; name a YAML file such as configs/toy.yaml"
-        ):
+        with pytest.raises(ConfigError, match=said):
             load_config(missing)
 
 
@@ -161,6 +170,12 @@ def test_save_and_load(path, tmp_path):
     assert load_config(tmp_path / "saved.yaml") == config
     written = yaml.safe_load((tmp_path / "saved.yaml").read_text())
     assert list(written) == [field.name for field in dataclasses.fields(Config)]  # all of them
+
+
+def test_a_saved_configuration_is_whole(tmp_path, full_disk):
+    with full_disk(), pytest.raises(OSError) as caught:
+        save_config(Config(), tmp_path / "saved.yaml")
+    assert caught.value.filename == str(tmp_path / "saved.yaml") and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import toy
 from config import load_config
 from data import load_samples
 from evaluate import grid_ceiling
@@ -74,8 +75,7 @@ def test_oracle_reaches_the_ceiling(place, tmp_path, capsys):
     "changes", [{"think": False}, {"time_unit": "frame", "fps": 4}, {"coordinates": "original"}]
 )
 def test_answers_are_read_as_the_config_says(place, tmp_path, capsys, changes):
-    """At 4 steps a second each native frame of the toy world has its own box; 56 pixels are a coarse
-    scale."""
+    """At 4 steps a second each native frame of the toy world has its box; 56 pixels are a coarse scale."""
     overrides = [f"{key}={value}" for key, value in changes.items()]
     config = load_config(place, overrides)
     scale = (56, 56) if config.coordinates == "original" else (1000, 1000)
@@ -88,8 +88,7 @@ def test_answers_are_read_as_the_config_says(place, tmp_path, capsys, changes):
 
 
 def test_failures_count(place, tmp_path, capsys):
-    """Of six answers one is missing, one does not parse, one ends before it starts: half of the row is
-    left."""
+    """Of six answers one is missing, one does not parse, one ends before it starts: half of the row stays."""
     answers = oracle(load_config(place))
     whole = rescore(capsys, write(tmp_path / "a.jsonl", answers), place)["native"]
     del answers["0.y4m"]
@@ -129,9 +128,10 @@ def test_eval_limit_is_the_runs(place, tmp_path, capsys, monkeypatch):
 def test_bad_predictions(place, tmp_path, capsys, monkeypatch):
     line = json.dumps({"id": "0.y4m", "completion": "x"}) + "\n"
     path = tmp_path / "bad.jsonl"
-    form = 'line 2: write one object a line with texts "id" and "completion"'
+    form = 'bad.jsonl, line 2: is no JSON object with "id", "completion"; correct or remove it'
+    texts = 'bad.jsonl, line 2: "id" and "completion" must be texts'
     cases = {
-        line + line: "prediction '0.y4m' is there twice; keep one",
+        line + line: "bad.jsonl, line 2: '0.y4m' is answered in line 1; keep one",
         line.replace("0.y4m", "9.y4m"): "prediction '9.y4m': no such sentence in",
         line + "{": form,
         line + "[1]\n": form,
@@ -139,8 +139,10 @@ def test_bad_predictions(place, tmp_path, capsys, monkeypatch):
         line + '"id completion"\n': form,
         line + "\n": form,
         line + '{"id": "1.y4m"}\n': form,
-        line + '{"id": 1, "completion": "x"}\n': form,
-        line + '{"id": "1.y4m", "completion": null}\n': form,
+        line + '{"id": 1, "completion": "x"}\n': texts,
+        line + '{"id": ["a"], "completion": "x"}\n': texts,
+        line + '{"id": "1.y4m", "completion": null}\n': texts,
+        line + '{"id": "1.y4m", "comple': form,  # an answer that was cut is not left out
         line + "[" * 100_000 + "\n": form,
     }
     for text, message in cases.items():
@@ -148,8 +150,8 @@ def test_bad_predictions(place, tmp_path, capsys, monkeypatch):
         assert message in error_of(["--predictions", str(path), place], monkeypatch)
     for missing in (tmp_path / "none.jsonl", tmp_path):
         assert "cannot be read" in error_of(["--predictions", str(missing), place], monkeypatch)
-    path.write_bytes(b"\xff\xfe")
-    assert "cannot be read" in error_of(["--predictions", str(path), place], monkeypatch)
+    path.write_bytes(line.encode() + b"\xff\xfe")
+    assert form in error_of(["--predictions", str(path), place], monkeypatch)
     assert capsys.readouterr().out == ""
 
 
@@ -174,9 +176,11 @@ def test_command_line(place, tmp_path, monkeypatch, capfd):
 def test_settings_that_are_wrong(place, tmp_path, monkeypatch, capsys):
     assert "unknown key fpss" in error_of(["--predictions", "x", place, "fpss=1"], monkeypatch)
     assert "none.yaml: cannot be read" in error_of([str(tmp_path), str(tmp_path / "none.yaml")], monkeypatch)
+    nothing = error_of(["--predictions", "x", place, "eval_annotations="], monkeypatch)
+    assert nothing == "error: train_annotations and eval_annotations must both name an annotation file"
     for arguments in (
         [],
-        [str(tmp_path / "x")],
+        [str(tmp_path / "none" / "x")],
         ["--predictions", "x"],
         ["--predictions", "x", "model", place],
     ):
@@ -225,4 +229,61 @@ def test_checkpoint_with_a_config(taught, place, tmp_path, capsys, world):
 def test_folders_that_cannot_be_evaluated(place, tmp_path, monkeypatch, world):
     assert "videos missing" in error_of([str(tmp_path), place], monkeypatch)
     message = error_of([str(tmp_path / "none"), place, f"videos={world}"], monkeypatch)
-    assert "neither a checkpoint folder" in message and not (tmp_path / "run").exists()
+    assert "neither a checkpoint folder" in message and not list(tmp_path.glob("run*"))
+
+
+def test_a_checkpoint_inside_a_run_uses_its_settings_and_folder(taught, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(taught, run)
+    (run / "checkpoint").rename(run / "checkpoint_50")
+    evaluate.main([str(run / "checkpoint_50"), "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["native"] == json.loads((run / "summary.json").read_text())["after"]
+    assert f"the answers are in {run}/predictions_2.jsonl" in captured.err
+    assert (run / "predictions_2.jsonl").read_text() == (run / "predictions.jsonl").read_text()
+
+
+def test_a_checkpoint_with_a_config_leaves_the_run_of_that_config_alone(
+    taught, place, tmp_path, capsys, world
+):
+    """The folder beside output_dir is named after both, and a second evaluation overwrites nothing."""
+    settings = [f"videos={world}", "think=false", "eval_limit=1"]
+    for name in ("predictions.jsonl", "predictions_2.jsonl"):
+        evaluate.main([str(taught / "checkpoint"), place, *settings])
+        assert f"the answers are in {tmp_path}/run_checkpoint/{name}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run_checkpoint"]
+
+
+def test_a_toy_world_is_made_first(taught, place, tmp_path, capsys, monkeypatch):
+    """As train.py makes it: for decoding, and for saved answers."""
+    monkeypatch.setattr(toy, "SPLITS", {"test": (2, 3)})  # fewer clips
+    for name in ("a", "b"):
+        world = tmp_path / name
+        settings = ["toy=true", f"videos={world}", f"eval_annotations={world}/test.json", "think=false"]
+        if name == "a":
+            evaluate.main([str(taught / "checkpoint"), place, *settings, "--json"])
+            row = json.loads(capsys.readouterr().out)["native"]
+            predictions = str(tmp_path / "run_checkpoint" / "predictions.jsonl")
+        else:
+            assert rescore(capsys, predictions, place, *settings)["native"] == row
+        assert row["N"] == 2 and (world / "test" / "0001.y4m").is_file()
+
+
+def test_answers_that_cannot_be_written(taught, place, tmp_path, capsys, monkeypatch, world, full_disk):
+    """Where that can be known it is said before the first answer."""
+    (tmp_path / "file").write_text("")
+    arguments = [str(taught / "checkpoint"), place, f"videos={world}", "eval_limit=1", "--output"]
+    for output, named, reason in (
+        (tmp_path, tmp_path, "Is a directory"),
+        (tmp_path / "file" / "a", tmp_path / "file", "File exists"),
+        (tmp_path / "file" / "b" / "a", tmp_path / "file" / "b", "Not a directory"),
+    ):
+        message = error_of([*arguments, str(output)], monkeypatch)
+        assert message == (
+            f"error: {named}: {reason}; free some space, or choose another place with --output"
+        )
+        assert "evaluate " not in capsys.readouterr().err  # the bar of decoding
+    with full_disk():
+        message = error_of([*arguments, str(tmp_path / "answers")], monkeypatch)
+    assert message.startswith(f"error: {tmp_path}/answers: File too large; free some space, or choose")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "file"]

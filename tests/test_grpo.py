@@ -345,6 +345,14 @@ def test_metrics_by_hand():
     assert not any(value.requires_grad for value in metrics.values())
 
 
+def test_padding_is_not_the_largest_ratio():
+    """All real tokens are less likely than before; the ratio on padding is 1."""
+    logprobs, mask = tensor([[math.log(0.5), 0.0], [math.log(0.8), 0.0]]), torch.tensor([[1, 0], [1, 0]])
+    old, advantages = torch.zeros_like(logprobs), tensor([1.0, -1.0])
+    _, metrics = policy_loss(logprobs, old, None, advantages, mask, clip_eps=0.2, kl_beta=0, normalizer=2)
+    assert metrics["ratio_max"].item() == pytest.approx(0.8)
+
+
 def test_wrong_arguments_are_named():
     logprobs, old, ref, advantages, mask = batch()
     good = {"normalizer": 1.0, **SETTINGS}

@@ -252,8 +252,7 @@ def slow_truth_steps(sample, step):
 @pytest.mark.parametrize(("coordinates", "time_unit"), list(product(COORDINATES, TIME_UNITS)))
 def test_round_trip(coordinates, time_unit):
     """Quarters of the frame lie on every text grid (file 640 x 480, shown 336 x 252), so the boxes come
-    back exactly and vIoU, too, is what the grid of steps leaves: frames of P and G over frames of P or
-    G."""
+    back exactly and vIoU, too, is what the grid of steps leaves: frames of P and G / of P or G."""
     text_format = TextFormat(coordinates=coordinates, time_unit=time_unit)
     step = Fraction(text_format.step_seconds)
     scale = text_format.scale((336, 252), (640, 480))

@@ -7,6 +7,7 @@ the figures of the transformers release that the weights were trained with, and 
 import copy
 import json
 import math
+import pickle
 from dataclasses import replace
 from fractions import Fraction
 
@@ -14,20 +15,25 @@ import numpy as np
 import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
 
 import toy
+from data import load_samples
 from model import (
     Completion,
     ModelError,
     completion_logprobs,
     encode_prompt,
     load_policy,
+    make_prompt,
     pack_completions,
     rollout,
     rope_positions,
     save_policy,
     speed_up_vision,
 )
+from prompts import TextFormat
+from video import VideoError, read_frames
 
 SENTENCES = ("the red circle moves left", "the blue square moves up, then it rests", "a triangle")
 SHAPES = ((5, 2, 3), (4, 1, 2), (2, 3, 1))  # frames, and sides in multiples of the policy's size_factor
@@ -136,8 +142,7 @@ def test_positions_one_by_one():
 
 @pytest.mark.parametrize("fps", [0.5, 1, 2, 3, 5, 7, 8, 12.5, 24])
 def test_positions_of_a_prompt(policy, fps):
-    """Family by family, the time axis in exact fractions: floor(t * tokens_per_second * 2 / fps), floored
-    last."""
+    """Family by family, the time axis in exact fractions: t * tokens_per_second * 2 / fps, floored last."""
     prompt = make_prompts(policy, fps)[0]
     t, h, w = 3, 2, 3  # five frames, two to a slice
     seconds = [math.floor(i * 2 * Fraction(2) / Fraction(fps)) for i in range(t)]
@@ -149,8 +154,7 @@ def test_positions_of_a_prompt(policy, fps):
 
 @pytest.mark.parametrize("fps", [1, 2, 3, 4, 5, 6, 7, 10, 12.5, 24, 25, 30])
 def test_times_do_not_drift(qwen2_5, fps):
-    """Up to 128 frames: rounding of the product never takes a frame below the whole number that it stands
-    on."""
+    """Up to 128 frames: rounding of the product never takes a frame below the whole number it stands on."""
     frames = torch.zeros(128, 28, 28, 3, dtype=torch.uint8)
     prompt = encode_prompt(qwen2_5, frames, "", (1000, 1000), float(fps))
     times = prompt.positions[0, prompt.ids == qwen2_5.video_id]
@@ -184,13 +188,41 @@ def test_text_that_imitates_the_special_tokens_is_refused(qwen2_5):
         encode_prompt(qwen2_5, frames, "a <|video_pad|> b", (1000, 1000), 2.0)
 
 
+def samples_of(world):
+    return load_samples("hcstvg", str(world / "all.json"), str(world))[0]
+
+
+@pytest.mark.parametrize(("fps", "count"), [(2.0, 12), (1.0, 6), (0.4, 3), (2.5, 15)])
+def test_prompt_of_a_sample(qwen2_5, world, fps, count):
+    """Six seconds of 56 x 56 pixels at so many frames a second: at 0.4 they are those of 0, 2.5 and 5 s."""
+    sample = samples_of(world)[0]
+    prompt = make_prompt(qwen2_5, sample, 336, TextFormat(fps=fps))
+    frames = read_frames(sample.video, [i / fps for i in range(count)])
+    assert torch.equal(prompt.frames, torch.from_numpy(frames))
+    assert f"{count} steps of {1 / fps:g} s" in qwen2_5.tokenizer.decode(prompt.ids)
+
+
+def test_prompts_of_files_that_are_not_as_annotated(qwen2_5, world):
+    sample, text_format = samples_of(world)[0], TextFormat()
+    for changes, said in (
+        (
+            {"width": 5600, "height": 560},
+            "its frames are 56 x 56, but its annotation says 5600 x 560; correct",
+        ),
+        ({"fps": 20.0}, r"lasts 6\.00 s, but its annotation says 1\.20 s \(img_num / fps\); correct img_num"),
+    ):
+        with pytest.raises(VideoError, match=said):
+            make_prompt(qwen2_5, replace(sample, **changes), 336, text_format)
+    with pytest.raises(VideoError, match="max_side: 27 is less than the 28 pixels"):
+        make_prompt(qwen2_5, sample, 27, text_format)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Sampling
 
 
 def test_the_random_models_are_not_trivial(policy):
-    """Else the equalities below would say little: the logits spread, and video and sentence matter to
-    them."""
+    """Else the equalities below would say little: logits spread; video, sentence and positions matter."""
     first, second, _ = make_prompts(policy)
     ids = list(range(10, 20))
     logits = answer_logits(policy, first, ids)
@@ -214,14 +246,13 @@ def test_greedy_rollout_is_the_argmax_of_full_forwards(policy):
 
 @torch.no_grad()
 def test_sampled_rollout_is_a_redraw_from_full_forwards(policy):
-    """Token t of answer g is the first whose cumulative probability exceeds the t-th number of its own
-    stream."""
+    """Token t of an answer is the first whose cumulative probability exceeds number t of its own stream."""
     policy, prompts = with_many_ends(policy), make_prompts(policy)
     answers = rollout(policy, prompts, 5, 16, 0.8, KEYS)
     lengths = set()
     for key, prompt, group in zip(KEYS, prompts, answers, strict=True):
         for g, completion in enumerate(group):
-            uniform = np.random.default_rng([*key, g]).random(16)
+            uniform = np.random.default_rng([len(key), *key, g]).random(16)
             probabilities = answer_logits(policy, prompt, completion.ids, 0.8).double().softmax(-1).numpy()
             redrawn = [int((p.cumsum() <= u).sum()) for p, u in zip(probabilities, uniform, strict=False)]
             assert completion.ids == redrawn
@@ -245,6 +276,15 @@ def test_an_answer_depends_on_its_key_alone(policy):
     assert all(a != b for a, b in zip(other_keys, together, strict=True))
 
 
+def test_keys_of_different_length_differ(policy):
+    """(0, 5) of an evaluation and (0, 5, 0) of a training step: for numpy [0, 5, 0] is [0, 5, 0, 0]."""
+    same = [np.random.default_rng(seed).random() for seed in ([0, 5, 0], [0, 5, 0, 0])]
+    assert same[0] == same[1]
+    prompt = make_prompts(policy)[0]
+    short, long = (ids_of(rollout(policy, [prompt], 3, 12, 1.0, [key])) for key in ((0, 5), (0, 5, 0)))
+    assert all(a != b for a, b in zip(short[0], long[0], strict=True))
+
+
 def test_more_room_continues_the_same_answers(qwen2_5):
     prompts = make_prompts(qwen2_5)
     short, long = (ids_of(rollout(qwen2_5, prompts, 2, n, 1.0, KEYS)) for n in (6, 12))
@@ -252,8 +292,7 @@ def test_more_room_continues_the_same_answers(qwen2_5):
 
 
 def test_both_end_tokens_end_an_answer(policy):
-    """Nearly uniform sampling, 64 answers of up to 100 tokens: each end token comes up, and stops its
-    answer."""
+    """Nearly uniform sampling, 64 answers of up to 100 tokens: both end tokens come up, and end answers."""
     prompt = make_prompts(policy)[1]
     ends = policy.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert set(policy.eos_ids) == set(ends) and policy.end_id == ends[0]
@@ -265,7 +304,7 @@ def test_both_end_tokens_end_an_answer(policy):
         assert not set(body) & set(ends) and completion.text == policy.tokenizer.decode(body)
     assert {completion.ids[-1] for completion in answers} >= set(ends)
     drawn = {token for completion in answers for token in completion.ids}
-    assert len(drawn) > 300 and not drawn & set(policy.forbidden_ids)
+    assert len(drawn) > 0.9 * len(policy.tokenizer) and not drawn & set(policy.forbidden_ids)
 
 
 def test_truncated_flag(qwen2_5):
@@ -280,8 +319,7 @@ def test_truncated_flag(qwen2_5):
 
 
 def test_placeholders_have_no_probability(policy):
-    """However much the model wants one: it is never sampled, and counts for nothing where tokens are
-    scored."""
+    """However much the model wants one: it is never sampled, and has no share where tokens are scored."""
     assert policy.tokenizer.convert_ids_to_tokens(policy.forbidden_ids) == [
         f"<|{name}|>" for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
     ]
@@ -349,8 +387,7 @@ def test_sampled_tokens_are_scored_as_they_were_drawn(policy, temperature):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_packed_gradients_equal_one_at_a_time(checkpoints, policy, dtype, checkpointing):
-    """float64 as far as transformers lets it: its norms, its rotary tables, and our log-softmax are
-    float32."""
+    """float64 as far as it goes: transformers' norms and rotary tables and our log-softmax are float32."""
     policy = load_policy(str(checkpoints[policy.model.config.model_type]), dtype=dtype)
     prompts, completions = make_prompts(policy), random_completions(policy, LENGTHS)
     weights = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for group in LENGTHS for n in group]
@@ -425,7 +462,8 @@ def test_saved_policy_is_a_stock_checkpoint(policy, tmp_path):
     prompt, ids = make_prompts(policy)[0], [11, 12, 13]
     with torch.no_grad():
         expected = answer_logits(policy, prompt, ids)
-        assert torch.equal(answer_logits(replace(policy, model=stock), prompt, ids), expected)
+        theirs = answer_logits(replace(policy, model=stock), prompt, ids)  # without speed_up_vision
+        torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-4)
         again = load_policy(str(tmp_path / "out"))
         assert torch.equal(answer_logits(again, make_prompts(again)[0], ids), expected)
     assert again.preprocessor == policy.preprocessor and again.eos_ids == policy.eos_ids
@@ -458,13 +496,15 @@ def load_error(folder):
     with pytest.raises(ModelError) as caught:
         load_policy(str(folder))
     message = str(caught.value)
-    assert str(folder) in message and "\n" not in message
+    assert str(folder) in message and "\n" not in message and "; " in message  # a remedy
     return message
 
 
 def test_load_errors_of_folders_that_are_no_qwen_vl(checkpoints, tmp_path):
     nothing = load_error(tmp_path / "nothing")
-    assert "neither a checkpoint folder (with a config.json) nor a known hub id" in nothing
+    assert "neither a checkpoint folder (with a config.json) nor a known hub id: OSError: " in nothing
+    remedy = "name a folder with a good config.json, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
+    assert nothing.endswith(f"; {remedy}")
     (tmp_path / "empty").mkdir()
     assert "neither a checkpoint folder" in load_error(tmp_path / "empty")
     (tmp_path / "file").write_text("weights")
@@ -492,9 +532,12 @@ def test_load_errors_of_incomplete_folders(checkpoints, tmp_path):
     (broken / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:1000])
     assert "does not load: " in load_error(broken)
 
-    bad_json = copy_of(source, tmp_path / "bad_json")
-    (bad_json / "config.json").write_text("{")
-    assert "config.json" in load_error(bad_json)
+    settings = json.loads((source / "config.json").read_text())
+    cases = ("{", "5", "[]", "null", '"model_type"', "{}", json.dumps(settings | {"text_config": 5}))
+    for number, text in enumerate(cases):
+        bad_json = copy_of(source, tmp_path / f"bad_json_{number}")
+        (bad_json / "config.json").write_text(text)
+        assert "neither a checkpoint folder (with a config.json)" in load_error(bad_json)
 
     no_tokenizer = copy_of(source, tmp_path / "no_tokenizer", ["tokenizer.json", "tokenizer_config.json"])
     load_error(no_tokenizer)
@@ -506,8 +549,48 @@ def test_load_errors_of_incomplete_folders(checkpoints, tmp_path):
     assert "the tokenizer lacks a chat template; use the one shipped with Qwen-VL" in load_error(silent)
 
 
-def test_weights_of_another_shape_or_name_are_refused(checkpoints, tmp_path):
-    """transformers would fill what it does not find with random numbers, and only warn."""
+@pytest.mark.parametrize(
+    "content", [b"", b"no pickle at all", pickle.dumps({"a": print}, 2), b"PK\x03\x04" + bytes(100)]
+)
+def test_load_errors_of_broken_old_weights(checkpoints, tmp_path, content):
+    """pytorch_model.bin: empty, garbage, a pickle that would call a function, half of an archive."""
+    folder = copy_of(checkpoints["qwen2_5_vl"], tmp_path / "old", ["model.safetensors"])
+    (folder / "pytorch_model.bin").write_bytes(content)
+    assert "does not load: " in load_error(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "cannot be read (JSONDecodeError: "),
+        (b"\xff", "cannot be read (UnicodeDecodeError: "),
+        (b"[]", "is no JSON object"),
+        (b'{"image_mean": null}', "image_mean in its preprocessor_config.json is not [red, green, blue]"),
+        (b'{"image_std": [1, 1]}', "image_std in its preprocessor_config.json is not [red, green, blue]"),
+        (
+            b'{"image_std": [1, 1, "1"]}',
+            "image_std in its preprocessor_config.json is not [red, green, blue]",
+        ),
+    ],
+)
+def test_load_errors_of_broken_preprocessors(checkpoints, tmp_path, content, said):
+    folder = copy_of(checkpoints["qwen2_5_vl"], tmp_path / "colours")
+    (folder / "preprocessor_config.json").write_bytes(content)
+    message = load_error(folder)
+    assert said in message and message.endswith("; fetch it again")
+
+
+def test_quantized_checkpoints_are_refused(checkpoints, tmp_path):
+    folder = copy_of(checkpoints["qwen2_5_vl"], tmp_path / "awq")
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+    edit_json(folder / "config.json", quantization_config=awq)
+    assert "is quantized, and such weights cannot be trained; use the original" in load_error(folder)
+
+
+def test_weights_of_another_shape_or_name_are_refused(checkpoints, tmp_path, request, caplog):
+    """transformers would fill what it does not find with random numbers, and only warn, in many lines."""
+    logging.add_handler(caplog.handler)
+    request.addfinalizer(lambda: logging.remove_handler(caplog.handler))
     source = checkpoints["qwen2_5_vl"]
     shape = copy_of(source, tmp_path / "shape")
     config = json.loads((shape / "config.json").read_text())
@@ -524,10 +607,13 @@ def test_weights_of_another_shape_or_name_are_refused(checkpoints, tmp_path):
     message = load_error(deeper)
     assert "do not fit its config.json" in message and "layers.2." in message
 
+    assert caplog.records == []  # the error is all there is to read
+    logging.get_logger("transformers").warning("heard again")
+    assert [record.message for record in caplog.records] == ["heard again"]
+
 
 def test_the_fast_vision_tower_changes_no_number():
-    """Windows of several sizes (a grid that 112-pixel windows do not divide), two videos, values and
-    gradients."""
+    """Values and gradients, for two videos and windows of several sizes (112 pixels do not divide them)."""
     model = toy.tiny_model(toy.tiny_tokenizer())
     config = model.config.to_dict()
     config["vision_config"]["fullatt_block_indexes"] = [1]

@@ -523,9 +523,16 @@ def test_bench_fails_with_one_line(tmp_path):
     path.write_text(json.dumps(line("")) + "\n{\n")
     for run, message in (
         (bench(path), f"error: {path}, line 2: not valid JSON"),
-        (bench("absent.jsonl"), "absent.jsonl"),
+        (bench("absent.jsonl"), "error: absent.jsonl: No such file or directory; check the path"),
+        (bench(tmp_path), f"error: {tmp_path}: Is a directory; check the path"),
     ):
         assert (run.returncode, run.stdout) == (1, "")
         assert message in run.stderr and run.stderr.count("\n") == 1
     usage = subprocess.run([sys.executable, str(ROOT / "rewards.py")], capture_output=True, text=True)
     assert usage.returncode == 1 and usage.stderr.startswith("usage: python rewards.py FILE.jsonl")
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_bench_explains_itself(word):
+    run = bench(word)
+    assert (run.returncode, run.stdout, run.stderr) == (0, rewards.__doc__.strip() + "\n", "")

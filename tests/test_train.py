@@ -341,7 +341,7 @@ def test_reference_does_not_move(qwen2_5, write_config, tmp_path):
 
 
 def test_update_raises_the_better_answer(qwen2_5, write_config, tmp_path):
-    """What it is all for: answers of positive advantage become likelier, those of negative less likely."""
+    """What it is all for: answers of positive advantage gain likelihood over those of negative advantage."""
     config = load_config(write_config(tmp_path), ["kl_beta=0"])
     (group,) = make_groups(qwen2_5, config, lengths=((6, 6, 6, 6),))
     group.advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
@@ -351,7 +351,7 @@ def test_update_raises_the_better_answer(qwen2_5, write_config, tmp_path):
         with torch.no_grad():
             totals.append(completion_logprobs(qwen2_5, batch, 1.0).sum(1))
         train.improve(qwen2_5, None, torch.optim.SGD(qwen2_5.model.parameters(), lr=0.01), [group], config)
-    assert ((totals[1] - totals[0]).sign() == group.advantages).all()
+    assert (totals[1] - totals[0]) @ group.advantages.float() > 0
 
 
 def test_nothing_is_learnt_from_a_loss_that_is_not_finite(qwen2_5, write_config, tmp_path):
@@ -464,8 +464,61 @@ def test_output_dir_that_cannot_be_made(tmp_path, write_config, monkeypatch):
     (tmp_path / "file").write_text("mine")
     place = f"{tmp_path}/file/run"
     message = error_of([write_config(tmp_path), f"output_dir={place}"], monkeypatch)
-    assert message == f"error: output_dir: {place} cannot be written (Not a directory); choose another"
+    assert message == f"error: {place}: Not a directory; free some space, or choose another output_dir"
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_output_dir_that_is_no_run_is_left_alone(tmp_path, write_config, monkeypatch, kind):
+    place = tmp_path / "precious"
+    if kind == "folder":
+        place.mkdir()
+    mine = place / "data" if kind == "folder" else place
+    mine.write_text("mine")
+    message = error_of([write_config(tmp_path), f"output_dir={place}"], monkeypatch)
+    assert message == f"error: output_dir: {place} exists and is no run of train.py; choose another"
+    assert mine.read_text() == "mine" and not Path(f"{place}.1").exists()
+
+
+def test_settings_reach_the_step(tmp_path, write_config, taught):
+    """Weights, unscaled advantages, warm-up and the step's own random numbers, from what the run wrote."""
+    config = write_config(tmp_path, model=str(taught / "checkpoint"), batch_size=6, eval_limit=1, **SHORT)
+    weights = {"format": 1, "consistency": 2, "temporal": 3, "spatial": 0.5, "think": 0, "giou": 1, "l1": 0}
+    changes = [f"rewards.{name}={value}" for name, value in weights.items()]
+    changes += ["scale_rewards=false", "learning_rate=0", "eval_temperature=2.0"]
+    train.main([config, *changes])
+    records = read_lines(tmp_path / "run/rollouts.jsonl")
+    for r in records:
+        terms, settings = r["rewards"], load_config(tmp_path / "run/config.yaml")
+        total = terms["format"] + 2 * terms["consistency"] + 3 * terms["temporal"]
+        assert terms["total"] == pytest.approx(total + 0.5 * terms["spatial_pred"], abs=1e-9)
+        sample = next(s for s in samples_of(settings) if s.id == r["id"])
+        expected = score(r["completion"], sample.truth(1.0), weights={"l1": 0}, think=False).rewards
+        assert terms["spatial_pred"] == expected["spatial_pred"]  # GIoU alone
+    totals = np.array([r["rewards"]["total"] for r in records]).reshape(-1, 4)
+    advantages = np.array([r["advantage"] for r in records]).reshape(-1, 4)
+    assert advantages == pytest.approx(totals - totals.mean(1, keepdims=True), abs=1e-9)
+    assert totals.std(1).max() > 0.1
+    # The same weights, the same six prompts: only the step's number makes the second draw another one.
+    first, second = ({(r["id"], r["completion"]) for r in records if r["step"] == step} for step in (1, 2))
+    assert first != second
+    greedy = read_lines(taught / "predictions.jsonl")[0]["completion"]
+    assert read_lines(tmp_path / "run/predictions.jsonl")[0]["completion"] != greedy
+
+
+def test_warm_up_and_weight_decay(tmp_path, write_config, taught):
+    """AdamW's first step moves a weight by the learning rate, whatever its gradient, and shrinks it by
+    learning rate x decay: after one step of four of warm-up, by a quarter of both."""
+    before = weights_of(taught)
+    moves = {}
+    for decay in (0.0, 10.0):
+        path = write_config(tmp_path, model=str(taught / "checkpoint"), steps=1, eval_limit=1, **SHORT)
+        train.main([path, "learning_rate=4e-4", "warmup_steps=4", f"weight_decay={decay}"])
+        after = weights_of(tmp_path / "run")
+        moves[decay] = torch.cat([(after[name] - before[name]).flatten() for name in before])
+    assert moves[0.0].abs().max() == pytest.approx(1e-4, rel=0.02)
+    shrunk = torch.cat([before[name].flatten() for name in before]) * 1e-4 * 10
+    torch.testing.assert_close(moves[10.0], moves[0.0] - shrunk, rtol=0, atol=1e-6)
 
 
 def test_no_space_for_the_checkpoint(tmp_path, write_config, taught, monkeypatch):

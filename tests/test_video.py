@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import Sample
 from prompts import TimeGrid
-from video import VideoError, frame_size, patchify, read_frames, resize
+from video import VideoError, frame_size, patchify, read_clip, read_frames, resize
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -173,6 +174,73 @@ def test_hidden_frames_are_refused(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# The file against its annotation
+
+
+def make_sample(path, num_frames, fps, width=32, height=16, begin_frame=0):
+    return Sample(
+        id="a",
+        video=path,
+        sentence="it moves",
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=fps,
+        begin_frame=begin_frame,
+        first_frame=0,
+        stop_frame=1,
+        boxes={0: (0.0, 0.0, 1.0, 1.0)},
+    )
+
+
+def test_a_clip_is_read_from_its_beginning(tmp_path):
+    path = write_y4m(tmp_path / "a.y4m", count=40)  # 2 s at 20 fps, 32 x 16
+    frames = read_clip(make_sample(path, 40, 20.0), [0.0, 0.5])
+    assert frames.shape == (2, 16, 32, 3) and y4m_indices(frames) == [0, 10]
+    part = make_sample(path, 10, 20.0, begin_frame=7)  # of a longer file: nothing is said about that one
+    assert y4m_indices(read_clip(part, [0.0, 0.25])) == [7, 12]
+
+
+@pytest.mark.parametrize(("width", "height"), [(3200, 16), (32, 15), (16, 32)])
+def test_a_file_of_another_size_is_refused(tmp_path, width, height):
+    path = write_y4m(tmp_path / "a.y4m", count=4)
+    with pytest.raises(VideoError) as caught:
+        read_clip(make_sample(path, 4, 20.0, width, height), [0.0])
+    said = f"{path}: its frames are 32 x 16, but its annotation says {width} x {height}; correct width and"
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("count", "num_frames", "fps", "good"),
+    [
+        (24, 24, 4.0, True),
+        (24, 24, 20.0, False),  # 1.2 s of 6 s would be shown
+        (24, 24, 1.2, False),  # HC-STVG's 20 s of a clip that lasts 6 s
+        (24, 28, 4.0, True),  # 1 s more
+        (24, 29, 4.0, False),
+        (24, 20, 4.0, True),  # 1 s less
+        (24, 19, 4.0, False),
+        (160, 168, 4.0, True),  # 40 s: 5 % are 2 s
+        (160, 170, 4.0, False),
+        (160, 153, 4.0, True),
+        (160, 150, 4.0, False),
+    ],
+)
+def test_a_file_of_another_duration_is_refused(tmp_path, count, num_frames, fps, good):
+    path = write_y4m(tmp_path / "a.y4m", count, "4:1", step=1)
+    sample = make_sample(path, num_frames, fps)
+    if good:
+        assert read_clip(sample, [0.0, 2.5]).shape == (2, 16, 32, 3)
+        return
+    with pytest.raises(VideoError) as caught:
+        read_clip(sample, [0.0])
+    said = (
+        f"{path}: lasts {count / 4:.2f} s, but its annotation says {num_frames / fps:.2f} s (img_num / fps);"
+    )
+    assert str(caught.value).startswith(f"{said} correct img_num and fps in the record")
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Size
 
 
@@ -187,7 +255,8 @@ def test_hidden_frames_are_refused(tmp_path):
         (98, 126, 336, 28, (112, 112)),  # 3.5 -> 4, 4.5 -> 4: halves to even
         (300, 300, 300, 28, (280, 280)),  # 10.7 -> 11 would be 308 > 300
         (2000, 10, 336, 28, (336, 28)),  # 1.68 pixels high, but at least one factor
-        (640, 480, 20, 28, (28, 28)),
+        (640, 480, 28, 28, (28, 28)),
+        (640, 480, 55, 28, (28, 28)),
         (336, 336, 336, 28, (336, 336)),
     ],
 )
@@ -195,15 +264,23 @@ def test_frame_size_by_hand(width, height, max_side, factor, expected):
     assert frame_size(width, height, max_side, factor) == expected
 
 
-@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 2000), st.sampled_from([28, 32]))
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(32, 2000), st.sampled_from([28, 32]))
 def test_frame_size_properties(width, height, max_side, factor):
     shown = frame_size(width, height, max_side, factor)
     assert shown == frame_size(height, width, max_side, factor)[::-1]
     shrink = min(1, max_side / max(width, height))
     for side, original in zip(shown, (width, height), strict=True):
-        assert side % factor == 0 and factor <= side <= max(max_side, factor)
+        assert side % factor == 0 and factor <= side <= max_side
         exact = original * shrink
         assert abs(side - exact) <= factor / 2 + 1e-6 or side in (factor, max_side // factor * factor)
+
+
+@pytest.mark.parametrize(("max_side", "factor"), [(27, 28), (31, 32), (1, 28)])
+def test_a_max_side_below_one_token_is_refused(max_side, factor):
+    with pytest.raises(
+        VideoError, match=f"max_side: {max_side} is less than the {factor} .* write max_side: {factor} or"
+    ):
+        frame_size(640, 480, max_side, factor)
 
 
 # ----------------------------------------------------------------------------------------------------------

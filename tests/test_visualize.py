@@ -15,9 +15,10 @@ from matplotlib.image import imread
 
 import visualize
 from config import Config, save_config
-from data import DataError, load_samples
+from data import DataError, load_samples, read_jsonl
 from prompts import Answer, Truth, format_answer, truth_answer
 from rewards import TERMS, score
+from video import VideoError
 from visualize import COLOURS, Row, curve, draw_curves, draw_run, draw_strip, fit, overlay, trailing_mean
 
 ROOT = Path(__file__).parent.parent
@@ -248,7 +249,7 @@ def test_a_perfect_answer_is_last(tmp_path):
     run = make_run(tmp_path, videos=3)
     samples, _ = load_samples("hcstvg", str(tmp_path / "eval.json"), str(tmp_path / "videos"))
     perfect = format_answer(truth_answer(samples[0].truth(1.0), (1000, 1000)))
-    records = visualize.read_jsonl(run / "predictions.jsonl")
+    records = read_jsonl(run / "predictions.jsonl", "completion")
     records[0]["completion"] = perfect
     write_jsonl(run / "predictions.jsonl", records)
     words = [text.get_text() for text in visualize.draw_answers(run).texts]
@@ -260,7 +261,15 @@ def test_a_perfect_answer_is_last(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[]", '{"id": "0.y4m"}', '{"id": "x", "completion": "", "scale": [1, 1]}']
+    "line",
+    [
+        "{",
+        "[]",
+        '{"id": "0.y4m"}',
+        '{"id": ["0.y4m"], "completion": ""}',
+        '{"id": "0.y4m", "completion": 5}',
+        '{"id": "x", "completion": "", "scale": [1, 1]}',
+    ],
 )
 def test_a_bad_record_is_named(tmp_path, line):
     run = make_run(tmp_path, videos=1)
@@ -268,6 +277,46 @@ def test_a_bad_record_is_named(tmp_path, line):
     with pytest.raises(DataError, match=r"predictions\.jsonl(, line 1|: 'x')"):
         draw_run(run)
     assert not (run / "pictures").exists()  # nothing half-written
+
+
+@pytest.mark.parametrize("more", [{}, {"scale": 5}, {"scale": [0, 56]}, {"scale": ["28", "56"]}])
+def test_a_scale_is_needed_where_it_depends_on_the_model(tmp_path, more):
+    run = make_run(tmp_path, videos=1)
+    write_jsonl(run / "predictions.jsonl", [{"id": "0.y4m", "completion": "x", **more}])
+    draw_run(run)  # norm1000 needs none
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("coordinates: norm1000", "coordinates: resized"))
+    with pytest.raises(DataError, match=r"'0\.y4m': with coordinates: resized each needs \"scale\""):
+        draw_run(run)
+
+
+def test_a_log_cut_by_a_kill_is_drawn_without_its_last_line(tmp_path):
+    run = make_run(tmp_path, videos=1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "grpo", "st')
+    assert len(draw_run(run)) == 2
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match=rf"metrics\.jsonl, line {len(METRICS) + 1}: is no JSON object"):
+        draw_run(run)
+
+
+def test_a_video_that_is_not_the_annotated_one(tmp_path):
+    run = make_run(tmp_path, videos=1)
+    path = tmp_path / "eval.json"
+    path.write_text(path.read_text().replace('"img_num": 12', '"img_num": 40'))
+    with pytest.raises(VideoError, match=r"0\.y4m: lasts 6\.00 s, but its annotation says 20\.00 s"):
+        draw_run(run)
+
+
+def test_no_space_for_pictures(tmp_path, full_disk):
+    run = make_run(tmp_path, videos=1)
+    old = draw_run(run)[0].read_bytes()
+    with full_disk(), pytest.raises(OSError) as caught:
+        draw_run(run)
+    curves = run / "pictures" / "curves.png"
+    assert caught.value.filename == str(curves) and curves.read_bytes() == old
+    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["answers.png", "curves.png"]
 
 
 def visualize_script(folder, *arguments, blocked=""):
@@ -286,6 +335,15 @@ def test_a_folder_that_is_no_run(tmp_path):
     assert done.stderr == (
         "error: nothing: is no run (no config.yaml, metrics.jsonl); name an output_dir of train.py\n"
     )
+
+
+def test_pictures_that_cannot_be_written(tmp_path):
+    run = make_run(tmp_path, videos=1)
+    (run / "pictures").write_text("in the way")
+    done = visualize_script(tmp_path, run)
+    remedy = "free some space, or make the folder writable"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {run}/pictures: File exists; {remedy}\n"
 
 
 def test_without_matplotlib(tmp_path):
