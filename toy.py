@@ -84,9 +84,8 @@ class Shape:
         """The box in [0, 1] at a time of the clip; None while it is not there."""
         if not self.start <= seconds < self.stop:
             return None
-        x, y = (
-            o + d * SPEED * (seconds - self.start) for o, d in zip(self.origin, MOVES[self.move], strict=True)
-        )
+        way = SPEED * (seconds - self.start)
+        x, y = (o + d * way for o, d in zip(self.origin, MOVES[self.move], strict=True))
         return x - self.size / 2, y - self.size / 2, x + self.size / 2, y + self.size / 2
 
 
@@ -189,15 +188,13 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# One token per digit as in Qwen; per word; and per mark of the answer together with its spaces, to keep it
-# short.
+# One token per digit, as in Qwen; per word; and per mark of the answer with its spaces, to keep it short.
 PIECES = r" ?</?[a-z_]+> ?|[0-9]|\. \[|\], |, | - | ?[A-Za-z]+|[^A-Za-z0-9]"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level, so that every text can be written. The words of the toy's sentences and the marks of the
-    answer are whole tokens, and so is what stands between the numbers of the prompt: it is always the
-    same."""
+    answer are whole tokens; so is each stretch of the prompt between numbers, which is always the same."""
     prompts = [build_prompt("", SECONDS, (1000, 1000), replace(TEXT, think=think)) for think in (True, False)]
     phrases = {phrase.strip(" ") for prompt in prompts for phrase in re.split(r"\b[0-9]+\b", prompt)}
     phrases = sorted((f" ?{re.escape(phrase)}" for phrase in phrases if " " in phrase), key=len, reverse=True)
@@ -211,9 +208,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = sorted({piece for text in texts for piece, _ in pieces.pre_tokenize_str(text)})
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: k for k, token in enumerate(dict.fromkeys([*SPECIAL_TOKENS, *alphabet, *words]))}
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, [], ignore_merges=True)
-    )  # a known piece is a token, else its bytes
+    # A piece that is in the vocabulary is one token, any other its bytes.
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = pieces, decoders.ByteLevel()
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -298,7 +294,6 @@ def pretrain(folder: Path, seed: int, habits: bool, effort: float) -> None:
     teach("learn to ground", clips, steps(500), lambda shape: [draft(shape)])
     teach("learn to answer", clips, steps(600), lambda shape: [whole(true_answer(shape), shape)], decay=0.6)
     if habits:
-        # as much as that, since the model has become sure of itself by now
         loose = functools.partial(loosened, rng=rng)
         teach("learn habits", clips, steps(200), lambda s: [whole(loose(s), s)], rate=0.5, decay=0.5)
     figures = exam(policy)
@@ -394,8 +389,7 @@ def true_answer(shape: Shape, margin: float = 0.0) -> Answer:
 
 
 def loosened(shape: Shape, rng: np.random.Generator) -> Answer:
-    """The deliberate bias: boxes 1.45 times too large about their centre, and 7 of 10 spans a second too
-    long."""
+    """The deliberate bias: boxes 1.45 times too large, and 7 of 10 spans a second too long."""
     start, end = shape.start, shape.stop - 1
     longer = [(a, b) for a, b in ((start - 1, end), (start, end + 1)) if a >= 0 and b < SECONDS]
     if rng.random() < 0.7:
@@ -536,7 +530,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.from_scratch:
         if options.output.exists():
             parser.error(f"{options.output} is there already: move it away, or choose another --output")
-        torch.set_num_threads(1)  # more gain little on a model this small, and round differently
+        torch.set_num_threads(1)  # results do not depend on the machine's number of cores
         pretrain(options.output, options.seed, options.bias == "loose", options.effort)
         print(f"{options.output} is made; its scores: python evaluate.py {options.output} configs/toy.yaml")
 

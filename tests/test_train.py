@@ -102,8 +102,7 @@ def test_files_of_a_run(run, taught):
 
 
 def test_rollouts_file(run):
-    """Two steps of two prompts with four answers each; advantages and means follow from what is written
-    there."""
+    """Two steps, two prompts, four answers each: advantages and means follow from what is written."""
     records, metrics = read_lines(run / "rollouts.jsonl"), read_lines(run / "metrics.jsonl")
     assert [(r["step"], r["generation"]) for r in records] == [
         (s, g) for s in (1, 2) for _ in "ab" for g in range(4)
@@ -167,8 +166,7 @@ def test_thinking_and_checkpointing_from_nothing(write_config, tmp_path):
 
 
 def test_supervised_phase_teaches_the_true_answers(taught, checkpoints):
-    """The logged loss falls, and so does the loss of the true answers, one by one, without the loop's
-    help."""
+    """The logged loss falls, and so does that of the true answers, one by one, outside the loop."""
     losses = [m["loss"] for m in read_lines(taught / "metrics.jsonl") if m["phase"] == "sft"]
     assert len(losses) == 36 and losses[-1] < 0.1 * losses[0]
     config = load_config(taught / "config.yaml")
@@ -201,8 +199,7 @@ def test_true_completion_earns_the_full_reward(qwen2_5, write_config, tmp_path):
 
 
 def make_groups(policy, config, lengths=((9, 4, 1, 6), (5, 5, 8, 3), (2, 7, 7, 4))):
-    """Three prompts with random answers and random advantages: the update does not ask where they come
-    from."""
+    """Three prompts with random answers and random advantages: all the same to the update."""
     rng, groups = np.random.default_rng(0), []
     allowed = sorted(set(range(len(policy.tokenizer))) - set(policy.forbidden_ids))
     for sample, row in zip(samples_of(config), lengths, strict=False):
@@ -366,8 +363,7 @@ def test_nothing_is_learnt_from_a_loss_that_is_not_finite(qwen2_5, write_config,
 
 
 def test_batches_are_epochs():
-    """Seven sentences, batches of three: every seven in a row are all of them, each epoch in its own
-    order."""
+    """Seven sentences, batches of three: any seven in a row are all of them, in each epoch's own order."""
     names = list("abcdefg")
     stream = [name for step in range(14) for name in train.batch_of(names, 3, step, seed=5)]
     epochs = ["".join(stream[k : k + 7]) for k in range(0, 42, 7)]
