@@ -7,11 +7,12 @@ Evaluate, fine-tune on true answers if `sft` asks for it, then `steps` times: sa
 log; evaluate again. Everything goes to output_dir:
 
     config.yaml, versions.json       all settings, resolved; what the run ran on
-    metrics.jsonl                    one line a step
+    metrics.jsonl                    one line an optimiser step, and one an evaluation
     rollouts.jsonl                   one line a sampled answer (`python rewards.py` reads it)
     predictions_before.jsonl, predictions.jsonl    greedy answers on the held-out split
     checkpoint/                      the trained model, as Hugging Face's from_pretrained reads it
     summary.json                     scores before and after, the reward, seconds
+    pictures/                        curves and answers, where matplotlib is installed
 
 Departures from the paper are the fields of config.py that say "not in the paper".
 """
@@ -393,8 +394,9 @@ def draw_pictures(run: Path) -> str:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
-        sys.exit(__doc__)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__.strip())
+        sys.exit()
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError, ModelError, VideoError, FloatingPointError) as error:
