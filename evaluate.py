@@ -148,26 +148,20 @@ def answer_record(
 ) -> dict:
     """What predictions.jsonl and rollouts.jsonl say of an answer: its text, the truth in steps, and what was
     parsed, with boxes in [0, 1]. `python rewards.py` reads it."""
-    record = {
+
+    def in_frame(items: tuple[tuple[int, Box], ...] | None) -> list | None:
+        return items and [[step, [round(v, 4) for v in from_text_box(box, scale)]] for step, box in items]
+
+    boxes = {str(step): list(box) for step, box in truth.boxes.items()}
+    return {
         "completion": text,
-        "truth": {
-            "span": list(truth.span),
-            "boxes": {str(step): list(box) for step, box in truth.boxes.items()},
-        },
+        "truth": {"span": list(truth.span), "boxes": boxes},
         "scale": list(scale),
         "think": think,
-        "span": None,
-        "think_boxes": None,
-        "pred_boxes": None,
+        "span": answer and [answer.start, answer.end],
+        "think_boxes": answer and in_frame(answer.think),
+        "pred_boxes": answer and in_frame(answer.pred),
     }
-    if answer is not None:
-        unit = {"think_boxes": answer.think, "pred_boxes": answer.pred}
-        record["span"] = [answer.start, answer.end]
-        for name, items in unit.items():
-            record[name] = items and [
-                [step, [round(v, 4) for v in from_text_box(box, scale)]] for step, box in items
-            ]
-    return record
 
 
 def score_predictions(predictions: list[dict], samples: list[Sample], config: Config) -> dict[str, dict]:

@@ -328,20 +328,12 @@ def rollout_records(groups: list[Group], step: int, config: Config) -> list[dict
     records = []
     for group in groups:
         for g, (completion, scored) in enumerate(zip(group.completions, group.scores, strict=True)):
-            records.append(
-                {
-                    "step": step,
-                    "id": group.sample.id,
-                    "generation": g,
-                    **answer_record(
-                        completion.text, scored.answer, group.truth, group.prompt.scale, config.think
-                    ),
-                    "rewards": scored.rewards,
-                    "advantage": float(group.advantages[g]),
-                    "length": len(completion.ids),
-                    "truncated": completion.truncated,
-                }
-            )
+            scale = group.prompt.scale
+            record = {"step": step, "id": group.sample.id, "generation": g}
+            record |= answer_record(completion.text, scored.answer, group.truth, scale, config.think)
+            record |= {"rewards": scored.rewards, "advantage": float(group.advantages[g])}
+            record |= {"length": len(completion.ids), "truncated": completion.truncated}
+            records.append(record)
     return records
 
 
