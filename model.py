@@ -194,7 +194,7 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
 
 
 def speed_up_vision(model: torch.nn.Module) -> None:
-    """Qwen2.5-VL's vision tower without two detours that cost half of its time on a CPU; no number changes.
+    """Qwen2.5-VL's vision tower without two detours that are slow on a CPU; the same numbers, up to rounding.
 
     Attention calls its kernel once for each distinct size of window, not in a Python loop over all windows;
     the patch embedding, a convolution whose stride is its kernel, becomes the matrix product that it is.
