@@ -52,7 +52,7 @@ class Config:
     coordinates: str = "norm1000"  # of the boxes in the text: norm1000 | resized | original. Not in the paper
     think: bool = True  # False: no <think_bbox>, the row "RFT" of Table 5
 
-    # --- the rewards: weights of Eq. 10, and of the two parts of the spatial reward (Eq. 7)
+    # --- the rewards: weights of Eq. 10, and of the two parts of the spatial reward (Eq. 8)
     rewards: dict = field(default_factory=lambda: check_weights({}))
 
     # --- the optimisation (section 3.3)
@@ -209,6 +209,12 @@ def _check(config: Config, where: str) -> None:
             raise ConfigError(f"{where}: {key}: {getattr(config, key)!r} must be above 0")
     if config.sft.steps < 0 or config.sft.batch_size < 1 or config.sft.learning_rate < 0:
         raise ConfigError(f"{where}: sft: {config.sft} needs steps >= 0, batch_size >= 1, learning_rate >= 0")
+    annotations = (config.train_annotations, config.eval_annotations)
+    if config.toy and any(Path(path).parent != Path(config.videos) for path in annotations):
+        raise ConfigError(
+            f"{where}: toy: true makes videos, train_annotations and eval_annotations in one folder; write"
+            " toy: false for files of your own"
+        )
     try:
         _ = config.text_format
     except ValueError as error:

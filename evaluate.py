@@ -31,7 +31,7 @@ import toy
 from config import Config, ConfigError, load_config
 from data import DataError, Sample, check_videos, format_report, load_samples, read_jsonl, write_whole
 from model import ModelError, Policy, load_policy, make_prompt, rollout
-from prompts import Answer, Box, TextFormat, Truth, from_text_box, parse_answer
+from prompts import Answer, Box, TextFormat, Truth, from_text_box, parse_answer, truth_answer
 from rewards import boxes_by_step, iou, score
 from video import VideoError
 
@@ -105,17 +105,17 @@ def summarize(scores: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def grid_ceiling(samples: list[Sample], step_seconds: float) -> float:
-    """m_tIoU, in percent, of the answers with the full reward: the truth's steps, read back as native frames.
+def grid_ceiling(samples: list[Sample], text_format: TextFormat) -> dict[str, float]:
+    """The row of the answers with the full reward: the truth in steps, read back as native frames.
 
-    It is below 100 because truths begin and end between steps. Print it beside the score.
+    It is below 100 where truths begin and end between steps, and where boxes do not move evenly between
+    them. Print it beside the score.
     """
-    scores = []
+    scale, scores = (1000, 1000), []
     for sample in samples:
-        grid = sample.grid(step_seconds)
-        start, end = sample.truth(step_seconds).span
-        scores.append(native_scores(((grid.first_frame(start), grid.first_frame(end + 1)), {}), sample))
-    return summarize(scores)["m_tIoU"]
+        answer = truth_answer(sample.truth(text_format.step_seconds), scale)
+        scores.append(native_scores(tube_from_answer(answer, sample, text_format, scale), sample))
+    return summarize(scores)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -259,8 +259,10 @@ def main(arguments: list[str]) -> None:
         if len(places) != 1:
             parser.error("--predictions FILE needs one CONFIG, and no model")
         config = load_config(places[0], settings)
-        samples = load_eval_samples(config)
-        rows = score_predictions(read_predictions(options.predictions), samples, config)
+        samples, predictions = load_eval_samples(config), read_predictions(options.predictions)
+        rows = score_predictions(predictions, samples, config)
+        if len(predictions) < len(samples):
+            print(f"{len(samples) - len(predictions)} sentences have no answer: failures", file=sys.stderr)
     else:
         if len(places) == 1:
             folder = Path(places[0])  # not output_dir: a run may have been moved
@@ -268,7 +270,10 @@ def main(arguments: list[str]) -> None:
             if not (folder / "config.yaml").is_file():
                 folder, checkpoint = folder.parent, folder
             if not (folder / "config.yaml").is_file():
-                parser.error(f"{places[0]} is no run of train.py, nor a checkpoint in one: name a CONFIG too")
+                raise ConfigError(
+                    f"{places[0]} is no run of train.py, nor a checkpoint in one; for another checkpoint name"
+                    " a configuration too, such as configs/toy.yaml"
+                )
             config = load_config(folder / "config.yaml", settings)
         elif len(places) == 2:
             checkpoint, config = places[0], load_config(places[1], settings)
@@ -288,8 +293,9 @@ def main(arguments: list[str]) -> None:
         reward = np.mean([prediction["rewards"]["total"] for prediction in predictions])
         print(f"mean reward {reward:.2f}; the answers are in {output}", file=sys.stderr)
     print(json.dumps(rows) if options.json else format_table(rows))
-    ceiling = grid_ceiling(samples, config.text_format.step_seconds)
-    print(f"(perfect answers on this grid of steps: m_tIoU {ceiling:.1f})", file=sys.stderr)
+    ceiling = grid_ceiling(samples, config.text_format)
+    best = ", ".join(f"{name} {ceiling[name]:.1f}" for name in ("m_tIoU", "m_vIoU"))
+    print(f"(the best that answers on this grid of steps can reach: {best})", file=sys.stderr)
 
 
 def load_eval_samples(config: Config) -> list[Sample]:
@@ -314,7 +320,7 @@ def check_output(path: Path) -> None:
 
 def unused(path: Path) -> Path:
     """The path itself, or its first numbered sibling that does not exist: nothing is overwritten."""
-    candidates = (path.with_stem(f"{path.stem}_{n}") for n in itertools.count(2))
+    candidates = (path.with_stem(f"{path.stem}.{n}") for n in itertools.count(2))
     return path if not path.exists() else next(c for c in candidates if not c.exists())
 
 

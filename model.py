@@ -113,13 +113,16 @@ BROKEN += (pickle.UnpicklingError, SafetensorError, StrictDataclassError)
 
 @contextlib.contextmanager
 def _quiet():
-    """transformers reports in many lines what we say in one."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    """transformers and the hub's client report in many lines what we say in one."""
+    loggers = [logging.get_logger("transformers"), logging.get_logger("huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @_quiet()

@@ -6,9 +6,9 @@ An answer (STVG-o1, Fig. 2) is text, nothing in the model changes:
     <think_bbox> 5. [271, 30, 395, 212], 6. [267, 24, 393, 216], 7. [270, 18, 395, 221] </think_bbox>
     <pred_bbox> 5. [278, 35, 399, 234], 6. [289, 34, 403, 236], 7. [300, 28, 405, 237] </pred_bbox>
 
-(on one line). Only this file knows how numbers are written. Inside the program boxes are (x1, y1, x2, y2)
-floats in [0, 1] of the frame, and time is a *step*, a cell of the clip: step i covers the seconds
-[i * d, (i + 1) * d) (class TimeGrid).
+(in one line; broken here). Only this file knows how numbers are written. Inside the program boxes are
+(x1, y1, x2, y2) floats in [0, 1] of the frame, and time is a *step*, a cell of the clip: step i covers the
+seconds [i * d, (i + 1) * d) (class TimeGrid).
 """
 
 import math
@@ -21,7 +21,7 @@ TIME_UNITS = ("frame", "second")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The three choices of how answers are written
+# The choices of how answers are written
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ Each line of the output is the same object plus "rewards"; a summary goes to std
 the paper's weights: where lines hold "rewards" already, as a run's rollouts.jsonl do, they are replaced, and
 so are the totals of a run with other weights.
 
-**To try another reward, edit this file**: write a function, give it a weight, add it to `score`.
+**To try another reward, edit this file**: write a function of an answer and the truth, give it a weight in
+WEIGHTS, and set terms["its name"] in `score`. Configuration, total, log, curves and this bench follow from
+WEIGHTS. tests/test_rewards.py pins the paper's five: it will tell you what your term changes.
 
 Bounds. For any text, and any truth with boxes in [0, 1]: format and consistency are 0 or 1, temporal is in
 [0, 1], one box earns GIoU - L1 >= -1 - 4, so spatial is in [-5, 1] and think in [0, 6]. With the paper's
@@ -29,10 +31,12 @@ from dataclasses import dataclass
 
 from prompts import Answer, Box, Truth, from_text_box, parse_answer
 
-# Eq. 10, where think is the paper's lambda_k; giou and l1 weigh the two parts of the spatial reward, Eq. 8.
-WEIGHTS = {"format": 1.0, "consistency": 1.0, "temporal": 1.0, "spatial": 1.0, "think": 0.5}
-WEIGHTS |= {"giou": 1.0, "l1": 1.0}
-TERMS = ("format", "consistency", "temporal", "spatial_think", "spatial_pred", "think")
+WEIGHTS = {"format": 1.0, "consistency": 1.0, "temporal": 1.0, "spatial": 1.0, "think": 0.5}  # Eq. 10
+REWARDS = tuple(WEIGHTS)
+WEIGHTS |= {"giou": 1.0, "l1": 1.0}  # the two parts of the spatial reward, Eq. 8
+# What is scored and logged: the rewards, with the spatial one apart for the two lists of boxes.
+PARTS = {"spatial": ("spatial_think", "spatial_pred")}
+TERMS = tuple(term for name in REWARDS for term in PARTS.get(name, (name,)))
 
 Span = tuple[int, int]  # first and last step, inclusive; empty where last < first
 MISSING: Box = (0.0, 0.0, 0.0, 0.0)  # stands for a box that the answer leaves out, and is not valid
@@ -128,8 +132,7 @@ def think_reward(spatial_think: float, spatial_pred: float) -> float:
 def total_reward(terms: dict[str, float], weights: dict = WEIGHTS) -> float:
     """The weighted sum of the five rewards; giou and l1 have already had their say in the spatial terms."""
     rewards = terms | {"spatial": terms["spatial_think"] + terms["spatial_pred"]}
-    names = ("format", "consistency", "temporal", "spatial", "think")
-    return sum(weights[name] * rewards[name] for name in names)  # Eq. 10
+    return sum(weights[name] * rewards[name] for name in REWARDS)  # Eq. 10
 
 
 # ----------------------------------------------------------------------------------------------------------

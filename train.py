@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
     run = start_run(config)
     print(describe(config, policy, train_samples, eval_samples))
 
-    before = evaluate(policy, eval_samples, config, run / "predictions_before.jsonl", "before")
+    before = evaluate_split(policy, eval_samples, config, run / "predictions_before.jsonl", "before")
     log({"phase": "eval", "step": 0, **before}, run)
 
     if config.gradient_checkpointing:
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> None:
 
     reference = freeze(policy) if config.kl_beta and config.steps else None
     optimizer = adamw(policy, config.learning_rate, config)
-    rewards = []
+    progress = []  # (reward, vIoU) of each step
     bar = trange(config.steps, desc="GRPO", unit="step")
     for step in bar:
         clock = time.time()
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> None:
         groups = []
         for first in range(0, len(samples), config.rollout_batch):
             part = samples[first : first + config.rollout_batch]
-            keys = [(config.seed, step, first + k) for k in range(len(part))]
+            keys = [(config.seed, step, first + k) for k in range(len(part))]  # of their random numbers
             groups += sample_and_score(policy, part, keys, config)
         sampled = time.time()
         write_jsonl(rollout_records(groups, step + 1, config), run / "rollouts.jsonl", append=True)
@@ -120,21 +120,23 @@ def main(arguments: list[str]) -> None:
 
         metrics = {"phase": "grpo", "step": step + 1, **summarize_groups(groups), **metrics}
         metrics["seconds"] = {"rollout": sampled - clock, "update": time.time() - sampled}
-        rewards.append(metrics["reward"])
         log(metrics, run)
-        bar.set_postfix_str(f"reward {np.mean(rewards[-10:]):.2f}, vIoU {metrics['viou_pred']:.2f}")
-        last = step + 1 == config.steps
-        if config.eval_every and (step + 1) % config.eval_every == 0 and not last:
-            scores = evaluate(
+        progress.append((metrics["reward"], metrics["viou_pred"]))
+        reward, viou = np.mean(progress[-10:], axis=0)
+        bar.set_postfix_str(f"reward {reward:.2f}, vIoU {viou:.2f}", refresh=False)
+        more = step + 1 < config.steps  # the last step has its evaluation and checkpoint below
+        if more and config.eval_every and (step + 1) % config.eval_every == 0:
+            scores = evaluate_split(
                 policy, eval_samples, config, run / f"predictions_{step + 1}.jsonl", f"step {step + 1}"
             )
             log({"phase": "eval", "step": step + 1, **scores}, run)
-        if config.save_every and (step + 1) % config.save_every == 0 and not last:
+        if more and config.save_every and (step + 1) % config.save_every == 0:
             save_policy(policy, run / f"checkpoint_{step + 1}")
 
     save_policy(policy, run / "checkpoint")
-    after = evaluate(policy, eval_samples, config, run / "predictions.jsonl", "after")
+    after = evaluate_split(policy, eval_samples, config, run / "predictions.jsonl", "after")
     log({"phase": "eval", "step": config.steps, **after}, run)
+    rewards = [reward for reward, _ in progress]
     few = max(1, len(rewards) // 10)  # a single step's mean is noise
     first, last = (float(np.mean(part)) if part else None for part in (rewards[:few], rewards[-few:]))
     seconds = time.time() - started
@@ -142,7 +144,7 @@ def main(arguments: list[str]) -> None:
     write_json({"before": before, "after": after, "reward": reward, "seconds": seconds}, run / "summary.json")
     print(format_table({"before": before, "after": after}))
     if rewards:
-        print(f"mean sampled reward, first and last {few} steps: {first:.2f} -> {last:.2f}")
+        print(f"mean sampled reward, first and last {few} of {len(rewards)} steps: {first:.2f} -> {last:.2f}")
     print(f"{seconds:.0f} s; everything is in {run}/; {draw_pictures(run)}")
 
 
@@ -151,7 +153,8 @@ def main(arguments: list[str]) -> None:
 
 
 def sample_and_score(policy: Policy, samples: list[Sample], keys: list, config: Config) -> list[Group]:
-    """G answers to each sample's prompt, their rewards, and their advantages within the group."""
+    """G answers to each sample's prompt, their rewards, and their advantages within the group. keys: see
+    model.rollout."""
     prompts = [make_prompt(policy, sample, config.max_side, config.text_format) for sample in samples]
     answers = rollout(
         policy, prompts, config.num_generations, config.max_new_tokens, config.temperature, keys
@@ -295,7 +298,7 @@ def load_split(config: Config, annotations: str) -> list[Sample]:
     return samples
 
 
-def evaluate(
+def evaluate_split(
     policy: Policy, samples: list[Sample], config: Config, path: Path, name: str
 ) -> dict[str, float]:
     """Decode the held-out split, write the predictions, return the paper's row."""
@@ -306,7 +309,7 @@ def evaluate(
 
 def summarize_groups(groups: list[Group]) -> dict[str, float]:
     """What a step's rollouts looked like. README, "Glossary", says what healthy looks like for each."""
-    scores = [score for group in groups for score in group.scores]
+    scores = [scored for group in groups for scored in group.scores]
     completions = [completion for group in groups for completion in group.completions]
     totals = np.array([[s.rewards["total"] for s in group.scores] for group in groups])  # (prompts, G)
     spread = totals.std(axis=1, ddof=1)  # (prompts,)
@@ -364,7 +367,7 @@ def describe(config: Config, policy: Policy, train_samples: list[Sample], eval_s
         f"{config.model}: {parameters:.2f} M parameters on {policy.device},"
         f" {torch.get_num_threads()} thread(s)\n"
         f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps of "
-        f"{config.batch_size} prompts x {config.num_generations} answers = {answers}, {epochs:.1f} epochs"
+        f"{config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs"
     )
 
 
@@ -393,6 +396,8 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ConfigError, DataError, ModelError, VideoError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: what had been logged is in output_dir; this version does not resume")
     except OSError as error:
         place = error.filename or "output_dir"
         sys.exit(f"error: {place}: {error.strerror}; free some space, or choose another output_dir")

@@ -69,11 +69,13 @@ PANELS = (
     ("Held-out split, greedy answers (%)", "eval", ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")),
     ("KL to the reference", "grpo", ("kl",)),
     ("Spread of rewards within a group", "grpo", ("reward_std",)),
+    ("Shares to watch", "grpo", ("overlap", "copied", "zero_spread", "truncated")),
     ("Loss of supervised fine-tuning", "sft", ("loss",)),
 )
 BLUE, RED, PURPLE, ORANGE, TEAL, GREY = "#1e5aff", "#e11414", "#7a3fb0", "#e69f00", "#00a3a3", "#999999"
 CURVE_COLOURS = {"format": GREY, "consistency": ORANGE, "temporal": PURPLE, "think": TEAL}  # others are black
 CURVE_COLOURS |= {"spatial_think": BLUE, "spatial_pred": RED, "viou_think": BLUE, "viou_pred": RED}
+CURVE_COLOURS |= {"overlap": PURPLE, "copied": BLUE, "zero_spread": ORANGE, "truncated": GREY}
 CURVE_COLOURS |= {"tiou": PURPLE, "m_tIoU": PURPLE, "m_vIoU": RED, "vIoU@0.3": ORANGE, "vIoU@0.5": TEAL}
 
 
@@ -204,7 +206,7 @@ def draw_answers(run: Path) -> Figure:
     blocks = [
         draw_block(known[k], [rows[k] for rows in (before, final) if k in rows], seconds) for k in chosen
     ]
-    title = f"{run.resolve().name}: held-out answers, worst to best of {len(ranked)}"
+    title = f"{run.resolve().name}: held-out answers, worst to best of {len(ranked)}, down the columns"
     return lay_out(blocks, f"{title} (one step = {seconds:g} s)")
 
 
@@ -307,6 +309,9 @@ def _write(figure: Figure, x: float, y: float, words: str, size: tuple[int, int]
 
 
 def main(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__.strip())
+        return
     if len(arguments) != 1:
         sys.exit("usage: python visualize.py RUN")
     for path in draw_run(Path(arguments[0])):

@@ -128,6 +128,13 @@ def test_a_bad_file_is_to_blame_whatever_the_command_line_says(path):
         load_config(path, ["steps=3"])
 
 
+def test_the_toy_world_is_never_made_among_other_files(path):
+    path.write_text("toy: true\nvideos: w\ntrain_annotations: w/train.json\neval_annotations: w/test.json\n")
+    assert load_config(path).toy
+    with pytest.raises(ConfigError, match=r"command line: toy: true makes videos, .* write toy: false"):
+        load_config(path, ["videos=mine"])
+
+
 def test_text_that_is_no_yaml_is_text(path):
     assert load_config(path, ["videos=[a"]).videos == "[a"
 

@@ -64,8 +64,8 @@ def test_oracle_reaches_the_ceiling(place, tmp_path, capsys):
     rows = rescore(capsys, path, place)
     assert rows.keys() == {"native"} and rows["native"].keys() == ROW
     samples, _ = load_samples("hcstvg", config.eval_annotations, config.videos)
-    ceiling = grid_ceiling(samples, 1.0)
-    assert rows["native"]["m_tIoU"] == pytest.approx(ceiling) == pytest.approx(100)  # toy events fill seconds
+    assert rows["native"] == grid_ceiling(samples, config.text_format)
+    assert rows["native"]["m_tIoU"] == pytest.approx(100)  # toy events fill whole seconds
     # Boxes are interpolated between seconds and held in the last one; 1/8 of a second's way is lost at most.
     assert rows["native"]["m_vIoU"] > 75 and rows["native"]["vIoU@0.5"] == 100
     assert (rows["native"]["N"], rows["native"]["failures"]) == (6, 0)
@@ -170,7 +170,7 @@ def test_command_line(place, tmp_path, monkeypatch, capfd):
     runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
     captured = capfd.readouterr()
     assert json.loads(captured.out)["native"]["m_tIoU"] == pytest.approx(100)
-    assert "perfect answers on this grid of steps: m_tIoU 100.0" in captured.err
+    assert "answers on this grid of steps can reach: m_tIoU 100.0, m_vIoU " in captured.err
 
 
 def test_settings_that_are_wrong(place, tmp_path, monkeypatch, capsys):
@@ -178,9 +178,10 @@ def test_settings_that_are_wrong(place, tmp_path, monkeypatch, capsys):
     assert "none.yaml: cannot be read" in error_of([str(tmp_path), str(tmp_path / "none.yaml")], monkeypatch)
     nothing = error_of(["--predictions", "x", place, "eval_annotations="], monkeypatch)
     assert nothing == "error: train_annotations and eval_annotations must both name an annotation file"
+    nowhere = str(tmp_path / "none" / "x")
+    assert f"{nowhere} is no run of train.py, nor a checkpoint in one" in error_of([nowhere], monkeypatch)
     for arguments in (
         [],
-        [str(tmp_path / "none" / "x")],
         ["--predictions", "x"],
         ["--predictions", "x", "model", place],
     ):
@@ -202,8 +203,8 @@ def test_run_folder_reproduces_its_summary(taught, tmp_path, capsys):
     evaluate.main([str(run), "--json"])
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {"native": after}
-    assert f"the answers are in {run}/predictions_2.jsonl" in captured.err
-    answers, again = ((run / name).read_text() for name in ("predictions.jsonl", "predictions_2.jsonl"))
+    assert f"the answers are in {run}/predictions.2.jsonl" in captured.err
+    answers, again = ((run / name).read_text() for name in ("predictions.jsonl", "predictions.2.jsonl"))
     assert answers == again
     assert rescore(capsys, str(run / "predictions.jsonl"), str(run / "config.yaml")) == {"native": after}
 
@@ -239,8 +240,8 @@ def test_a_checkpoint_inside_a_run_uses_its_settings_and_folder(taught, tmp_path
     evaluate.main([str(run / "checkpoint_50"), "--json"])
     captured = capsys.readouterr()
     assert json.loads(captured.out)["native"] == json.loads((run / "summary.json").read_text())["after"]
-    assert f"the answers are in {run}/predictions_2.jsonl" in captured.err
-    assert (run / "predictions_2.jsonl").read_text() == (run / "predictions.jsonl").read_text()
+    assert f"the answers are in {run}/predictions.2.jsonl" in captured.err
+    assert (run / "predictions.2.jsonl").read_text() == (run / "predictions.jsonl").read_text()
 
 
 def test_a_checkpoint_with_a_config_leaves_the_run_of_that_config_alone(
@@ -248,7 +249,7 @@ def test_a_checkpoint_with_a_config_leaves_the_run_of_that_config_alone(
 ):
     """The folder beside output_dir is named after both, and a second evaluation overwrites nothing."""
     settings = [f"videos={world}", "think=false", "eval_limit=1"]
-    for name in ("predictions.jsonl", "predictions_2.jsonl"):
+    for name in ("predictions.jsonl", "predictions.2.jsonl"):
         evaluate.main([str(taught / "checkpoint"), place, *settings])
         assert f"the answers are in {tmp_path}/run_checkpoint/{name}" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run_checkpoint"]
@@ -260,6 +261,7 @@ def test_a_toy_world_is_made_first(taught, place, tmp_path, capsys, monkeypatch)
     for name in ("a", "b"):
         world = tmp_path / name
         settings = ["toy=true", f"videos={world}", f"eval_annotations={world}/test.json", "think=false"]
+        settings.append(f"train_annotations={world}/train.json")
         if name == "a":
             evaluate.main([str(taught / "checkpoint"), place, *settings, "--json"])
             row = json.loads(capsys.readouterr().out)["native"]

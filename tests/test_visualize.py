@@ -87,6 +87,7 @@ METRICS = [
             "loss": 0.0,
             **dict.fromkeys(TERMS, step / 16),
             **dict.fromkeys(("tiou", "viou_think", "viou_pred"), 0.5),
+            **dict.fromkeys(("overlap", "copied", "zero_spread", "truncated"), 0.25),
         }
         for step in range(1, 13)
     ],
