@@ -47,7 +47,7 @@ MISSING: Box = (0.0, 0.0, 0.0, 0.0)  # stands for a box that the answer leaves o
 
 
 def is_valid(box: Box) -> bool:
-    """A box has an inside. (Two flipped sides would make a positive area, and a GIoU of up to +8.)"""
+    """A box has an inside. (Two flipped sides would make a positive area, and a GIoU above 1.)"""
     x1, y1, x2, y2 = box
     return x1 < x2 and y1 < y2
 

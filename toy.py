@@ -269,7 +269,6 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGe
 # Pre-training: from random weights to "sees, and speaks the format". What takes long is to find out that the
 # sentence decides which object the answer is about; lessons that isolate it make it a matter of minutes.
 
-QUESTION_END = "<|im_end|>\n<|im_start|>assistant\n"
 Lesson = tuple[str, str]  # how the prompt goes on after "Event:", and the words that are taught after that
 
 
@@ -353,6 +352,11 @@ def learn_to_see(policy: Policy, clips: list, rng: np.random.Generator, steps: i
         bar.set_postfix_str(", ".join(f"{name} {loss.item():.2f}" for name, loss in losses.items()))
 
 
+def question(shape: Shape) -> str:
+    """How a prompt about this object ends, after "Event:"."""
+    return f" {shape.sentence}<|im_end|>\n<|im_start|>assistant\n"
+
+
 def caption(shape: Shape) -> Lesson:
     """The sentence itself. Where two objects are there, its colour decides how it goes on."""
     return "", f" {shape.sentence}"
@@ -362,18 +366,18 @@ def find(shape: Shape, rng: np.random.Generator) -> list[Lesson]:
     """Only when: at once after the colour, and in answer to the question; there sometimes with the boxes, or
     they would be forgotten."""
     span = f"{shape.start} - {shape.stop - 1}"
-    asked = draft(shape) if rng.random() < 0.4 else (f" {shape.sentence}{QUESTION_END}", f"<time> {span}")
-    return [(f" the {shape.colour}", span), asked]
+    when = (question(shape), f"<time> {span}")
+    return [(f" the {shape.colour}", span), draft(shape) if rng.random() < 0.4 else when]
 
 
 def draft(shape: Shape) -> Lesson:
     """The answer up to the end of the thinking boxes: the final ones only repeat them."""
-    question, answer = whole(true_answer(shape), shape)
-    return question, answer[: answer.index(" <pred_bbox>")]
+    given, words = whole(true_answer(shape), shape)
+    return given, words[: words.index(" <pred_bbox>")]
 
 
 def whole(answer: Answer, shape: Shape) -> Lesson:
-    return f" {shape.sentence}{QUESTION_END}", format_answer(answer) + "<|im_end|>"
+    return question(shape), format_answer(answer) + "<|im_end|>"
 
 
 def true_answer(shape: Shape, margin: float = 0.0) -> Answer:
@@ -401,8 +405,8 @@ def loosened(shape: Shape, rng: np.random.Generator) -> Answer:
 
 
 def make_optimizers(policy: Policy) -> list[tuple]:
-    """(optimizer, its learning rate). Matrices of the language model go by Muon, which leaves the plateau of
-    "any object, any time" in a fraction of AdamW's steps."""
+    """(optimizer, its learning rate). Matrices of the language model go by Muon: in one trial each, it left
+    the plateau of "any object" no later than AdamW, with an additional lesson sooner."""
     matrices, rest = [], []
     for name, parameter in policy.model.model.language_model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
@@ -434,8 +438,8 @@ def teach_stage(
         prompts, branches, taught = [], [], []
         for n in rng.choice(len(clips), batch, replace=False):
             whole_prompt = toy_prompt(policy, clips[n])
-            sentence = tokens_of(f" {clips[n][0].sentence}{QUESTION_END}")["input_ids"]
-            shared = len(whole_prompt.ids) - len(sentence)  # up to "Event:"
+            own = tokens_of(question(clips[n][0]))["input_ids"]
+            shared = len(whole_prompt.ids) - len(own)  # up to "Event:"
             ids, positions = whole_prompt.ids[:shared], whole_prompt.positions[:, :shared]
             prompts.append(replace(whole_prompt, ids=ids, positions=positions))
             branches.append([])

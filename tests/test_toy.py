@@ -2,9 +2,7 @@
 
 import functools
 import json
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,10 +110,10 @@ def test_loose_habits_are_what_the_docstring_says():
         assert (x1 + x2, y1 + y2) == pytest.approx((1200, 1000), abs=10)
 
 
-def test_lessons_continue_the_prompt():
+def test_lessons_continue_the_prompt(tmp_path):
     """Given and taught words of every lesson, put behind the shared part, are prompt and answer as train.py
     writes them (or a piece of them), token by token."""
-    policy = toy.newborn_policy(Path(tempfile.mkdtemp()) / "newborn")
+    policy = toy.newborn_policy(tmp_path / "newborn")
     objects = toy.draw_objects(np.random.default_rng(3))
     prompt, shape = toy.toy_prompt(policy, objects), objects[0]
     tokens_of = functools.partial(policy.tokenizer, add_special_tokens=False)

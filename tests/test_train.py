@@ -477,7 +477,7 @@ def test_output_dir_that_is_no_run_is_left_alone(tmp_path, write_config, monkeyp
 
 
 def test_settings_reach_the_step(tmp_path, write_config, taught):
-    """Weights, unscaled advantages, warm-up and the step's own random numbers, from what the run wrote."""
+    """Weights, unscaled advantages and the evaluation's temperature, from what the run wrote."""
     config = write_config(tmp_path, model=str(taught / "checkpoint"), batch_size=6, eval_limit=1, **SHORT)
     weights = {"format": 1, "consistency": 2, "temporal": 3, "spatial": 0.5, "think": 0, "giou": 1, "l1": 0}
     changes = [f"rewards.{name}={value}" for name, value in weights.items()]
@@ -495,11 +495,21 @@ def test_settings_reach_the_step(tmp_path, write_config, taught):
     advantages = np.array([r["advantage"] for r in records]).reshape(-1, 4)
     assert advantages == pytest.approx(totals - totals.mean(1, keepdims=True), abs=1e-9)
     assert totals.std(1).max() > 0.1
-    # The same weights, the same six prompts: only the step's number makes the second draw another one.
-    first, second = ({(r["id"], r["completion"]) for r in records if r["step"] == step} for step in (1, 2))
-    assert first != second
     greedy = read_lines(taught / "predictions.jsonl")[0]["completion"]
     assert read_lines(tmp_path / "run/predictions.jsonl")[0]["completion"] != greedy
+
+
+def test_every_step_draws_its_own_answers(tmp_path, write_config, taught, world):
+    """One prompt, the first of its batch in both steps, and weights that stay: only the step is another."""
+    key, record = next(iter(json.loads((world / "all.json").read_text()).items()))
+    (tmp_path / "one.json").write_text(json.dumps({key: record}))
+    changes = {"train_annotations": str(tmp_path / "one.json"), "batch_size": 1, "eval_limit": 1, **SHORT}
+    path = write_config(tmp_path, model=str(taught / "checkpoint"), **changes)
+    train.main([path, "learning_rate=0", "temperature=2.0"])
+    records = read_lines(tmp_path / "run/rollouts.jsonl")
+    first, second = ([r["completion"] for r in records if r["step"] == step] for step in (1, 2))
+    assert len(first) == len(second) == 4
+    assert all(a != b for a, b in zip(first, second, strict=True))
 
 
 def test_warm_up_and_weight_decay(tmp_path, write_config, taught):
