@@ -259,7 +259,8 @@ def main(arguments: list[str]) -> None:
         if len(places) != 1:
             parser.error("--predictions FILE needs one CONFIG, and no model")
         config = load_config(places[0], settings)
-        samples, predictions = load_eval_samples(config), read_predictions(options.predictions)
+        samples = load_split(config, config.eval_annotations)[: config.eval_limit or None]
+        predictions = read_predictions(options.predictions)
         rows = score_predictions(predictions, samples, config)
         if len(predictions) < len(samples):
             print(f"{len(samples) - len(predictions)} sentences have no answer: failures", file=sys.stderr)
@@ -282,7 +283,7 @@ def main(arguments: list[str]) -> None:
             parser.error("name a run folder of train.py, or a checkpoint and a CONFIG")
         if config.threads:
             torch.set_num_threads(config.threads)
-        samples = load_eval_samples(config)
+        samples = load_split(config, config.eval_annotations)[: config.eval_limit or None]
         check_videos(samples)
         policy = load_policy(str(checkpoint), device="cuda" if torch.cuda.is_available() else "cpu")
         output = options.output or unused(folder / "predictions.jsonl")
@@ -298,13 +299,12 @@ def main(arguments: list[str]) -> None:
     print(f"(the best that answers on this grid of steps can reach: {best})", file=sys.stderr)
 
 
-def load_eval_samples(config: Config) -> list[Sample]:
-    """The held-out split, made first where it is the toy's; what was repaired is printed."""
+def load_split(config: Config, annotations: str) -> list[Sample]:
+    """The samples of a split, made first where it is the toy's; what was repaired is printed to stderr."""
     if config.toy:
         toy.make_world(config.videos)
-    samples, report = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
-    samples = samples[: config.eval_limit or None]
-    print(f"{config.eval_annotations}: {len(samples)} sentences\n{format_report(report)}", file=sys.stderr)
+    samples, report = load_samples(config.dataset, annotations, config.videos, config.vidor)
+    print(f"{annotations}: {len(samples)} sentences\n{format_report(report)}", file=sys.stderr)
     return samples
 
 

@@ -405,8 +405,8 @@ def loosened(shape: Shape, rng: np.random.Generator) -> Answer:
 
 
 def make_optimizers(policy: Policy) -> list[tuple]:
-    """(optimizer, its learning rate). Matrices of the language model go by Muon: in one trial each, it left
-    the plateau of "any object" no later than AdamW, with an additional lesson sooner."""
+    """(optimizer, its learning rate). Matrices of the language model go by Muon: in one trial each it learned
+    sooner than AdamW which object is meant, with both lessons of `find` (with the second alone, later)."""
     matrices, rest = [], []
     for name, parameter in policy.model.model.language_model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)

@@ -37,10 +37,9 @@ import torch
 import transformers
 from tqdm import trange
 
-import toy
 from config import Config, ConfigError, load_config, save_config
-from data import DataError, Sample, check_videos, format_report, load_samples, write_whole
-from evaluate import answer_record, decode_split, format_table, score_predictions, write_jsonl
+from data import DataError, Sample, check_videos, write_whole
+from evaluate import answer_record, decode_split, format_table, load_split, score_predictions, write_jsonl
 from grpo import group_advantages, loss_normalizer, policy_loss
 from model import (
     Completion,
@@ -83,10 +82,9 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("torchrun: this version trains in one process; leave out --nproc_per_node")
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.toy:
-        toy.make_world(config.videos)
     train_samples = load_split(config, config.train_annotations)
     eval_samples = load_split(config, config.eval_annotations)[: config.eval_limit or None]
+    check_videos(train_samples + eval_samples)
     policy = load_policy(config.model, device="cuda" if torch.cuda.is_available() else "cpu")
     run = start_run(config)
     print(describe(config, policy, train_samples, eval_samples))
@@ -288,14 +286,6 @@ def freeze(policy: Policy) -> Policy:
 
 # ----------------------------------------------------------------------------------------------------------
 # Evaluation, logs and the run folder
-
-
-def load_split(config: Config, annotations: str) -> list[Sample]:
-    """The samples of a split, with what was repaired printed and their videos known to be there."""
-    samples, report = load_samples(config.dataset, annotations, config.videos, config.vidor)
-    check_videos(samples)
-    print(f"{annotations}: {len(samples)} sentences\n{format_report(report)}".rstrip())
-    return samples
 
 
 def evaluate_split(
