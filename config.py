@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from data import write_whole
+from files import write_whole
 from prompts import TextFormat
 from rewards import check_weights
 

@@ -1,35 +1,70 @@
-"""Annotations to samples: one loader per official format, every repair counted, everything else an error.
+"""Annotations to samples: one loader per official format, every flaw repaired or dropped is counted.
 
-    samples, report = load_samples("hcstvg", "train.json", "videos")
+    samples, report = load_samples("vidstg", "val_annotations.json", "videos", "vidor")
     print(format_report(report))
+    python data.py --check configs/vidstg.yaml          counts, findings, answer lengths, the grid's ceiling
 
 A sample is one sentence about one clip. Its truth is the box track, frame by frame as annotated; the
 annotated seconds (HC-STVG's st_time, ed_time) disagree with the track by 8-10 frames and are not read.
+Sentences stay as they are. A record that is not of its format is an error.
 """
 
-import codecs
-import contextlib
-import json
 import os
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
+from tqdm import tqdm
+
+from files import REMEDY, DataError, get, is_number, positive, positive_integer, read_json, short
 from prompts import Box, TimeGrid, Truth
 
 HCSTVG_SECONDS = 20  # "the duration of all videos is 20 s": their only statement about the frame rate
 DATASETS = ("hcstvg", "vidstg")
-REMEDY = "correct or remove the record"
+QUESTION_TYPES = ("declarative", "interrogative")  # VidSTG's captions and questions
+# Sentences in the official files (papers and repositories of the data sets).
+OFFICIAL_COUNTS = {
+    ("hcstvg", "train.json"): 4500,  # v1
+    ("hcstvg", "test.json"): 1160,
+    ("hcstvg", "train_v2.json"): 10131,
+    ("hcstvg", "val_v2.json"): 2000,
+    ("vidstg", "train_annotations.json"): 80684,
+    ("vidstg", "val_annotations.json"): 8956,
+    ("vidstg", "test_annotations.json"): 10303,
+}
 
 
-class DataError(ValueError):
-    """Annotations that cannot be used; the message names the file, the record, the value and the remedy."""
+class Track(Mapping[int, Box]):
+    """Boxes of consecutive native frames, frame -> box in [0, 1]; frames without one are not in it.
+
+    It reads like a dict, but is a view of an array: VidSTG's sentences share 20 million boxes, which as
+    tuples of floats would take 6 GB.
+    """
+
+    def __init__(self, first: int, boxes: np.ndarray):
+        """boxes: (frames, 4) float64, that of frame `first` in the first row; NaN where there is none."""
+        self.first, self.array = first, boxes
+        self.there = ~np.isnan(boxes[:, 0])  # (frames,)
+
+    def __getitem__(self, frame: int) -> Box:
+        k = frame - self.first
+        if not (0 <= k < len(self.array) and self.there[k]):
+            raise KeyError(frame)
+        return tuple(self.array[k].tolist())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.there.nonzero()[0] + self.first).tolist())
+
+    def __len__(self) -> int:
+        return int(self.there.sum())
 
 
 @dataclass(frozen=True)
 class Sample:
     """One sentence and its tube. Native frames are the clip's own, counted from 0 at its first one."""
 
-    id: str  # HC-STVG: the video's key in the annotation file
+    id: str  # HC-STVG: the video's key in the annotation file; VidSTG: RECORD/captions|questions/INDEX
     video: str  # path of the file
     sentence: str  # as annotated, nothing repaired
     width: int  # of the file, in pixels
@@ -37,10 +72,11 @@ class Sample:
     num_frames: int  # native frames of the clip
     fps: float  # native frames per second
     begin_frame: int  # the clip's first frame, counted in the whole file
+    file_frames: int  # native frames of the whole file
     first_frame: int  # the truth is [first_frame, stop_frame) in native frames
     stop_frame: int
-    boxes: dict[int, Box]  # native frame of the truth -> box in [0, 1]; a frame without one is not judged
-    question_type: str | None = None  # VidSTG: "declarative" or "interrogative"
+    boxes: Mapping[int, Box]  # native frame of the truth -> box in [0, 1]; one without a box is not judged
+    question_type: str | None = None  # VidSTG: one of QUESTION_TYPES
 
     def grid(self, step_seconds: float) -> TimeGrid:
         """The steps of the clip, each step_seconds long."""
@@ -61,53 +97,73 @@ class Sample:
         return Truth((start, end), boxes)
 
 
-# What was repaired or dropped: reason -> ids of the samples concerned.
+# What was found, and what became of it: finding -> ids of the samples concerned.
 Report = dict[str, list[str]]
 CLIPPED = "box partly outside the image: clipped"
-SORTED = "box of negative width or height: corners sorted"
+SORTED = "box with a negative side: corners sorted"
 EMPTY = "box without area: frame left without a box"
+OUTSIDE = "box outside the image: frame left without a box"
 CUT = "track goes on after the clip's end: cut"
+UNBOXED = "frames of the span without a box: not judged"
+NO_BOX = "no box of the target in the span: sentence dropped"
+NO_SPAN = "span outside the clip: sentence dropped"
+DROPS = (NO_BOX, NO_SPAN)
 
 
 def format_report(report: Report) -> str:
-    """The repairs as a table: samples concerned, reason, the first few ids."""
+    """The findings as a table: samples concerned, what was found and done, the first few ids."""
     if not report:
         return "annotations: nothing to repair"
     width = max(map(len, report))
-    rows = [f"{'samples':>9}  {'repair':<{width}}  ids"]
+    rows = [f"{'samples':>9}  {'finding':<{width}}  ids"]
     for reason, ids in report.items():
         more = ", ..." if len(ids) > 3 else ""
         rows.append(f"{len(ids):>9}  {reason:<{width}}  {', '.join(ids[:3])}{more}")
     return "\n".join(rows)
 
 
-def load_samples(
-    dataset: str, annotations: str, videos: str, vidor: str | None = None
-) -> tuple[list[Sample], Report]:
+def count_sentences(samples: list[Sample], report: Report) -> str:
+    """How many of a file's sentences are used, and of which type."""
+    dropped = sum(len(report.get(reason, [])) for reason in DROPS)
+    text = f"{len(samples)} sentences"
+    types = [sum(sample.question_type == kind for sample in samples) for kind in QUESTION_TYPES]
+    if any(types):
+        text += f" ({', '.join(f'{n} {kind}' for n, kind in zip(types, QUESTION_TYPES, strict=True))})"
+    return text + (f" of {len(samples) + dropped}, the others dropped" if dropped else "")
+
+
+def load_samples(dataset: str, annotations: str, videos: str, vidor: str = "") -> tuple[list[Sample], Report]:
     """Read one annotation file of a data set ("hcstvg" or "vidstg").
 
-    annotations: the JSON file. videos: the folder of the video files, which are not opened here
-    (check_videos). vidor: the folder of the box tracks, VidSTG only. Returns the samples in the file's
-    order, and what was repaired. Raises DataError.
+    annotations: the JSON file. videos: the folder of the video files, which are not opened here. vidor: the
+    folder of the box tracks, VidSTG only. Returns the samples in the file's order, and what was found.
+    Raises DataError, also where no sentence is left.
     """
     if not annotations:
         raise DataError("train_annotations and eval_annotations must both name an annotation file")
+    if dataset not in DATASETS:
+        raise DataError(f"dataset: {dataset!r} is not one of {', '.join(DATASETS)}")
     if dataset == "hcstvg":
         return load_hcstvg(annotations, videos)
-    if dataset == "vidstg":
-        raise DataError("dataset: vidstg is not supported yet; only hcstvg is")
-    raise DataError(f"dataset: {dataset!r} is not one of {', '.join(DATASETS)}")
+    if not vidor:
+        raise DataError("dataset: vidstg needs `vidor`, the folder of VidOR's annotations with the boxes")
+    return load_vidstg(annotations, videos, vidor)
+
+
+def missing_videos(samples: list[Sample]) -> list[str]:
+    """Paths of the samples' video files that do not exist."""
+    return [path for path in dict.fromkeys(s.video for s in samples) if not os.path.isfile(path)]
 
 
 def check_videos(samples: list[Sample]) -> None:
     """Raise DataError if a video file is missing. (Separate: scoring predictions needs no videos.)"""
-    paths = list(dict.fromkeys(sample.video for sample in samples))
-    missing = [path for path in paths if not os.path.isfile(path)]
+    missing = missing_videos(samples)
     if missing:
+        paths = len({sample.video for sample in samples})
         names = ", ".join(map(os.path.basename, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise DataError(
-            f"{os.path.dirname(missing[0]) or '.'}: {len(missing)} of {len(paths)} videos missing: {names};"
-            " set `videos` to the folder that holds them, or remove their records"
+            f"{os.path.dirname(missing[0]) or '.'}: {len(missing)} of {paths} videos missing: {names};"
+            " set `videos` to the folder that holds them, remove their records, or write on_bad_video: skip"
         )
 
 
@@ -124,9 +180,9 @@ def load_hcstvg(annotations: str, videos: str) -> tuple[list[Sample], Report]:
     clip. The frame rate is img_num / 20 s; records of clips of another length may say `fps`, which is ours
     and not HC-STVG's.
 
-    Returns the samples in the file's order, and what was repaired. Raises DataError.
+    Returns the samples in the file's order, and what was found. Raises DataError.
     """
-    records = _read_json(annotations)
+    records = read_json(annotations)
     if not isinstance(records, dict):
         hint = "; a list of records is VidSTG's format" if isinstance(records, list) else ""
         raise DataError(f"{annotations}: is not a JSON object with video file names as keys{hint}")
@@ -140,42 +196,46 @@ def load_hcstvg(annotations: str, videos: str) -> tuple[list[Sample], Report]:
 def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report: Report) -> Sample:
     where = f"{annotations}: record {key!r}"
     if not isinstance(record, dict):
-        raise DataError(f"{where}: {_short(record)} is not an object with bbox, st_frame, img_num, ...")
-    sentence = record["English"] if "English" in record else _get(where, record, "caption")
-    if not isinstance(sentence, str) or not sentence.strip():
-        raise DataError(f"{where}: the sentence {_short(sentence)} is not a text")
-    if "<|" in sentence:
-        raise DataError(
-            f"{where}: the sentence {_short(sentence)} holds '<|', the mark of Qwen's special tokens;"
-            " remove it from the sentence"
-        )
+        raise DataError(f"{where}: {short(record)} is not an object with bbox, st_frame, img_num, ...")
+    sentence = record["English"] if "English" in record else get(where, record, "caption")
+    _check_sentence(where, sentence)
     size = record  # v1: width and height stand in the record itself
     if "img_size" in record:
         if not isinstance(record["img_size"], list) or len(record["img_size"]) < 2:
-            raise DataError(f"{where}: img_size {_short(record['img_size'])} is not [height, width, 3]")
+            raise DataError(f"{where}: img_size {short(record['img_size'])} is not [height, width, 3]")
         size = dict(zip(("height", "width"), record["img_size"], strict=False))
-    width, height = (_positive_integer(where, size, name) for name in ("width", "height"))
-    num_frames = _positive_integer(where, record, "img_num")
-    fps = _positive(where, record, "fps") if "fps" in record else num_frames / HCSTVG_SECONDS
-    first = _positive_integer(where, record, "st_frame") - 1  # from 1-based to 0-based
+    width, height = (positive_integer(where, size, name) for name in ("width", "height"))
+    num_frames = positive_integer(where, record, "img_num")
+    fps = positive(where, record, "fps") if "fps" in record else num_frames / HCSTVG_SECONDS
+    first = positive_integer(where, record, "st_frame") - 1  # from 1-based to 0-based
     if first >= num_frames:
         raise DataError(
             f"{where}: st_frame {first + 1} lies after the end of the video (img_num {num_frames}); {REMEDY}"
         )
-    track = _get(where, record, "bbox")
-    if not isinstance(track, list) or not track:
-        raise DataError(f"{where}: bbox {_short(track)} is not a list of at least one box; {REMEDY}")
+    bbox = get(where, record, "bbox")
+    if not isinstance(bbox, list) or not bbox:
+        raise DataError(f"{where}: bbox {short(bbox)} is not a list of at least one box; {REMEDY}")
+    for k, numbers in enumerate(bbox):
+        if not isinstance(numbers, list) or len(numbers) != 4 or not all(map(is_number, numbers)):
+            raise DataError(
+                f"{where}: bbox[{k}] {short(numbers)} is not [x, y, width, height] in numbers; {REMEDY}"
+            )
 
-    repairs = {CUT} if first + len(track) > num_frames else set()
-    boxes = {}
-    for frame, numbers in zip(range(first, num_frames), track, strict=False):
-        box = _hcstvg_box(f"{where}: bbox[{frame - first}]", numbers, width, height, repairs)
-        if box is not None:
-            boxes[frame] = box
-    if not boxes:
+    findings = {CUT} if first + len(bbox) > num_frames else set()
+    bbox = bbox[: num_frames - first]
+    corners = np.array(bbox, dtype=np.float64)  # (frames, 4)
+    corners[:, 2:] += corners[:, :2]
+    boxes, outside = _in_frame(corners, width, height, findings)
+    if outside.any():  # not one of the data set's known flaws: more likely a wrong size
+        k = int(outside.argmax())
+        raise DataError(
+            f"{where}: bbox[{k}] {short(bbox[k])} lies outside the {width} x {height} video; {REMEDY}"
+        )
+    track = Track(first, boxes)
+    if not track:
         raise DataError(f"{where}: bbox: no box has an area; {REMEDY}")
-    for reason in sorted(repairs):
-        report.setdefault(reason, []).append(key)
+    for finding in sorted(findings):
+        report.setdefault(finding, []).append(key)
     return Sample(
         id=key,
         video=os.path.join(videos, key),
@@ -185,126 +245,243 @@ def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report
         num_frames=num_frames,
         fps=fps,
         begin_frame=0,
+        file_frames=num_frames,
         first_frame=first,
-        stop_frame=min(first + len(track), num_frames),
-        boxes=boxes,
+        stop_frame=first + len(bbox),
+        boxes=track,
     )
 
 
-def _hcstvg_box(where: str, numbers: list, width: int, height: int, repairs: set[str]) -> Box | None:
-    """[x, y, w, h] in pixels -> box in [0, 1], None if it has no area; adds what it repaired to `repairs`."""
-    if not isinstance(numbers, list) or len(numbers) != 4 or not all(map(_is_number, numbers)):
-        raise DataError(f"{where} {_short(numbers)} is not [x, y, width, height] in numbers; {REMEDY}")
-    x, y, w, h = numbers
-    if w == 0 or h == 0:
-        repairs.add(EMPTY)
-        return None
-    if w < 0 or h < 0:
-        repairs.add(SORTED)
-    x1, x2 = sorted((x, x + w))
-    y1, y2 = sorted((y, y + h))
-    if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
-        raise DataError(f"{where} {_short(numbers)} lies outside the {width} x {height} video; {REMEDY}")
-    if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
-        repairs.add(CLIPPED)
-    return max(x1, 0) / width, max(y1, 0) / height, min(x2, width) / width, min(y2, height) / height
+# ----------------------------------------------------------------------------------------------------------
+# VidSTG
+
+
+def load_vidstg(annotations: str, videos: str, vidor: str) -> tuple[list[Sample], Report]:
+    """Read VidSTG annotations, a JSON list of records, and the box tracks of their videos from VidOR's files.
+
+    One sample is one of a record's `captions` (declarative) or `questions` (interrogative). The clip is its
+    `used_segment`, whose end_fid is the last frame; the truth is its `temporal_gt`, whose end_fid is
+    *exclusive*. The boxes are those of the sentence's target_id in FOLDER/VID.json anywhere below vidor
+    (`trajectories`: for each native frame a list of {tid, bbox: {xmin, ymin, xmax, ymax}}), the video is
+    videos/FOLDER/VID.mp4, by the `video_path` in there.
+
+    Targets are not annotated everywhere: frames without a box are not judged, a sentence with none in its
+    span is dropped. Returns the samples in the file's order, and what was found. Raises DataError.
+    """
+    records = read_json(annotations)
+    if not isinstance(records, list):
+        hint = "; an object with file names as keys is HC-STVG's format" if isinstance(records, dict) else ""
+        raise DataError(f"{annotations}: is not a JSON list of records{hint}")
+    if not records:
+        raise DataError(f"{annotations}: holds no records; choose an annotation file that does")
+    targets: dict[str, set[int]] = {}  # video -> tids that are asked for
+    for n, record in enumerate(records):
+        where = f"{annotations}: record {n}"
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{where}: {short(record)} is not an object with vid, used_segment, captions, ..."
+            )
+        tids = {target for _, _, target in _vidstg_sentences(where, record)}
+        targets.setdefault(str(get(where, record, "vid")), set()).update(tids)
+    films = _read_vidor(vidor, targets)
+
+    report: Report = {}
+    samples = []
+    for n, record in enumerate(records):
+        samples += _vidstg_samples(annotations, n, record, films[str(record["vid"])], videos, report)
+    if not samples:
+        raise DataError(f"{annotations}: no sentence has a box in its span; check the files in {vidor}")
+    return samples, report
+
+
+def _vidstg_sentences(where: str, record: dict) -> list[tuple[str, str, int]]:
+    """(captions/0, sentence, target) for each sentence of a record."""
+    sentences = []
+    for kind in ("captions", "questions"):
+        entries = get(where, record, kind)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise DataError(f"{where}: {kind} {short(entries)} is not a list of objects; {REMEDY}")
+        for k, entry in enumerate(entries):
+            place = f"{where}: {kind}[{k}]"
+            sentence, target = get(place, entry, "description"), get(place, entry, "target_id")
+            _check_sentence(place, sentence)
+            if not isinstance(target, int):
+                raise DataError(f"{place}: target_id {short(target)} is not a whole number; {REMEDY}")
+            sentences.append((f"{kind}/{k}", sentence, target))
+    return sentences
+
+
+def _vidstg_samples(
+    annotations: str, n: int, record: dict, film: "Film", videos: str, report: Report
+) -> list[Sample]:
+    where = f"{annotations}: record {n}"
+    width, height, file_frames = (
+        positive_integer(where, record, name) for name in ("width", "height", "frame_count")
+    )
+    fps = positive(where, record, "fps")
+    begin, last = _frames(where, record, "used_segment")
+    stop_of_clip = min(last + 1, file_frames)  # used_segment.end_fid is the clip's last frame
+    first, stop = _frames(where, record, "temporal_gt")  # temporal_gt.end_fid is exclusive
+    cut = first < begin or stop > stop_of_clip
+    first, stop = max(first, begin), min(stop, stop_of_clip)
+
+    samples = []
+    for place, sentence, target in _vidstg_sentences(where, record):
+        key = f"{n}/{place}"
+        findings = {CUT} if cut else set()
+        if first >= stop:
+            report.setdefault(NO_SPAN, []).append(key)
+            continue
+        boxes, outside = _in_frame(film.corners(target, first, stop), film.width, film.height, findings)
+        if outside.any():
+            findings.add(OUTSIDE)
+        track = Track(first - begin, boxes)
+        if not track:
+            report.setdefault(NO_BOX, []).append(key)
+            continue
+        if len(track) < stop - first:
+            findings.add(UNBOXED)
+        for finding in sorted(findings):
+            report.setdefault(finding, []).append(key)
+        kind = QUESTION_TYPES[place.startswith("questions")]
+        samples.append(
+            Sample(
+                id=key,
+                video=os.path.join(videos, film.path),
+                sentence=sentence,
+                width=width,
+                height=height,
+                num_frames=stop_of_clip - begin,
+                fps=fps,
+                begin_frame=begin,
+                file_frames=file_frames,
+                first_frame=first - begin,
+                stop_frame=stop - begin,
+                boxes=track,
+                question_type=kind,
+            )
+        )
+    return samples
+
+
+@dataclass(frozen=True)
+class Film:
+    """What a VidOR file says of one video."""
+
+    path: str  # of the video, from the folder of all videos
+    width: int  # that the boxes are measured in
+    height: int
+    tracks: dict[int, np.ndarray]  # tid -> (frames, 4) corners in pixels from frame 0 on, NaN without a box
+
+    def corners(self, tid: int, first: int, stop: int) -> np.ndarray:
+        """Those of frames [first, stop), (stop - first, 4), NaN also where the file ends before."""
+        boxes = np.full((stop - first, 4), np.nan)
+        known = self.tracks.get(tid, boxes[:0])[first:stop]
+        boxes[: len(known)] = known
+        return boxes
+
+
+def _read_vidor(vidor: str, targets: dict[str, set[int]]) -> dict[str, Film]:
+    """VidOR's files of some videos: video -> its tracks, those that are asked for. Raises DataError."""
+    paths: dict[str, str] = {}
+    for folder, _, names in os.walk(vidor):
+        for name in names:
+            vid, extension = os.path.splitext(name)
+            if extension == ".json" and vid in targets:
+                path = os.path.join(folder, name)
+                if vid in paths:
+                    raise DataError(f"{path}: {paths[vid]} is of the same video; keep one below {vidor}")
+                paths[vid] = path
+    missing = [f"{vid}.json" for vid in targets if vid not in paths]
+    if missing:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise DataError(
+            f"{vidor}: {len(missing)} of {len(targets)} VidOR files missing: {names}; set `vidor` to the"
+            " folder of VidOR's annotations (training for VidSTG's train and val, validation for its test)"
+        )
+    bar = tqdm(targets.items(), desc="VidOR tracks", unit="video", delay=2, leave=False)
+    return {vid: _read_film(paths[vid], vid, tids) for vid, tids in bar}
+
+
+def _read_film(path: str, vid: str, tids: set[int]) -> Film:
+    film = read_json(path, unique=False)  # a hundred times the size of all other files together
+    if not isinstance(film, dict):
+        raise DataError(f"{path}: is not a JSON object; fetch VidOR's file again")
+    width, height = (positive_integer(path, film, name) for name in ("width", "height"))
+    frames = get(path, film, "trajectories")
+    if not isinstance(frames, list):
+        raise DataError(f"{path}: trajectories is not a list with the boxes of each frame; fetch it again")
+    tracks = {tid: np.full((len(frames), 4), np.nan) for tid in tids}
+    for k, boxes in enumerate(frames):
+        try:
+            for entry in boxes:
+                if entry["tid"] in tids:
+                    corners = [entry["bbox"][name] for name in ("xmin", "ymin", "xmax", "ymax")]
+                    if not all(map(is_number, corners)):
+                        raise ValueError(corners)
+                    tracks[entry["tid"]][k] = corners
+        except (KeyError, TypeError, ValueError):
+            raise DataError(
+                f"{path}: trajectories[{k}] is not a list of"
+                " {tid, bbox: {xmin, ymin, xmax, ymax}} in numbers; correct or fetch the file again"
+            ) from None
+    folder = os.path.basename(os.path.dirname(path))
+    return Film(str(film.get("video_path", f"{folder}/{vid}.mp4")), width, height, tracks)
+
+
+def _frames(where: str, record: dict, name: str) -> tuple[int, int]:
+    """begin_fid and end_fid of a record's used_segment or temporal_gt."""
+    span = get(where, record, name)
+    if not isinstance(span, dict):
+        raise DataError(
+            f"{where}: {name} {short(span)} is not an object with begin_fid and end_fid; {REMEDY}"
+        )
+    begin, end = (get(f"{where}: {name}", span, key) for key in ("begin_fid", "end_fid"))
+    if not all(isinstance(fid, int) and not isinstance(fid, bool) for fid in (begin, end)) or begin < 0:
+        raise DataError(f"{where}: {name} {short(span)} is not a range of frames counted from 0; {REMEDY}")
+    return begin, end
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Files: written whole, read with errors that say where
+# Sentences and boxes
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then renamed. Raises OSError with the errno, the
-    reason (strerror) and the path (filename), which a full disk's own error lacks; what was there stays."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # it may not even have come into being
-            temporary.unlink()
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+def _check_sentence(where: str, sentence: object) -> None:
+    if not isinstance(sentence, str) or not sentence.strip():
+        raise DataError(f"{where}: the sentence {short(sentence)} is not a text; {REMEDY}")
+    if "<|" in sentence:
+        raise DataError(
+            f"{where}: the sentence {short(sentence)} holds '<|', the mark of Qwen's special tokens;"
+            " remove it from the sentence"
+        )
 
 
-def read_jsonl(path: Path, *keys: str, skip_cut: bool = False) -> list[dict]:
-    """The objects of a file with one on each line, in its order. Raises DataError that names the file and the
-    line, for a file that cannot be read and for a line that is no JSON object with these keys.
+def _in_frame(
+    corners: np.ndarray, width: int, height: int, findings: set[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes in pixels as annotated -> boxes in [0, 1]; what was repaired is added to `findings`.
 
-    Lines end at newlines only: other line separators, such as U+2028, may stand in a JSON string. skip_cut:
-    leave out a last line that has no newline and does not parse, which is what a run that was killed while
-    it wrote leaves behind.
+    corners: (frames, 4), x1, y1, x2, y2 in any order, NaN where a frame has no box. Returns (frames, 4),
+    NaN where none is left, and (frames,), true for boxes that lie outside the image altogether.
     """
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    whole = lines[-1] == b""  # what follows the last newline
-    if whole:
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
-            if skip_cut and not whole and number == len(lines):
-                break
-            record = None
-        if not isinstance(record, dict) or not record.keys() >= set(keys):
-            wanted = ", ".join(f'"{key}"' for key in keys)
-            raise DataError(f"{path}, line {number}: is no JSON object with {wanted}; correct or remove it")
-        records.append(record)
-    return records
+    x1, y1, x2, y2 = corners.T
+    empty = (x1 == x2) | (y1 == y2)
+    if empty.any():
+        findings.add(EMPTY)
+    if ((x1 > x2) | (y1 > y2))[~empty].any():
+        findings.add(SORTED)
+    low = np.minimum(corners[:, :2], corners[:, 2:])  # (frames, 2)
+    high = np.maximum(corners[:, :2], corners[:, 2:])
+    size = np.array([width, height])
+    outside = ((high <= 0) | (low >= size)).any(1) & ~empty
+    if (((low < 0) | (high > size)).any(1) & ~outside & ~empty).any():
+        findings.add(CLIPPED)
+    boxes = np.hstack([np.maximum(low, 0) / size, np.minimum(high, size) / size])
+    boxes[empty | outside] = np.nan
+    return boxes, outside
 
 
-def _read_json(path: str) -> object:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file, object_pairs_hook=_unique)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:  # the message of a syntax error says line and column
-        raise DataError(f"{path}: is not a JSON file: {error}") from error
+if __name__ == "__main__":
+    import check  # which needs this module, and much that this module does not need
 
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object. json itself would keep the last of two records with the same key, and say nothing."""
-    record = {}
-    for key, value in pairs:
-        if key in record:
-            raise DataError(f"the key {key!r} stands twice in one object; {REMEDY}")
-        record[key] = value
-    return record
-
-
-def _get(where: str, record: dict, name: str) -> object:
-    if name not in record:
-        raise DataError(f"{where}: has no {name!r}; its keys are {', '.join(map(str, record)) or 'none'}")
-    return record[name]
-
-
-def _is_number(value: object) -> bool:
-    """Whether it is a number that can be a pixel or a frame: JSON also has true, NaN and 10 ** 400."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
-
-
-def _positive(where: str, record: dict, name: str) -> float:
-    value = _get(where, record, name)
-    if not _is_number(value) or value <= 0:
-        raise DataError(f"{where}: {name} {_short(value)} is not a number above 0")
-    return float(value)
-
-
-def _positive_integer(where: str, record: dict, name: str) -> int:
-    value = _get(where, record, name)
-    if not _is_number(value) or value < 1 or value != int(value):
-        raise DataError(f"{where}: {name} {_short(value)} is not an integer of at least 1")
-    return int(value)
-
-
-def _short(value: object) -> str:
-    """A value as an error message quotes it."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    sys.exit(check.main(sys.argv[1:]))

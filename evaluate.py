@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import toy
 from config import Config, ConfigError, load_config
-from data import DataError, Sample, check_videos, format_report, load_samples, read_jsonl, write_whole
+from data import Sample, check_videos, format_report, load_samples
+from files import DataError, read_jsonl, write_whole
 from model import ModelError, Policy, load_policy, make_prompt, rollout
 from prompts import Answer, Box, TextFormat, Truth, from_text_box, parse_answer, truth_answer
 from rewards import boxes_by_step, iou, score

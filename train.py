@@ -38,8 +38,9 @@ import transformers
 from tqdm import trange
 
 from config import Config, ConfigError, load_config, save_config
-from data import DataError, Sample, check_videos, write_whole
+from data import Sample, check_videos
 from evaluate import answer_record, decode_split, format_table, load_split, score_predictions, write_jsonl
+from files import DataError, write_whole
 from grpo import group_advantages, loss_normalizer, policy_loss
 from model import (
     Completion,

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, ConfigError, load_config
-from data import DataError, Sample, check_videos, load_samples, read_jsonl, write_whole
+from data import Sample, check_videos, load_samples
 from evaluate import native_scores, read_predictions, scale_of, tube_from_answer
+from files import DataError, read_jsonl, write_whole
 from prompts import Box, Truth
 from rewards import TERMS, Score, boxes_by_step, is_valid, score
 from video import VideoError, read_clip, resize

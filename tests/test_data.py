@@ -1,8 +1,6 @@
 """data.py: HC-STVG records written by hand, in both dialects, against what they mean; quirks; errors."""
 
-import errno
 import json
-import os
 
 import pytest
 
@@ -11,14 +9,12 @@ from data import (
     CUT,
     EMPTY,
     SORTED,
-    DataError,
     check_videos,
     format_report,
     load_hcstvg,
     load_samples,
-    read_jsonl,
-    write_whole,
 )
+from files import DataError
 from prompts import truth_answer
 
 # 20 s at 25 fps; the second frame is number 51 in HC-STVG's count, 50 in ours
@@ -195,7 +191,7 @@ def test_report_is_a_table(tmp_path):
     _, report = load(tmp_path, {**records, "z.mp4": {**record, "st_frame": 500}, **V2})
     assert report == {CLIPPED: [f"{i}.mp4" for i in range(5)], CUT: ["z.mp4"]}
     header, clipped, cut = format_report(report).splitlines()
-    assert header.split() == ["samples", "repair", "ids"]
+    assert header.split() == ["samples", "finding", "ids"]
     assert clipped.split() == ["5", *CLIPPED.split(), "0.mp4,", "1.mp4,", "2.mp4,", "..."]
     assert cut.split() == ["1", *CUT.split(), "z.mp4"]
     assert format_report({}) == "annotations: nothing to repair"
@@ -287,8 +283,8 @@ def test_no_annotation_file():
 
 
 def test_other_data_sets(tmp_path):
-    with pytest.raises(DataError, match="vidstg is not supported yet"):
-        load_samples("vidstg", "a.json", "videos", "vidor")
+    with pytest.raises(DataError, match="vidstg needs `vidor`, the folder of VidOR's annotations"):
+        load_samples("vidstg", "a.json", "videos")
     with pytest.raises(DataError, match="dataset: 'kitti' is not one of hcstvg, vidstg"):
         load_samples("kitti", "a.json", "videos")
 
@@ -304,69 +300,3 @@ def test_missing_videos_are_listed(tmp_path):
         check_videos(samples)
     assert str(caught.value).startswith(f"{tmp_path}: ")
     check_videos(samples[:1])
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Files
-
-
-def test_files_are_written_whole(tmp_path):
-    path = tmp_path / "a.json"
-    for content in (b"old", b"", b"new" * 100):
-        write_whole(path, content)
-        assert path.read_bytes() == content and os.listdir(tmp_path) == ["a.json"]
-
-
-def test_files_that_cannot_be_written(tmp_path, full_disk):
-    """The error names the file that was asked for, what was there stays, and nothing else is left behind."""
-    path, folder = tmp_path / "a.json", tmp_path / "folder"
-    path.write_text("old")
-    folder.mkdir()
-    cases = [(folder, errno.EISDIR), (tmp_path / "no" / "a", errno.ENOENT), (path / "a", errno.ENOTDIR)]
-    for place, number in cases:
-        with pytest.raises(OSError) as caught:
-            write_whole(place, b"new")
-        assert (caught.value.errno, caught.value.filename) == (number, str(place))
-        assert caught.value.strerror == os.strerror(number)
-    with full_disk(), pytest.raises(OSError) as caught:
-        write_whole(path, b"new" * 100)
-    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
-    assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a.json", "folder"]
-
-
-def test_lines_of_json(tmp_path):
-    """A byte order mark, Windows' line ends, and what str.splitlines takes for a line end inside a string."""
-    path = tmp_path / "a.jsonl"
-    path.write_bytes('\ufeff{"a": "x\u2028y\x85z"}\r\n{"a": 2, "b": 3}'.encode())
-    assert read_jsonl(path, "a") == [{"a": "x\u2028y\x85z"}, {"a": 2, "b": 3}]
-    path.write_text("")
-    assert read_jsonl(path, "a") == []
-
-
-@pytest.mark.parametrize(
-    "line", [b"{", b"", b"[1]", b"5", b'"a b"', b'{"b": 1}', b'{"a": "\xff"}', b"[" * 100_000, b"\xff\xfe"]
-)
-def test_broken_lines_are_named(tmp_path, line):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 1}\n')
-    for skip_cut in (False, True):
-        with pytest.raises(DataError, match=r'a\.jsonl, line 2: is no JSON object with "a"; correct'):
-            read_jsonl(path, "a", skip_cut=skip_cut)
-
-
-def test_a_cut_last_line_is_left_out_where_that_is_allowed(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"a": 1}\n{"a": 2}\n{"a":')
-    assert read_jsonl(path, "a", skip_cut=True) == [{"a": 1}, {"a": 2}]
-    with pytest.raises(DataError, match="line 3"):
-        read_jsonl(path, "a")
-    path.write_text('{"a": 1}\n{"a":\n')  # it has its newline: not cut, but broken
-    with pytest.raises(DataError, match="line 2"):
-        read_jsonl(path, "a", skip_cut=True)
-
-
-def test_lines_that_cannot_be_read(tmp_path):
-    for path in (tmp_path, tmp_path / "none.jsonl"):
-        with pytest.raises(DataError, match=r"cannot be read \(.*\); check the path") as caught:
-            read_jsonl(path, "a")
-        assert str(caught.value).startswith(f"{path}: ")

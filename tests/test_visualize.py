@@ -15,7 +15,8 @@ from matplotlib.image import imread
 
 import visualize
 from config import Config, save_config
-from data import DataError, load_samples, read_jsonl
+from data import load_samples
+from files import DataError, read_jsonl
 from prompts import Answer, Truth, format_answer, truth_answer
 from rewards import TERMS, score
 from video import VideoError

@@ -1,0 +1,110 @@
+"""Files: written whole or not at all; JSON read with errors that name the file, the place and the value."""
+
+import codecs
+import contextlib
+import json
+import uuid
+from pathlib import Path
+
+REMEDY = "correct or remove the record"
+
+
+class DataError(ValueError):
+    """Annotations that cannot be used; the message names the file, the record, the value and the remedy."""
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: beside it first, then renamed. Raises OSError with the errno, the
+    reason (strerror) and the path (filename), which a full disk's own error lacks; what was there stays."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # another rank may write it, too
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # it may not even have come into being
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def read_jsonl(path: Path, *keys: str, skip_cut: bool = False) -> list[dict]:
+    """The objects of a file with one on each line, in its order. Raises DataError that names the file and the
+    line, for a file that cannot be read and for a line that is no JSON object with these keys.
+
+    Lines end at newlines only: other line separators, such as U+2028, may stand in a JSON string. skip_cut:
+    leave out a last line that has no newline and does not parse, which is what a run that was killed while
+    it wrote leaves behind.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    whole = lines[-1] == b""  # what follows the last newline
+    if whole:
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            if skip_cut and not whole and number == len(lines):
+                break
+            record = None
+        if not isinstance(record, dict) or not record.keys() >= set(keys):
+            wanted = ", ".join(f'"{key}"' for key in keys)
+            raise DataError(f"{path}, line {number}: is no JSON object with {wanted}; correct or remove it")
+        records.append(record)
+    return records
+
+
+def read_json(path: str, unique: bool = True) -> object:
+    """unique: refuse an object with the same key twice, which takes five times as long."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, object_pairs_hook=_unique if unique else None)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:  # the message of a syntax error says line and column
+        raise DataError(f"{path}: is not a JSON file: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. json itself would keep the last of two records with the same key, and say nothing."""
+    record = {}
+    for key, value in pairs:
+        if key in record:
+            raise DataError(f"the key {key!r} stands twice in one object; {REMEDY}")
+        record[key] = value
+    return record
+
+
+def get(where: str, record: dict, name: str) -> object:
+    if name not in record:
+        raise DataError(f"{where}: has no {name!r}; its keys are {', '.join(map(str, record)) or 'none'}")
+    return record[name]
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number that can be a pixel or a frame: JSON also has true, NaN and 10 ** 400."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
+
+
+def positive(where: str, record: dict, name: str) -> float:
+    value = get(where, record, name)
+    if not is_number(value) or value <= 0:
+        raise DataError(f"{where}: {name} {short(value)} is not a number above 0")
+    return float(value)
+
+
+def positive_integer(where: str, record: dict, name: str) -> int:
+    value = get(where, record, name)
+    if not is_number(value) or value < 1 or value != int(value):
+        raise DataError(f"{where}: {name} {short(value)} is not an integer of at least 1")
+    return int(value)
+
+
+def short(value: object) -> str:
+    """A value as an error message quotes it."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
