@@ -50,7 +50,15 @@ class Config:
     max_side: int = 336  # pixels: the longer side of a frame is at most this
     time_unit: str = "frame"  # a step of the answer: frame (1 / fps seconds) | second. Not in the paper
     coordinates: str = "norm1000"  # of the boxes in the text: norm1000 | resized | original. Not in the paper
+    answer_format: str = "boxes"  # boxes | csv: the paper's for closed models (Fig. 8), to evaluate only
     think: bool = True  # False: no <think_bbox>, the row "RFT" of Table 5
+
+    # --- how the videos are read; none of these changes a frame
+    on_bad_video: str = "error"  # error | skip: leave its sentences out of training, count them as failures
+    decode_workers: int = 2  # processes that read ahead of the model; 0: in this one, unguarded
+    decode_timeout: float = 60.0  # seconds for one clip, after which its decoder is stopped
+    frame_cache: str = ""  # folder for frames as the model sees them; empty: decoded anew each time
+    frame_cache_gb: float = 50.0  # of files in that folder at most
 
     # --- the rewards: weights of Eq. 10, and of the two parts of the spatial reward (Eq. 8)
     rewards: dict = field(default_factory=lambda: check_weights({}))
@@ -80,11 +88,12 @@ class Config:
     eval_batch: int = 1  # sentences that are decoded in one batch
     eval_temperature: float = 0.0  # 0: greedy, as in every table
     eval_limit: int = 0  # evaluate at most this many sentences; 0: all
+    eval_dtype: str = "float32"  # of the weights in evaluate.py: float32 | bfloat16
     save_every: int = 0  # steps between checkpoints; 0: only the last
 
     @property
     def text_format(self) -> TextFormat:
-        return TextFormat(self.coordinates, self.time_unit, self.think, self.fps)
+        return TextFormat(self.coordinates, self.time_unit, self.think, self.fps, self.answer_format)
 
 
 class _Loader(yaml.SafeLoader):
@@ -182,6 +191,8 @@ def _typed(key: str, value, kind: type, where: str):
 
 CHOICES = {
     "dataset": ("hcstvg", "vidstg"),
+    "on_bad_video": ("error", "skip"),
+    "eval_dtype": ("float32", "bfloat16"),
     "loss_aggregation": ("token-mean", "sequence-mean", "constant"),
 }
 AT_LEAST = {
@@ -192,6 +203,7 @@ AT_LEAST = {
         ("steps", "warmup_steps", "threads", "eval_every", "eval_limit", "save_every", "seed"), 0
     ),
     **dict.fromkeys(("kl_beta", "clip_eps", "learning_rate", "weight_decay", "eval_temperature"), 0),
+    **dict.fromkeys(("decode_workers", "frame_cache_gb"), 0),
     "num_generations": 2,
 }
 
@@ -204,7 +216,7 @@ def _check(config: Config, where: str) -> None:
     for key, least in AT_LEAST.items():
         if not getattr(config, key) >= least:
             raise ConfigError(f"{where}: {key}: {getattr(config, key)!r} must be at least {least}")
-    for key in ("temperature", "max_grad_norm"):
+    for key in ("temperature", "max_grad_norm", "decode_timeout"):
         if not getattr(config, key) > 0:
             raise ConfigError(f"{where}: {key}: {getattr(config, key)!r} must be above 0")
     if config.sft.steps < 0 or config.sft.batch_size < 1 or config.sft.learning_rate < 0:

@@ -48,7 +48,7 @@ class Track(Mapping[int, Box]):
         self.there = ~np.isnan(boxes[:, 0])  # (frames,)
 
     def __getitem__(self, frame: int) -> Box:
-        k = frame - self.first
+        k = frame - self.first if isinstance(frame, int | np.integer) else -1
         if not (0 <= k < len(self.array) and self.there[k]):
             raise KeyError(frame)
         return tuple(self.array[k].tolist())
@@ -103,22 +103,26 @@ CLIPPED = "box partly outside the image: clipped"
 SORTED = "box with a negative side: corners sorted"
 EMPTY = "box without area: frame left without a box"
 OUTSIDE = "box outside the image: frame left without a box"
-CUT = "track goes on after the clip's end: cut"
+CUT = "span leaves the clip: cut"
+CUT_SEGMENT = "segment leaves the video: cut"
+OTHER_SIZE = "size is not VidOR's, in which the boxes are measured"
 UNBOXED = "frames of the span without a box: not judged"
 NO_BOX = "no box of the target in the span: sentence dropped"
-NO_SPAN = "span outside the clip: sentence dropped"
+NO_SPAN = "no frame of the span in the clip: sentence dropped"
 DROPS = (NO_BOX, NO_SPAN)
 
 
-def format_report(report: Report) -> str:
-    """The findings as a table: samples concerned, what was found and done, the first few ids."""
+def format_report(report: Report, whole: bool = False) -> str:
+    """The findings as a table: samples concerned, what was found and done, the first few ids; with `whole`
+    those of all dropped sentences."""
     if not report:
         return "annotations: nothing to repair"
     width = max(map(len, report))
     rows = [f"{'samples':>9}  {'finding':<{width}}  ids"]
     for reason, ids in report.items():
-        more = ", ..." if len(ids) > 3 else ""
-        rows.append(f"{len(ids):>9}  {reason:<{width}}  {', '.join(ids[:3])}{more}")
+        shown = ids if whole and reason in DROPS else ids[:3]
+        more = ", ..." if len(ids) > len(shown) else ""
+        rows.append(f"{len(ids):>9}  {reason:<{width}}  {', '.join(shown)}{more}")
     return "\n".join(rows)
 
 
@@ -140,7 +144,7 @@ def load_samples(dataset: str, annotations: str, videos: str, vidor: str = "") -
     Raises DataError, also where no sentence is left.
     """
     if not annotations:
-        raise DataError("train_annotations and eval_annotations must both name an annotation file")
+        raise DataError("no annotation file is named: set eval_annotations, and train_annotations to train")
     if dataset not in DATASETS:
         raise DataError(f"dataset: {dataset!r} is not one of {', '.join(DATASETS)}")
     if dataset == "hcstvg":
@@ -225,9 +229,10 @@ def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report
     bbox = bbox[: num_frames - first]
     corners = np.array(bbox, dtype=np.float64)  # (frames, 4)
     corners[:, 2:] += corners[:, :2]
-    boxes, outside = _in_frame(corners, width, height, findings)
-    if outside.any():  # not one of the data set's known flaws: more likely a wrong size
-        k = int(outside.argmax())
+    boxes, found = _in_frame(corners, width, height)
+    findings |= {finding for finding, frames in found.items() if frames.any()}
+    if OUTSIDE in findings:  # not one of the data set's known flaws: more likely a wrong size
+        k = int(found[OUTSIDE].argmax())
         raise DataError(
             f"{where}: bbox[{k}] {short(bbox[k])} lies outside the {width} x {height} video; {REMEDY}"
         )
@@ -282,15 +287,19 @@ def load_vidstg(annotations: str, videos: str, vidor: str) -> tuple[list[Sample]
                 f"{where}: {short(record)} is not an object with vid, used_segment, captions, ..."
             )
         tids = {target for _, _, target in _vidstg_sentences(where, record)}
-        targets.setdefault(str(get(where, record, "vid")), set()).update(tids)
+        vid = get(where, record, "vid")
+        if not isinstance(vid, str) or not vid:
+            raise DataError(f"{where}: vid {short(vid)} is not the name of a video; {REMEDY}")
+        targets.setdefault(vid, set()).update(tids)
     films = _read_vidor(vidor, targets)
 
     report: Report = {}
     samples = []
     for n, record in enumerate(records):
-        samples += _vidstg_samples(annotations, n, record, films[str(record["vid"])], videos, report)
+        samples += _vidstg_samples(annotations, n, record, films[record["vid"]], videos, report)
     if not samples:
-        raise DataError(f"{annotations}: no sentence has a box in its span; check the files in {vidor}")
+        why = "; ".join(f"{finding} ({len(report[finding])})" for finding in DROPS if finding in report)
+        raise DataError(f"{annotations}: holds no sentence that can be used: {why or 'none at all'}")
     return samples, report
 
 
@@ -305,7 +314,7 @@ def _vidstg_sentences(where: str, record: dict) -> list[tuple[str, str, int]]:
             place = f"{where}: {kind}[{k}]"
             sentence, target = get(place, entry, "description"), get(place, entry, "target_id")
             _check_sentence(place, sentence)
-            if not isinstance(target, int):
+            if not isinstance(target, int) or isinstance(target, bool):
                 raise DataError(f"{place}: target_id {short(target)} is not a whole number; {REMEDY}")
             sentences.append((f"{kind}/{k}", sentence, target))
     return sentences
@@ -322,20 +331,23 @@ def _vidstg_samples(
     begin, last = _frames(where, record, "used_segment")
     stop_of_clip = min(last + 1, file_frames)  # used_segment.end_fid is the clip's last frame
     first, stop = _frames(where, record, "temporal_gt")  # temporal_gt.end_fid is exclusive
-    cut = first < begin or stop > stop_of_clip
+    of_record = {
+        CUT_SEGMENT: last >= file_frames,
+        CUT: first < begin or stop > stop_of_clip,
+        OTHER_SIZE: (width, height) != (film.width, film.height),
+    }
     first, stop = max(first, begin), min(stop, stop_of_clip)
 
     samples = []
     for place, sentence, target in _vidstg_sentences(where, record):
         key = f"{n}/{place}"
-        findings = {CUT} if cut else set()
+        findings = {finding for finding, found in of_record.items() if found}
         if first >= stop:
             report.setdefault(NO_SPAN, []).append(key)
             continue
-        boxes, outside = _in_frame(film.corners(target, first, stop), film.width, film.height, findings)
-        if outside.any():
-            findings.add(OUTSIDE)
-        track = Track(first - begin, boxes)
+        boxes, found = film.tracks[target]
+        findings |= {finding for finding, frames in found.items() if frames[first:stop].any()}
+        track = Track(first - begin, boxes[first:stop])  # a view: the file's sentences share its boxes
         if not track:
             report.setdefault(NO_BOX, []).append(key)
             continue
@@ -369,22 +381,16 @@ class Film:
     """What a VidOR file says of one video."""
 
     path: str  # of the video, from the folder of all videos
-    width: int  # that the boxes are measured in
+    width: int  # in which the boxes are measured
     height: int
-    tracks: dict[int, np.ndarray]  # tid -> (frames, 4) corners in pixels from frame 0 on, NaN without a box
-
-    def corners(self, tid: int, first: int, stop: int) -> np.ndarray:
-        """Those of frames [first, stop), (stop - first, 4), NaN also where the file ends before."""
-        boxes = np.full((stop - first, 4), np.nan)
-        known = self.tracks.get(tid, boxes[:0])[first:stop]
-        boxes[: len(known)] = known
-        return boxes
+    # tid -> boxes of all frames, (frames, 4) in [0, 1], NaN without one, and what was found in which of them
+    tracks: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 def _read_vidor(vidor: str, targets: dict[str, set[int]]) -> dict[str, Film]:
     """VidOR's files of some videos: video -> its tracks, those that are asked for. Raises DataError."""
     paths: dict[str, str] = {}
-    for folder, _, names in os.walk(vidor):
+    for folder, _, names in os.walk(vidor, followlinks=True):
         for name in names:
             vid, extension = os.path.splitext(name)
             if extension == ".json" and vid in targets:
@@ -425,8 +431,12 @@ def _read_film(path: str, vid: str, tids: set[int]) -> Film:
                 f"{path}: trajectories[{k}] is not a list of"
                 " {tid, bbox: {xmin, ymin, xmax, ymax}} in numbers; correct or fetch the file again"
             ) from None
-    folder = os.path.basename(os.path.dirname(path))
-    return Film(str(film.get("video_path", f"{folder}/{vid}.mp4")), width, height, tracks)
+    video = film.get("video_path", f"{os.path.basename(os.path.dirname(path))}/{vid}.mp4")
+    if not isinstance(video, str) or not video:
+        raise DataError(f"{path}: video_path {short(video)} is not FOLDER/VID.mp4; fetch VidOR's file again")
+    return Film(
+        video, width, height, {tid: _in_frame(corners, width, height) for tid, corners in tracks.items()}
+    )
 
 
 def _frames(where: str, record: dict, name: str) -> tuple[int, int]:
@@ -456,29 +466,27 @@ def _check_sentence(where: str, sentence: object) -> None:
         )
 
 
-def _in_frame(
-    corners: np.ndarray, width: int, height: int, findings: set[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes in pixels as annotated -> boxes in [0, 1]; what was repaired is added to `findings`.
+def _in_frame(corners: np.ndarray, width: int, height: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Boxes in pixels as annotated -> boxes in [0, 1].
 
     corners: (frames, 4), x1, y1, x2, y2 in any order, NaN where a frame has no box. Returns (frames, 4),
-    NaN where none is left, and (frames,), true for boxes that lie outside the image altogether.
+    NaN where none is left, and finding -> (frames,), true where it was found.
     """
     x1, y1, x2, y2 = corners.T
     empty = (x1 == x2) | (y1 == y2)
-    if empty.any():
-        findings.add(EMPTY)
-    if ((x1 > x2) | (y1 > y2))[~empty].any():
-        findings.add(SORTED)
     low = np.minimum(corners[:, :2], corners[:, 2:])  # (frames, 2)
     high = np.maximum(corners[:, :2], corners[:, 2:])
     size = np.array([width, height])
     outside = ((high <= 0) | (low >= size)).any(1) & ~empty
-    if (((low < 0) | (high > size)).any(1) & ~outside & ~empty).any():
-        findings.add(CLIPPED)
+    found = {
+        EMPTY: empty,
+        OUTSIDE: outside,
+        SORTED: ((x1 > x2) | (y1 > y2)) & ~empty,
+        CLIPPED: ((low < 0) | (high > size)).any(1) & ~outside & ~empty,
+    }
     boxes = np.hstack([np.maximum(low, 0) / size, np.minimum(high, size) / size])
     boxes[empty | outside] = np.nan
-    return boxes, outside
+    return boxes, found
 
 
 if __name__ == "__main__":

@@ -1,147 +1,91 @@
-"""Score a model's answers as the paper does (Tables 1-3), or score answers that were saved earlier.
+"""Score a model's answers as the paper does (Tables 1-4), or score answers that were saved earlier.
 
     python evaluate.py RUN                                     a run folder of train.py, on its held-out split
     python evaluate.py RUN/checkpoint_50                       the same with a checkpoint from along the way
     python evaluate.py CHECKPOINT CONFIG key=value ...         any Qwen-VL, on the held-out split of a config
-    python evaluate.py --predictions FILE CONFIG --json        saved answers; needs neither model nor video
+    torchrun --nproc_per_node=8 evaluate.py ...                the same on eight GPUs, with the same answers
+    python evaluate.py --predictions FILE --data CONFIG        saved answers; needs neither model nor video
 
-Answers go to a new predictions.jsonl in RUN, or in a folder beside the config's output_dir whose name is that
-of output_dir and of CHECKPOINT together; --output FILE puts them elsewhere.
-
-First come the metrics as pure functions. A tube is a span and boxes, both on the native frames of the clip:
-((first, stop), {frame: box in [0, 1]}), the span half-open. What an answer says in steps becomes a tube on
-every native frame first, and is scored as one:
-
-    tIoU = |P and G| / |P or G|        vIoU = sum of IoU(p_f, g_f) over f in P and G / |P or G|
+Answers go to predictions.jsonl in RUN, or in a folder beside the config's output_dir whose name is that of
+output_dir and of CHECKPOINT together; --output FILE puts them elsewhere. While it runs, each rank adds its
+own to a file beside that, and when it is started again it decodes only what is missing. Answers made in
+another way (another checkpoint, other settings) are left alone: then the file is predictions.2.jsonl, and so
+on. The metrics are in metrics.py.
 """
 
 import argparse
+import dataclasses
 import errno
+import glob
+import hashlib
 import itertools
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from clips import Clips, open_clips
 from tqdm import tqdm
 
+import distributed
 import toy
 from config import Config, ConfigError, load_config
-from data import Sample, check_videos, format_report, load_samples
+from data import Sample, check_videos, count_sentences, format_report, load_samples
 from files import DataError, read_jsonl, write_whole
-from model import ModelError, Policy, load_policy, make_prompt, rollout
-from prompts import Answer, Box, TextFormat, Truth, from_text_box, parse_answer, truth_answer
-from rewards import boxes_by_step, iou, score
+from metrics import Tube, format_table, score_answers, tube_from_answer
+from model import Completion, ModelError, Policy, Prompt, load_policy, make_prompt, rollout
+from prompts import Answer, Box, Truth, from_text_box, read_answer
+from rewards import score
 from video import VideoError
 
-Tube = tuple[tuple[int, int], dict[int, Box]]
-
-
-def tube_from_answer(
-    answer: Answer | None,
-    sample: Sample,
-    text_format: TextFormat,
-    scale: tuple[int, int],
-    which: str = "pred",
-) -> Tube | None:
-    """From steps to native frames; None for a failed answer: it did not parse, or ends before it starts.
-
-    Step i covers the native frames of its cell, and its box belongs to the frame that was sampled
-    (TimeGrid). Between sampled frames boxes are interpolated linearly, also across steps without a box;
-    before the first and after the last one they are held. What the answer says beyond the clip's end does
-    not exist: a span that lies there altogether is empty. Boxes of steps outside the answer's own span are
-    ignored; flipped boxes stay so (their IoU is 0).
-
-    scale: (width, height) of the text's coordinates. which: the list of boxes, "pred" or "think".
-    """
-    items = answer and getattr(answer, which)
-    if not items or answer.end < answer.start:
-        return None
-    grid = sample.grid(text_format.step_seconds)
-    first, stop = grid.first_frame(answer.start), grid.first_frame(answer.end + 1)
-    last_step = min(answer.end, grid.num_steps - 1)
-    given = boxes_by_step(items, scale)
-    steps = sorted(step for step in given if answer.start <= step <= last_step)
-    if first == stop or not steps:
-        return (first, stop), {}
-    frames = range(first, stop)  # no longer than the clip, whatever numbers the answer holds
-    sampled = [grid.sampled_frame(step) for step in steps]
-    sides = [np.interp(frames, sampled, [given[step][side] for step in steps]).tolist() for side in range(4)]
-    return (first, stop), dict(zip(frames, zip(*sides, strict=True), strict=True))
-
-
-def native_scores(tube: Tube | None, sample: Sample) -> dict[str, float]:
-    """The protocol `native`: every native frame of the clip counts, but truth frames without a truth box.
-
-    Returns {"tIoU", "vIoU"} in [0, 1] and "failures", 1 for a tube of None, which scores 0.
-    """
-    if tube is None:
-        return {"tIoU": 0.0, "vIoU": 0.0, "failures": 1}
-    (first, stop), boxes = tube
-    truth = range(sample.first_frame, sample.stop_frame)
-    common = range(max(first, truth.start), min(stop, truth.stop))
-    union = stop - first + len(truth) - len(common)
-    judged = union - len(truth) + len(sample.boxes)
-    overlap = sum(iou(boxes[f], sample.boxes[f]) for f in common if f in boxes and f in sample.boxes)
-    return {"tIoU": len(common) / union, "vIoU": overlap / judged, "failures": 0}
-
-
-def summarize(scores: list[dict[str, float]]) -> dict[str, float]:
-    """A row of the paper's tables, in percent, over ALL sentences (N and failures are counts).
-
-    vIoU@R is the share of sentences with vIoU strictly above R. Raises ValueError for no scores at all.
-    """
-    if not scores:
-        raise ValueError("no scores to summarize: the split is empty")
-    tious, vious = (np.array([score[name] for score in scores]) for name in ("tIoU", "vIoU"))
-    return {
-        "m_tIoU": 100 * float(tious.mean()),
-        "m_vIoU": 100 * float(vious.mean()),
-        "vIoU@0.3": 100 * float((vious > 0.3).mean()),
-        "vIoU@0.5": 100 * float((vious > 0.5).mean()),
-        "N": len(scores),
-        "failures": sum(score["failures"] for score in scores),
-    }
-
-
-def grid_ceiling(samples: list[Sample], text_format: TextFormat) -> dict[str, float]:
-    """The row of the answers with the full reward: the truth in steps, read back as native frames.
-
-    It is below 100 where truths begin and end between steps, and where boxes do not move evenly between
-    them. Print it beside the score.
-    """
-    scale, scores = (1000, 1000), []
-    for sample in samples:
-        answer = truth_answer(sample.truth(text_format.step_seconds), scale)
-        scores.append(native_scores(tube_from_answer(answer, sample, text_format, scale), sample))
-    return summarize(scores)
-
-
 # ----------------------------------------------------------------------------------------------------------
-# From a model to predictions, from predictions to the paper's row
+# From a model to predictions
 
 
-def decode_split(policy: Policy, samples: list[Sample], config: Config, name: str) -> list[dict]:
-    """The model's answers, greedy unless eval_temperature says otherwise: one record a sample, in order."""
-    records = []
+def decode(
+    policy: Policy, samples: list[tuple[int, Sample]], clips: Clips, config: Config, name: str
+) -> Iterator[list[dict]]:
+    """The model's answers, eval_batch records at a time, in order; greedy unless eval_temperature says
+    otherwise.
+
+    samples: each with its number in the split, from which its random numbers are drawn. name: for the bar.
+    A sample whose video cannot be read (on_bad_video: skip) gets an empty answer, which is a failure.
+    """
     with tqdm(total=len(samples), desc=f"evaluate {name}", unit="answer") as bar:
         for first in range(0, len(samples), config.eval_batch):
             part = samples[first : first + config.eval_batch]
-            prompts = [make_prompt(policy, sample, config.max_side, config.text_format) for sample in part]
-            keys = [(config.seed, first + k) for k in range(len(part))]
+            ahead = first + 2 * config.eval_batch + config.decode_workers
+            clips.ahead([sample for _, sample in samples[first:ahead]])
+            frames = [(number, sample, clips.frames(sample)) for number, sample in part]
+            shown = [
+                (number, make_prompt(policy, sample, clip, config.text_format))
+                for number, sample, clip in frames
+                if clip is not None
+            ]
+            prompts, keys = [prompt for _, prompt in shown], [(config.seed, number) for number, _ in shown]
             answers = rollout(policy, prompts, 1, config.max_new_tokens, config.eval_temperature, keys)
-            for sample, prompt, (completion,) in zip(part, prompts, answers, strict=True):
-                truth = sample.truth(config.text_format.step_seconds)
-                scored = score(completion.text, truth, prompt.scale, config.rewards, config.think)
-                record = answer_record(completion.text, scored.answer, truth, prompt.scale, config.think)
-                about = {"id": sample.id, "sentence": sample.sentence}
-                records.append(
-                    about | record | {"rewards": scored.rewards, "truncated": completion.truncated}
-                )
+            given = {number: (p, answer) for (number, p), (answer,) in zip(shown, answers, strict=True)}
+            yield [prediction(sample, *given.get(number, (None, None)), config) for number, sample in part]
             bar.update(len(part))
-    return records
+
+
+def prediction(sample: Sample, prompt: Prompt | None, completion: Completion | None, config: Config) -> dict:
+    """A record of predictions.jsonl. prompt, completion: None where the video could not be read."""
+    text_format = config.text_format
+    record = {"id": sample.id, "sentence": sample.sentence}
+    if sample.question_type:
+        record["question_type"] = sample.question_type
+    truth = sample.truth(text_format.step_seconds)
+    text = "" if completion is None else completion.text
+    size = (sample.width, sample.height)
+    scale = text_format.scale(size, size) if prompt is None else prompt.scale
+    record |= answer_record(text, read_answer(text, text_format), truth, scale, config.think)
+    if text_format.answer_format == "boxes":  # the rewards are of this format
+        record["rewards"] = score(text, truth, scale, config.rewards, config.think).rewards
+    return record | ({"unreadable": True} if completion is None else {"truncated": completion.truncated})
 
 
 def answer_record(
@@ -165,10 +109,84 @@ def answer_record(
     }
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Many ranks, and a second start
+
+
+def decode_split(
+    policy: Policy, samples: list[Sample], config: Config, output: Path, made: str
+) -> list[dict]:
+    """Decode what `output` does not hold yet, shared among the ranks. Returns all records of the samples, in
+    order, on every rank, and leaves them in `output`.
+
+    made: how the answers come about (how_made), for the records. Each rank adds its answers to a file of its
+    own beside output, so that a killed run loses a batch at most; the last step puts them together.
+    """
+    rank, ranks = distributed.join()
+    done = {record["id"]: record for record in saved_answers(output)}
+    distributed.wait()  # all ranks must have read the same before one of them writes
+    todo = [(n, sample) for n, sample in enumerate(samples) if sample.id not in done]
+    if len(todo) < len(samples) and rank == 0:
+        print(f"{len(samples) - len(todo)} answers are in {output.parent}/ already", file=sys.stderr)
+    part = output.with_name(f"{output.stem}.rank{rank}{output.suffix}")
+    if part.exists():
+        write_jsonl(read_jsonl(part, "id", skip_cut=True), part)  # without the line that was cut
+    clips = open_clips(config, policy.size_factor)
+    for records in decode(policy, todo[rank::ranks], clips, config, output.stem):
+        write_jsonl([{**record, "made": made} for record in records], part, append=True)
+    clips.close()
+    distributed.wait()
+    done = {record["id"]: record for record in saved_answers(output)}
+    distributed.wait()  # all ranks must have read before the parts go
+    if rank == 0:
+        order = {sample.id: n for n, sample in enumerate(samples)}
+        write_jsonl(sorted(done.values(), key=lambda r: order.get(r["id"], len(order))), output)
+        for path in rank_files(output):
+            path.unlink()
+    distributed.wait()
+    return [done[sample.id] for sample in samples]
+
+
+def rank_files(output: Path) -> list[Path]:
+    return sorted(output.parent.glob(f"{glob.escape(output.stem)}.rank*{output.suffix}"))
+
+
+def saved_answers(output: Path) -> list[dict]:
+    """The records in a file of answers and in the ranks' files beside it. Raises DataError."""
+    paths = [output] * output.exists() + rank_files(output)
+    return [record for path in paths for record in read_jsonl(path, "id", "completion", skip_cut=True)]
+
+
+def how_made(checkpoint: str, config: Config) -> str:
+    """A short mark of all that an answer depends on: the weights and the settings."""
+    weights = sorted(Path(checkpoint).glob("*.safetensors"))  # none for a hub id, which is its name
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights] or checkpoint
+    names = ("eval_annotations", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side")
+    settings = [getattr(config, name) for name in (*names, "eval_dtype")]
+    text = json.dumps([state, settings, dataclasses.asdict(config.text_format)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def place_for_answers(wanted: Path, made: str, others: bool) -> Path:
+    """Where to put answers: the wanted file, or with `others` the first of its numbered siblings, that does
+    not exist or holds answers made in the same way. Raises DataError or OSError where there is none."""
+    if wanted.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(wanted))
+    numbered = (wanted.with_stem(f"{wanted.stem}.{n}") for n in itertools.count(2))
+    for path in itertools.chain([wanted], numbered if others else []):
+        if all(record.get("made") == made for record in saved_answers(path)):
+            return path
+    raise DataError(f"{wanted}: holds answers made in another way; choose another --output")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# From predictions to the paper's row
+
+
 def score_predictions(predictions: list[dict], samples: list[Sample], config: Config) -> dict[str, dict]:
-    """protocol -> the paper's row. predictions: at most one for each sample. A sample without one is a
-    failure and counts; a prediction without a sample raises DataError. Nothing but "id" and "completion" is
-    needed (and "scale" where the coordinates are `resized`, which depend on the model)."""
+    """protocol -> the paper's row (metrics.score_answers). predictions: at most one for each sample. A sample
+    without one is a failure and counts; a prediction without a sample raises DataError. Nothing but "id" and
+    "completion" is needed (and "scale" where the coordinates are `resized`, which depend on the model)."""
     known = {sample.id for sample in samples}
     by_id = {prediction["id"]: prediction for prediction in predictions}
     for key in by_id:
@@ -177,16 +195,17 @@ def score_predictions(predictions: list[dict], samples: list[Sample], config: Co
                 f"prediction {key!r}: no such sentence in {config.eval_annotations}; is it another split's"
                 " (or beyond eval_limit)?"
             )
-    scores = []
+    tubes: list[Tube | None] = []
     for sample in samples:
         prediction = by_id.get(sample.id)
         if prediction is None:
-            scores.append(native_scores(None, sample))
+            tubes.append(None)
             continue
-        answer = parse_answer(prediction["completion"], config.think)
-        scale = scale_of(prediction, sample, config)
-        scores.append(native_scores(tube_from_answer(answer, sample, config.text_format, scale), sample))
-    return {"native": summarize(scores)}
+        answer = read_answer(prediction["completion"], config.text_format)
+        tubes.append(
+            tube_from_answer(answer, sample, config.text_format, scale_of(prediction, sample, config))
+        )
+    return score_answers(tubes, samples, config.text_format)
 
 
 def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int]:
@@ -200,16 +219,6 @@ def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int
         f'prediction {sample.id!r}: with coordinates: resized each needs "scale": [width, height], the'
         " size in pixels of the frames that the model saw"
     )
-
-
-def format_table(rows: dict[str, dict[str, float]]) -> str:
-    """The paper's columns for named rows, with N and the share of failed answers beside them."""
-    columns = ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")
-    lines = [" " * 12 + "".join(f"{name:>10}" for name in (*columns, "N", "failed"))]
-    for name, row in rows.items():
-        numbers = "".join(f"{row[column]:>10.1f}" for column in columns)
-        lines.append(f"{name:<12}{numbers}{row['N']:>10}{row['failures'] / row['N']:>10.1%}")
-    return "\n".join(lines)
 
 
 def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
@@ -246,66 +255,95 @@ def read_predictions(path: Path) -> list[dict]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\nFirst")[0]
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="RUN | CHECKPOINT CONFIG | key=value")
-    parser.add_argument("--predictions", type=Path, metavar="FILE")
-    parser.add_argument("--output", type=Path, metavar="FILE")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these answers")
+    parser.add_argument("--data", metavar="CONFIG", help="the configuration that they belong to")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the answers go")
+    parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     options = parser.parse_args(arguments)
     settings = [word for word in options.words if "=" in word]
     places = [word for word in options.words if "=" not in word]
-
     if options.predictions:
+        places += [options.data] if options.data else []
         if len(places) != 1:
-            parser.error("--predictions FILE needs one CONFIG, and no model")
+            parser.error("--predictions FILE needs one --data CONFIG, and no model")
         config = load_config(places[0], settings)
         samples = load_split(config, config.eval_annotations)[: config.eval_limit or None]
         predictions = read_predictions(options.predictions)
-        rows = score_predictions(predictions, samples, config)
         if len(predictions) < len(samples):
             print(f"{len(samples) - len(predictions)} sentences have no answer: failures", file=sys.stderr)
     else:
-        if len(places) == 1:
-            folder = Path(places[0])  # not output_dir: a run may have been moved
-            checkpoint = folder / "checkpoint"
-            if not (folder / "config.yaml").is_file():
-                folder, checkpoint = folder.parent, folder
-            if not (folder / "config.yaml").is_file():
-                raise ConfigError(
-                    f"{places[0]} is no run of train.py, nor a checkpoint in one; for another checkpoint name"
-                    " a configuration too, such as configs/toy.yaml"
-                )
-            config = load_config(folder / "config.yaml", settings)
-        elif len(places) == 2:
-            checkpoint, config = places[0], load_config(places[1], settings)
-            folder = Path(f"{Path(config.output_dir)}_{Path(checkpoint).resolve().name}")
-        else:
+        if options.data or not 1 <= len(places) <= 2:
             parser.error("name a run folder of train.py, or a checkpoint and a CONFIG")
+        checkpoint, folder, config = find_checkpoint(places, settings)
+        rank, _ = distributed.join()
         if config.threads:
             torch.set_num_threads(config.threads)
         samples = load_split(config, config.eval_annotations)[: config.eval_limit or None]
-        check_videos(samples)
-        policy = load_policy(str(checkpoint), device="cuda" if torch.cuda.is_available() else "cpu")
-        output = options.output or unused(folder / "predictions.jsonl")
-        check_output(output)
-        predictions = decode_split(policy, samples, config, str(checkpoint))
-        write_jsonl(predictions, output)
-        rows = score_predictions(predictions, samples, config)
-        reward = np.mean([prediction["rewards"]["total"] for prediction in predictions])
-        print(f"mean reward {reward:.2f}; the answers are in {output}", file=sys.stderr)
+        if config.on_bad_video == "error":
+            check_videos(samples)
+        made = how_made(checkpoint, config)
+        wanted = options.output or folder / "predictions.jsonl"
+        output = place_for_answers(wanted, made, others=not options.output)
+        done = {record["id"]: record for record in saved_answers(output)}
+        if all(sample.id in done for sample in samples):
+            print(f"all answers are in {output} already", file=sys.stderr)
+            predictions = [done[sample.id] for sample in samples]
+        else:
+            dtype = getattr(torch, config.eval_dtype)
+            policy = load_policy(checkpoint, dtype, distributed.device())
+            check_output(output)
+            predictions = decode_split(policy, samples, config, output, made)
+        distributed.leave()
+        if rank:
+            return
+        report_answers(predictions, output)
+    rows = score_predictions(predictions, samples, config)
     print(json.dumps(rows) if options.json else format_table(rows))
-    ceiling = grid_ceiling(samples, config.text_format)
-    best = ", ".join(f"{name} {ceiling[name]:.1f}" for name in ("m_tIoU", "m_vIoU"))
-    print(f"(the best that answers on this grid of steps can reach: {best})", file=sys.stderr)
+
+
+def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, Config]:
+    """RUN, RUN/checkpoint_50, or CHECKPOINT CONFIG -> the checkpoint, where answers go, the settings."""
+    if len(places) == 2:
+        checkpoint, config = places[0], load_config(places[1], settings)
+        return checkpoint, Path(f"{Path(config.output_dir)}_{Path(checkpoint).resolve().name}"), config
+    folder = Path(places[0])  # not output_dir: a run may have been moved
+    checkpoint = folder / "checkpoint"
+    if not (folder / "config.yaml").is_file():
+        folder, checkpoint = folder.parent, folder
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"{places[0]} is no run of train.py, nor a checkpoint in one; for another checkpoint name"
+            " a configuration too, such as configs/toy.yaml"
+        )
+    return str(checkpoint), folder, load_config(folder / "config.yaml", settings)
+
+
+def report_answers(predictions: list[dict], output: Path) -> None:
+    """Where the answers are and, to stderr, what stands out."""
+    text = f"the answers are in {output}"
+    rewards = [prediction["rewards"]["total"] for prediction in predictions if "rewards" in prediction]
+    if rewards:
+        text = f"mean reward {np.mean(rewards):.2f}; {text}"
+    unreadable = sum("unreadable" in prediction for prediction in predictions)
+    if unreadable:
+        text += f"; {unreadable} of them are empty, since their videos cannot be read"
+    print(text, file=sys.stderr)
 
 
 def load_split(config: Config, annotations: str) -> list[Sample]:
-    """The samples of a split, made first where it is the toy's; what was repaired is printed to stderr."""
+    """The samples of a split, made first where it is the toy's; what was found in it is printed to stderr."""
+    rank, _ = distributed.join()
     if config.toy:
-        toy.make_world(config.videos)
+        if rank == 0:
+            toy.make_world(config.videos)
+        distributed.wait()
     samples, report = load_samples(config.dataset, annotations, config.videos, config.vidor)
-    print(f"{annotations}: {len(samples)} sentences\n{format_report(report)}", file=sys.stderr)
+    if rank == 0:
+        counts = count_sentences(samples, report)
+        print(f"{annotations}: {counts}\n{format_report(report)}", file=sys.stderr)
     return samples
 
 
@@ -313,16 +351,8 @@ def check_output(path: Path) -> None:
     """Make the folder of a file that is to be written. Raises OSError, before hours of decoding, where that
     or the file cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-
-def unused(path: Path) -> Path:
-    """The path itself, or its first numbered sibling that does not exist: nothing is overwritten."""
-    candidates = (path.with_stem(f"{path.stem}.{n}") for n in itertools.count(2))
-    return path if not path.exists() else next(c for c in candidates if not c.exists())
 
 
 if __name__ == "__main__":
@@ -330,6 +360,8 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ConfigError, DataError, ModelError, VideoError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: the answers so far are kept; start again to go on")
     except OSError as error:
         place = error.filename or "standard output"
         sys.exit(f"error: {place}: {error.strerror}; free some space, or choose another place with --output")

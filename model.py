@@ -10,9 +10,12 @@ Nothing in the network is changed. Three things are done our way, since the obvi
 
 import contextlib
 import json
+import math
 import pickle
 import shutil
 import types
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +23,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
@@ -39,7 +44,7 @@ from transformers.utils import cached_file, logging
 
 from data import Sample
 from prompts import TextFormat, build_prompt
-from video import frame_size, patchify, read_clip, resize
+from video import patchify
 
 logging.disable_progress_bar()  # transformers' bars for loading and saving, between ours
 
@@ -50,21 +55,36 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between the generations of Qwen-VL."""
+    """What differs between the generations of Qwen-VL, and does not stand in the files of a checkpoint."""
 
+    name: str
     model_class: type
-    image_mean: tuple[float, ...]
+    image_mean: tuple[float, ...]  # of its preprocessor's class: where the checkpoint does not say
     image_std: tuple[float, ...]
     # What tells the time of a frame: "index" | "seconds" (rotary position) | "text" (written in the prompt).
     timed: str
+    budget_per: str  # what its pixel budget limits: h * w of a "frame" | T * h * w of a "video"
+    coordinates: str  # in which it was pre-trained to write boxes, by their names in prompts.COORDINATES
 
 
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-FAMILIES = {
-    "qwen2_vl": Family(Qwen2VLForConditionalGeneration, *_CLIP, timed="index"),
-    "qwen2_5_vl": Family(Qwen2_5_VLForConditionalGeneration, *_CLIP, timed="seconds"),
-    "qwen3_vl": Family(Qwen3VLForConditionalGeneration, *_HALF, timed="text"),
+FAMILIES = {  # by the model_type of config.json
+    "qwen2_vl": Family(
+        "Qwen2-VL", Qwen2VLForConditionalGeneration, *_CLIP, "index", "frame", coordinates="norm1000"
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2.5-VL", Qwen2_5_VLForConditionalGeneration, *_CLIP, "seconds", "frame", coordinates="resized"
+    ),
+    "qwen3_vl": Family(
+        "Qwen3-VL", Qwen3VLForConditionalGeneration, *_HALF, "text", "video", coordinates="norm1000"
+    ),
+}
+# Relatives that look as if they would do: why not.
+REFUSED = {
+    "qwen3_5": "Qwen3.5's linear-attention layers cannot score answers under a tree mask",
+    "qwen3_5_moe": "Qwen3.5's linear-attention layers cannot score answers under a tree mask",
+    "qwen3_vl_moe": "a mixture of experts, whose router needs a loss of its own",
 }
 # Never sampled, never scored: in a completion they would ask the vision tower for features of nothing.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -82,7 +102,8 @@ class Policy:
     temporal_patch_size: int
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
-    preprocessor: dict  # preprocessor_config.json as found, to be saved beside the trained model
+    pixel_budget: tuple[float, float]  # fewest and most pixels of a family.budget_per that it was shown
+    preprocessors: dict[str, dict]  # PREPROCESSORS as found, to be saved beside the trained model
     eos_ids: list[int]  # tokens that end an answer
     end_id: int  # the one of them that the true answers of supervised fine-tuning end with: <|im_end|>
     forbidden_ids: list[int]
@@ -106,6 +127,9 @@ class Policy:
 # ----------------------------------------------------------------------------------------------------------
 # Loading
 
+# The files that say how videos are prepared. The first that does is the one that counts, as in transformers:
+# saves of its release 5 (under the key "video_processor"), Qwen3-VL's for videos, the older ones for both.
+PREPROCESSORS = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
 # What transformers and torch raise for a broken folder depends on which of its files is broken, and how.
 BROKEN = (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, EOFError, ImportError)
 BROKEN += (pickle.UnpicklingError, SafetensorError, StrictDataclassError)
@@ -125,10 +149,20 @@ def _quiet():
             logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _loading(checkpoint: str):
+    try:
+        yield
+    except BROKEN as error:
+        raise ModelError(
+            f"model: {checkpoint!r} does not load: {_reason(error)}; fetch its files again"
+        ) from error
+
+
 @_quiet()
 def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Policy:
     """A policy from a local folder or a hub id. Raises ModelError where it is no Qwen-VL that we can train,
-    or does not load."""
+    where its files contradict one another, or where it does not load."""
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except BROKEN as error:
@@ -137,9 +171,7 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
             f" {_reason(error)}; name a folder with a good config.json, or a hub id such as {EXAMPLE}"
         ) from error
     if config.model_type not in FAMILIES:
-        hint = ""
-        if config.model_type.startswith("qwen3_5"):
-            hint = " (Qwen3.5's linear-attention layers cannot score answers under a tree mask)"
+        hint = f" ({REFUSED[config.model_type]})" if config.model_type in REFUSED else ""
         raise ModelError(
             f"model: {checkpoint!r} is a {config.model_type!r}{hint}; use one of {', '.join(FAMILIES)},"
             f" for example {EXAMPLE}"
@@ -150,7 +182,13 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
             f" example {EXAMPLE}"
         )
     family = FAMILIES[config.model_type]
-    try:
+    preprocessors = _read_preprocessors(checkpoint)
+    video = _video_settings(preprocessors)
+    with _loading(checkpoint):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for problem in _problems(config, tokenizer, video):  # before the weights, which can take minutes
+        raise ModelError(f"model: {checkpoint!r}: {problem}")
+    with _loading(checkpoint):
         # sdpa: the eager path misreads boolean masks, flash attention cannot take a tree mask at all.
         model, found = family.model_class.from_pretrained(
             checkpoint,
@@ -159,11 +197,6 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
             ignore_mismatched_sizes=True,  # they are refused below, with their names
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except BROKEN as error:
-        raise ModelError(
-            f"model: {checkpoint!r} does not load: {_reason(error)}; fetch its files again"
-        ) from error
     random = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if random:
         raise ModelError(
@@ -171,14 +204,7 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
             f" random, such as {random[0]}; fetch its files again"
         )
     speed_up_vision(model)
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in ("<|video_pad|>", "<|im_end|>") if token not in vocabulary]
-    if missing or tokenizer.chat_template is None:
-        what = f"the tokens {', '.join(missing)}" if missing else "a chat template"
-        raise ModelError(
-            f"model: {checkpoint!r}: the tokenizer lacks {what}; use the one shipped with Qwen-VL"
-        )
-    vision, preprocessor = config.vision_config, _read_preprocessor(checkpoint)
+    vision, vocabulary = config.vision_config, tokenizer.get_vocab()
     return Policy(
         model=model.to(device),
         tokenizer=tokenizer,
@@ -186,9 +212,10 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
-        image_mean=tuple(preprocessor.get("image_mean", family.image_mean)),
-        image_std=tuple(preprocessor.get("image_std", family.image_std)),
-        preprocessor=preprocessor,
+        image_mean=tuple(video.get("image_mean", family.image_mean)),
+        image_std=tuple(video.get("image_std", family.image_std)),
+        pixel_budget=_pixel_budget(video),
+        preprocessors=preprocessors,
         eos_ids=_eos_ids(model.generation_config, tokenizer),
         end_id=vocabulary["<|im_end|>"],
         forbidden_ids=[vocabulary[token] for token in FORBIDDEN_TOKENS if token in vocabulary],
@@ -235,9 +262,8 @@ def save_policy(policy: Policy, folder: Path) -> None:
     try:
         policy.model.save_pretrained(temporary)
         policy.tokenizer.save_pretrained(temporary)
-        if policy.preprocessor:
-            text = json.dumps(policy.preprocessor, indent=2) + "\n"
-            (temporary / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        for name, content in policy.preprocessors.items():
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         temporary.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -252,27 +278,112 @@ def _reason(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]]).rstrip(".: ")
 
 
-def _read_preprocessor(checkpoint: str) -> dict:
-    """preprocessor_config.json of a checkpoint folder or hub repository; {} where there is none. Raises
-    ModelError for a broken file, and for colours that are not three numbers."""
-    name = "preprocessor_config.json"
-    path = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
-    try:
-        preprocessor = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"model: {checkpoint!r}: its {name} cannot be read ({_reason(error)}); fetch it again"
-        ) from error
-    if not isinstance(preprocessor, dict):
-        raise ModelError(f"model: {checkpoint!r}: its {name} is no JSON object; fetch it again")
+def _read_preprocessors(checkpoint: str) -> dict[str, dict]:
+    """Those of the files PREPROCESSORS that a checkpoint folder or hub repository has. Raises ModelError for
+    a broken one."""
+    found = {}
+    for name in PREPROCESSORS:
+        path = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            continue
+        try:
+            found[name] = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(
+                f"model: {checkpoint!r}: its {name} cannot be read ({_reason(error)}); fetch it again"
+            ) from error
+        if not isinstance(found[name], dict):
+            raise ModelError(f"model: {checkpoint!r}: its {name} is no JSON object; fetch it again")
+    return found
+
+
+def _video_settings(preprocessors: dict[str, dict]) -> dict:
+    """What the file that counts says of videos; {} where there is none. As in transformers, what that file
+    leaves out is not looked up in the others."""
+    nested = preprocessors.get("processor_config.json", {}).get("video_processor")
+    flat = (preprocessors[name] for name in PREPROCESSORS[1:] if name in preprocessors)
+    return nested if isinstance(nested, dict) else next(flat, {})
+
+
+def _pixel_budget(video: dict) -> tuple[float, float]:
+    """Fewest and most pixels, in any of the ways of saying it; no limit where nothing is said. (transformers
+    would then take the limits of its class, from 100,352 pixels, which no published checkpoint names.)"""
+    size = video.get("size") or {}
+
+    def first(*values):
+        return next(value for value in values if value is not None)
+
+    return (
+        first(video.get("min_pixels"), size.get("min_pixels"), size.get("shortest_edge"), 0),
+        first(video.get("max_pixels"), size.get("max_pixels"), size.get("longest_edge"), math.inf),
+    )
+
+
+def _problems(config: PreTrainedConfig, tokenizer, video: dict) -> Iterator[str]:
+    """What of a checkpoint's files our prompts and patches rely on, and does not hold: what was found, and
+    what to do. The tokens and the template are all that is asked of a tokenizer."""
+    vision, vocabulary = config.vision_config, tokenizer.get_vocab()
+    again = "fetch its files again"
+    sizes = {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+    }
+    for key, size in sizes.items():
+        if video.get(key, size) != size:
+            yield f"{key} is {video[key]!r} in its preprocessor, but {size!r} in its config.json; {again}"
     for key in ("image_mean", "image_std"):
-        match preprocessor.get(key, [0, 0, 0]):
+        match video.get(key, [0, 0, 0]):
             case [int() | float(), int() | float(), int() | float()]:
                 continue
-        raise ModelError(
-            f"model: {checkpoint!r}: {key} in its {name} is not [red, green, blue] in numbers; fetch it again"
+        yield f"{key} in its preprocessor is {video[key]!r}, not [red, green, blue] in numbers; {again}"
+    budget = _pixel_budget(video) if isinstance(video.get("size"), dict | None) else None
+    match budget:
+        case (int() | float() as low, int() | float() as high) if 0 <= low <= high:
+            pass
+        case _:
+            said = {key: video[key] for key in ("min_pixels", "max_pixels", "size") if key in video}
+            yield f"its preprocessor says {said}, which is no range of pixels; {again}"
+    if FAMILIES[config.model_type].timed == "seconds" and not vision.tokens_per_second > 0:
+        yield f"tokens_per_second in its config.json is {vision.tokens_per_second!r}, not above 0; {again}"
+
+    shipped = "use the one shipped with Qwen-VL"
+    marks = {
+        "<|video_pad|>": "video_token_id",
+        "<|vision_start|>": "vision_start_token_id",
+        "<|vision_end|>": "vision_end_token_id",
+    }
+    missing = [token for token in (*marks, "<|im_end|>") if token not in vocabulary]
+    if missing:
+        yield f"the tokenizer lacks the tokens {', '.join(missing)}; {shipped}"
+    for token, key in marks.items():
+        if vocabulary[token] != getattr(config, key):
+            yield (
+                f"{key} in its config.json is {getattr(config, key)!r}, but {token} is {vocabulary[token]} in"
+                f" its tokenizer; {again}"
+            )
+    if tokenizer.chat_template is None:
+        yield f"the tokenizer lacks a chat template; {shipped}"
+    try:
+        chat = _render_chat(tokenizer, "What happens?")
+    except (*BROKEN, TemplateError) as error:  # of a model that knows no videos, for example
+        yield f"its chat template cannot render a video ({_reason(error)}); {shipped}"
+    before, block, after = chat.partition(VIDEO_BLOCK)
+    one_block = block and "<|video_pad|>" not in before + after
+    # The templates of "Thinking" checkpoints open a <think> after that: no answer of ours begins so.
+    if not (one_block and "What happens?" in after and after.endswith("<|im_start|>assistant\n")):
+        yield (
+            f"its chat template renders {chat!r}, not one {VIDEO_BLOCK}, the text, and"
+            " '<|im_start|>assistant\\n' at the end; use the one shipped with an Instruct checkpoint"
         )
-    return preprocessor
+
+
+def _render_chat(tokenizer, text: str) -> str:
+    """What the user says about a video, up to where the answer begins, with one <|video_pad|> for it."""
+    content = [{"type": "video", "video": ""}, {"type": "text", "text": text}]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
 
 
 def _eos_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
@@ -301,39 +412,42 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
-def make_prompt(policy: Policy, sample: Sample, max_side: int, text_format: TextFormat) -> Prompt:
-    """A sample -> what the model is shown. Sampling and scoring, training and evaluation all come through
-    here. Raises ModelError or VideoError."""
-    file_size = (sample.width, sample.height)
-    shown_size = frame_size(*file_size, max_side, policy.size_factor)
-    times = [i / text_format.fps for i in range(sample.grid(1 / text_format.fps).num_steps)]
-    frames = resize(read_clip(sample, times), shown_size)
-    scale = text_format.scale(shown_size, file_size)
-    num_steps = sample.grid(text_format.step_seconds).num_steps
-    return encode_prompt(
-        policy, frames, build_prompt(sample.sentence, num_steps, scale, text_format), scale, text_format.fps
-    )
+def make_prompt(policy: Policy, sample: Sample, frames: torch.Tensor, text_format: TextFormat) -> Prompt:
+    """A sample and the frames of its clip (clips.Clips) -> what the model is shown. Sampling and scoring,
+    training and evaluation all come through here. Raises ModelError.
+
+    frames: (T, h, w, 3) uint8, text_format.fps of them a second; fewer than annotated where the file ends
+    early, and then the prompt speaks of fewer steps.
+    """
+    scale = text_format.scale((frames.shape[2], frames.shape[1]), (sample.width, sample.height))
+    text = build_prompt(sample.sentence, text_format.num_steps(len(frames)), scale, text_format)
+    return encode_prompt(policy, frames, text, scale, text_format.fps)
 
 
 def encode_prompt(
     policy: Policy, frames: torch.Tensor, text: str, scale: tuple[int, int], fps: float
 ) -> Prompt:
     """frames: (T, h, w, 3) uint8, fps of them a second, sides multiples of policy.size_factor. text: what the
-    user says about them. scale: as in Prompt. Raises ModelError for a text with special tokens."""
+    user says about them. scale: as in Prompt. Raises ModelError for a text with special tokens; warns where
+    the frames lie outside the checkpoint's pixel budget.
+
+    The ids are those of the checkpoint's chat template, with one <|video_pad|> for each visual token."""
     if "<|" in text:
         raise ModelError(f"the text {text!r} holds '<|', the mark of Qwen's special tokens: remove it")
     t = -(-len(frames) // policy.temporal_patch_size)
     h, w = frames.shape[1] // policy.size_factor, frames.shape[2] // policy.size_factor
     seconds_per_grid = policy.temporal_patch_size / fps
 
-    content = [{"type": "video", "video": ""}, {"type": "text", "text": text}]
-    chat = policy.tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    _warn_outside_budget(policy, t * policy.temporal_patch_size, frames.shape[1], frames.shape[2])
+    chat = _render_chat(policy.tokenizer, text)
     pads = "<|video_pad|>" * (h * w)
     if policy.family.timed == "text":
-        # Qwen3-VL: a block for each temporal patch, after the mean time of its frames, not one for all.
-        times = [i * seconds_per_grid + (policy.temporal_patch_size - 1) / (2 * fps) for i in range(t)]
+        # Qwen3-VL: a block for each temporal patch, after the mean time of its frames, in place of the one
+        # block. So do transformers 4.57, the release of the weights, and vLLM; transformers 5.23 puts the
+        # blocks *inside* the one block's <|vision_start|> and <|vision_end|>, two tokens more (vllm #46817).
+        firsts = range(0, len(frames), policy.temporal_patch_size)
+        lasts = (min(i + policy.temporal_patch_size, len(frames)) - 1 for i in firsts)  # a copy has its time
+        times = [(first / fps + last / fps) / 2 for first, last in zip(firsts, lasts, strict=True)]
         blocks = "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
         temporal = [torch.zeros(1)] * t
     else:
@@ -346,6 +460,27 @@ def encode_prompt(
         policy.tokenizer(chat.replace(VIDEO_BLOCK, blocks), add_special_tokens=False)["input_ids"]
     )
     return Prompt(ids, rope_positions(ids, policy.video_id, temporal, h, w), frames, scale)
+
+
+def _warn_outside_budget(policy: Policy, count: int, height: int, width: int) -> None:
+    """Say, once for each size of frames, that the model was never shown such: its own preprocessor would have
+    enlarged or shrunk them. No error: the size is ours to choose (STVG-o1, section 4), and a long clip of
+    VidSTG (180 s of 640 x 480) exceeds the budget of Qwen3-VL's published checkpoints, and can be learned."""
+    low, high = policy.pixel_budget
+    per_video, area = policy.family.budget_per == "video", height * width
+    pixels = area * count if per_video else area
+    if low <= pixels <= high:
+        return
+    # The number of frames is not told, only where the limit lies: the message is then the same for all clips
+    # of one size, and Python shows it once.
+    limit, side = (low, "below") if pixels < low else (high, "above")
+    frames = f" of {'less' if pixels < low else 'more'} than {limit / area:.1f} frames" if per_video else ""
+    change = "raise max_side" if pixels < low else "lower max_side, or fps" if per_video else "lower max_side"
+    warnings.warn(
+        f"{width} x {height} pixels{frames}: {side} the {low:,} to {high:,} of a {policy.family.budget_per}"
+        f" that this checkpoint was shown; {change}, unless training is to get it used to such",
+        stacklevel=3,
+    )
 
 
 def rope_positions(
@@ -407,6 +542,8 @@ def rollout(
     different length, as of training and evaluation, never give the same numbers. The prompts are encoded
     once, in one padded batch; their KV cache is then expanded to B * G rows, which leave it as they end.
     """
+    if not prompts:
+        return []
     model, device, G = policy.model, policy.device, num_generations
     was_training = model.training
     # In training mode gradient checkpointing drops the KV cache and the samples are silently wrong.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 Box = tuple[float, float, float, float]
 COORDINATES = ("norm1000", "resized", "original")
 TIME_UNITS = ("frame", "second")
+ANSWER_FORMATS = ("boxes", "csv")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -29,13 +30,24 @@ class TextFormat:
     """How numbers stand in the text. The first two choices are not in the paper (README, "Assumptions")."""
 
     # norm1000: 0 to 1000 across the frame | resized: pixels the model sees | original: pixels of the file
+    # | relative: decimals from 0 to 1, in csv only
     coordinates: str = "norm1000"
     time_unit: str = "frame"  # a step is one sampled frame (1 / fps seconds) or one "second"
     think: bool = True  # False: no <think_bbox> part, the "RFT" row of Table 5
     fps: float = 2.0  # frames per second that the model sees
+    answer_format: str = "boxes"  # or "csv": what the paper asks of closed models (Fig. 8), not to train on
 
     def __post_init__(self):
-        if self.coordinates not in COORDINATES:
+        if self.answer_format not in ANSWER_FORMATS:
+            names = ", ".join(ANSWER_FORMATS)
+            raise ValueError(f"answer_format: {self.answer_format!r} is not one of {names}")
+        if self.answer_format == "csv":
+            if (self.coordinates, self.time_unit, self.think) != ("relative", "second", False):
+                raise ValueError(
+                    "answer_format: csv needs coordinates: relative, time_unit: second and think: false, not"
+                    f" {self.coordinates}, {self.time_unit}, {str(self.think).lower()}"
+                )
+        elif self.coordinates not in COORDINATES:
             raise ValueError(f"coordinates: {self.coordinates!r} is not one of {', '.join(COORDINATES)}")
         if self.time_unit not in TIME_UNITS:
             raise ValueError(f"time_unit: {self.time_unit!r} is not one of {', '.join(TIME_UNITS)}")
@@ -52,10 +64,15 @@ class TextFormat:
         """Length d of a step in seconds."""
         return 1 / self.fps if self.time_unit == "frame" else 1.0
 
+    def num_steps(self, frames: int) -> int:
+        """Steps that so many frames, fps of them a second, show."""
+        return math.ceil(frames / (self.fps * self.step_seconds) - 1e-6)
+
     def scale(self, shown: tuple[int, int], file: tuple[int, int]) -> tuple[int, int]:
         """(width, height) that the text's coordinates are measured in, from the (width, height) in pixels of
         the frame that the model is shown and of the video file."""
-        return {"norm1000": (1000, 1000), "resized": shown, "original": file}[self.coordinates]
+        scales = {"norm1000": (1000, 1000), "resized": shown, "original": file, "relative": (1, 1)}
+        return scales[self.coordinates]
 
 
 @dataclass(frozen=True)
@@ -100,10 +117,16 @@ class Truth:
     span: tuple[int, int]  # first and last step, inclusive
     boxes: dict[int, Box]  # step -> box in [0, 1]; a step of the span may have none
 
+    def before(self, num_steps: int) -> "Truth | None":
+        """The part in steps below num_steps: all there is to find in a video that ends early. None where no
+        box is left."""
+        boxes = {step: box for step, box in self.boxes.items() if step < num_steps}
+        return Truth((self.span[0], min(self.span[1], num_steps - 1)), boxes) if boxes else None
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What stands in an answer, in the integers of the text: nothing is rescaled, sorted or repaired."""
+    """What stands in an answer, in the numbers of the text: nothing is rescaled, sorted or repaired."""
 
     start: int
     end: int
@@ -140,6 +163,39 @@ def _parse_list(items: str) -> tuple[tuple[int, Box], ...]:
     """A text that has matched _LIST: "5. [271, 30, 395, 212], ..." -> ((5, (271, 30, 395, 212)), ...)."""
     numbers = [int(number) for number in _INTEGER.findall(items)]
     return tuple((numbers[k], tuple(numbers[k + 1 : k + 5])) for k in range(0, len(numbers), 5))
+
+
+_DECIMAL = r"[0-9]{1,5}+(?:\.[0-9]{1,20}+)?+"
+_INTERVAL = re.compile(rf"({_DECIMAL})\s*+s?(?:ec(?:ond)?s?)?\s*+(?:-|\u2013|\u2014|,|to)\s*+({_DECIMAL})")
+_ROW = re.compile(r"\s*+,\s*+".join([rf"({_DECIMAL})"] * 5))
+
+
+def parse_csv_answer(text: str) -> Answer | None:
+    """Take the answer of a chat model apart: an interval in seconds, then lines `timestamp, x1, y1, x2, y2`
+    (Fig. 8; how the authors parsed it is not in the paper). None where either is missing.
+
+    Chat models talk: other lines are passed over, brackets and code fences around a line too. The interval
+    is the first before the first row. Timestamps are cut to whole seconds, of two boxes in one second the
+    first counts. Never raises and takes time linear in the text.
+    """
+    interval, items = None, {}
+    for line in text.splitlines():
+        line = line.strip(" \t\"'`[]()|;")
+        if row := _ROW.fullmatch(line):
+            second, *box = map(float, row.groups())
+            items.setdefault(int(second), tuple(box))
+        elif interval is None and not items and (found := _INTERVAL.search(line[:1000])):
+            interval = [int(float(second)) for second in found.groups()]
+    if interval is None or not items:
+        return None
+    return Answer(*interval, None, tuple(items.items()))
+
+
+def read_answer(text: str, text_format: TextFormat) -> Answer | None:
+    """Take an answer apart as its format asks."""
+    if text_format.answer_format == "csv":
+        return parse_csv_answer(text)
+    return parse_answer(text, text_format.think)
 
 
 def format_answer(answer: Answer) -> str:
@@ -194,6 +250,8 @@ def truth_answer(truth: Truth, scale: tuple[int, int], think: bool = True) -> An
 
 def build_prompt(sentence: str, num_steps: int, scale: tuple[int, int], text_format: TextFormat) -> str:
     """The user's words beside the video. The sentence comes last: prompts of one video share the rest."""
+    if text_format.answer_format == "csv":
+        return build_csv_prompt(sentence)
     where = {
         "norm1000": "x and y go from 0 to 1000 across the frame",
         "resized": f"x and y are pixels of the {scale[0]} x {scale[1]} frames shown",
@@ -208,5 +266,18 @@ def build_prompt(sentence: str, num_steps: int, scale: tuple[int, int], text_for
         " Find the first step S and the last step E of the event below, and one box [x1, y1, x2, y2] of its"
         f" subject in every step, {draft}where {where}."
         f" Answer in this form: <time> S - E </time> {think}<pred_bbox> {boxes} </pred_bbox>\n"
+        f"Event: {sentence}"
+    )
+
+
+def build_csv_prompt(sentence: str) -> str:
+    """The words for a chat model that was not trained for this: what the paper's Fig. 8 asks of closed models
+    (whole seconds from 0, an interval, then CSV in relative coordinates, at most 30 boxes), in our words."""
+    return (
+        "Find when the event below happens in the video, and where its subject is. First write the interval"
+        " as START - END, in whole seconds from the beginning of the video, which is second 0. Then write CSV"
+        " with the header timestamp, x1, y1, x2, y2 and a line for each second of the interval, at most 30 of"
+        " them: the second, and the box around the subject, its top left and its bottom right corner, each"
+        " coordinate as a decimal from 0 to 1 of the frame's width or height. Write nothing else.\n"
         f"Event: {sentence}"
     )

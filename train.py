@@ -37,11 +37,13 @@ import torch
 import transformers
 from tqdm import trange
 
+from clips import Clips, open_clips
 from config import Config, ConfigError, load_config, save_config
 from data import Sample, check_videos
-from evaluate import answer_record, decode_split, format_table, load_split, score_predictions, write_jsonl
+from evaluate import answer_record, decode, load_split, score_predictions, write_jsonl
 from files import DataError, write_whole
 from grpo import group_advantages, loss_normalizer, policy_loss
+from metrics import format_table
 from model import (
     Completion,
     ModelError,
@@ -81,23 +83,27 @@ def main(arguments: list[str]) -> None:
     config = load_config(arguments[0], arguments[1:])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("torchrun: this version trains in one process; leave out --nproc_per_node")
+    if config.answer_format != "boxes":
+        raise ConfigError(f"answer_format: {config.answer_format} is to evaluate only; train with boxes")
     if config.threads:
         torch.set_num_threads(config.threads)
     train_samples = load_split(config, config.train_annotations)
     eval_samples = load_split(config, config.eval_annotations)[: config.eval_limit or None]
-    check_videos(train_samples + eval_samples)
+    if config.on_bad_video == "error":
+        check_videos(train_samples + eval_samples)
     policy = load_policy(config.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    clips = open_clips(config, policy.size_factor)
     run = start_run(config)
     print(describe(config, policy, train_samples, eval_samples))
 
-    before = evaluate_split(policy, eval_samples, config, run / "predictions_before.jsonl", "before")
+    before = evaluate_split(policy, eval_samples, clips, config, run / "predictions_before.jsonl", "before")
     log({"phase": "eval", "step": 0, **before}, run)
 
     if config.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
     policy.model.train()
     if config.sft.steps:
-        supervise(policy, train_samples, config, run)
+        supervise(policy, train_samples, clips, config, run)
 
     reference = freeze(policy) if config.kl_beta and config.steps else None
     optimizer = adamw(policy, config.learning_rate, config)
@@ -106,13 +112,16 @@ def main(arguments: list[str]) -> None:
     for step in bar:
         clock = time.time()
         set_learning_rate(optimizer, config.learning_rate * min(1, (step + 1) / max(1, config.warmup_steps)))
-        samples = batch_of(train_samples, config.batch_size, step, config.seed)
+        size = config.batch_size
+        samples, after = (batch_of(train_samples, size, n, config.seed) for n in (step, step + 1))
+        clips.ahead(samples + after)
 
         groups = []
         for first in range(0, len(samples), config.rollout_batch):
             part = samples[first : first + config.rollout_batch]
             keys = [(config.seed, step, first + k) for k in range(len(part))]  # of their random numbers
-            groups += sample_and_score(policy, part, keys, config)
+            groups += sample_and_score(policy, part, keys, clips, config)
+        require(groups, samples)
         sampled = time.time()
         write_jsonl(rollout_records(groups, step + 1, config), run / "rollouts.jsonl", append=True)
         metrics = improve(policy, reference, optimizer, groups, config)
@@ -125,15 +134,14 @@ def main(arguments: list[str]) -> None:
         bar.set_postfix_str(f"reward {reward:.2f}, vIoU {viou:.2f}", refresh=False)
         more = step + 1 < config.steps  # the last step has its evaluation and checkpoint below
         if more and config.eval_every and (step + 1) % config.eval_every == 0:
-            scores = evaluate_split(
-                policy, eval_samples, config, run / f"predictions_{step + 1}.jsonl", f"step {step + 1}"
-            )
+            path = run / f"predictions_{step + 1}.jsonl"
+            scores = evaluate_split(policy, eval_samples, clips, config, path, f"step {step + 1}")
             log({"phase": "eval", "step": step + 1, **scores}, run)
         if more and config.save_every and (step + 1) % config.save_every == 0:
             save_policy(policy, run / f"checkpoint_{step + 1}")
 
     save_policy(policy, run / "checkpoint")
-    after = evaluate_split(policy, eval_samples, config, run / "predictions.jsonl", "after")
+    after = evaluate_split(policy, eval_samples, clips, config, run / "predictions.jsonl", "after")
     log({"phase": "eval", "step": config.steps, **after}, run)
     rewards = [reward for reward, _ in progress]
     few = max(1, len(rewards) // 10)  # a single step's mean is noise
@@ -151,21 +159,44 @@ def main(arguments: list[str]) -> None:
 # One training step: sample and score, compare, improve
 
 
-def sample_and_score(policy: Policy, samples: list[Sample], keys: list, config: Config) -> list[Group]:
+def sample_and_score(
+    policy: Policy, samples: list[Sample], keys: list, clips: Clips, config: Config
+) -> list[Group]:
     """G answers to each sample's prompt, their rewards, and their advantages within the group. keys: see
     model.rollout."""
-    prompts = [make_prompt(policy, sample, config.max_side, config.text_format) for sample in samples]
+    shown = questions(policy, samples, clips, config)
+    prompts, keys = [prompt for _, _, prompt in shown], [keys[k] for k, _, _ in shown]
     answers = rollout(
         policy, prompts, config.num_generations, config.max_new_tokens, config.temperature, keys
     )
     groups = []
-    for sample, prompt, completions in zip(samples, prompts, answers, strict=True):
-        truth = sample.truth(config.text_format.step_seconds)
+    for (k, truth, prompt), completions in zip(shown, answers, strict=True):
         scores = [score(c.text, truth, prompt.scale, config.rewards, config.think) for c in completions]
         rewards = torch.tensor([s.rewards["total"] for s in scores], dtype=torch.float64)  # (G,)
         advantages = group_advantages(rewards, config.scale_rewards)
-        groups.append(Group(sample, truth, prompt, completions, scores, advantages))
+        groups.append(Group(samples[k], truth, prompt, completions, scores, advantages))
     return groups
+
+
+def questions(
+    policy: Policy, samples: list[Sample], clips: Clips, config: Config
+) -> list[tuple[int, Truth, Prompt]]:
+    """(index, truth, prompt) of those samples whose videos can be read (all, unless on_bad_video: skip). The
+    truth is that of the steps that the video shows."""
+    shown = []
+    for k, sample in enumerate(samples):
+        frames = clips.frames(sample)
+        if frames is None:
+            continue
+        num_steps = config.text_format.num_steps(len(frames))
+        truth = sample.truth(config.text_format.step_seconds).before(num_steps)
+        if truth is None:
+            clips.reject(f"{sample.video}: ends before the event of {sample.id!r} begins")
+            continue
+        if num_steps < sample.grid(config.text_format.step_seconds).num_steps:
+            clips.say_once(f"{sample.video}: ends early; the {num_steps} steps that exist are used")
+        shown.append((k, truth, make_prompt(policy, sample, frames, config.text_format)))
+    return shown
 
 
 def improve(
@@ -212,15 +243,26 @@ def improve(
     return totals
 
 
-def supervise(policy: Policy, samples: list[Sample], config: Config, run: Path) -> None:
+def require(readable: list, samples: list[Sample]) -> None:
+    """Raise VideoError where not one of a batch's videos could be read: nothing to learn from."""
+    if not readable:
+        raise VideoError(
+            f"none of the {len(samples)} videos of a batch can be read, such as {samples[0].video}"
+        )
+
+
+def supervise(policy: Policy, samples: list[Sample], clips: Clips, config: Config, run: Path) -> None:
     """Supervised fine-tuning: raise the log-probability of the true answer (Table 5, "SFT")."""
     optimizer = adamw(policy, config.sft.learning_rate, config)
     for step in trange(config.sft.steps, desc="SFT", unit="step"):
-        batch = batch_of(samples, config.sft.batch_size, step, config.seed)
-        prompts = [make_prompt(policy, sample, config.max_side, config.text_format) for sample in batch]
-        answers = [[true_completion(policy, s, p, config)] for s, p in zip(batch, prompts, strict=True)]
+        batch, after = (batch_of(samples, config.sft.batch_size, n, config.seed) for n in (step, step + 1))
+        clips.ahead(batch + after)
+        shown = questions(policy, batch, clips, config)
+        prompts = [prompt for _, _, prompt in shown]
+        require(shown, batch)
+        answers = [[true_completion(policy, truth, prompt, config)] for _, truth, prompt in shown]
         tokens, total = sum(len(ids) for (ids,) in answers), 0.0
-        for first in range(0, len(batch), config.rollout_batch):
+        for first in range(0, len(prompts), config.rollout_batch):
             part = slice(first, first + config.rollout_batch)
             packed = pack_completions(policy, prompts[part], answers[part])
             loss = -completion_logprobs(policy, packed, temperature=1.0).sum() / tokens  # mean over tokens
@@ -230,9 +272,8 @@ def supervise(policy: Policy, samples: list[Sample], config: Config, run: Path) 
         log({"phase": "sft", "step": step + 1, "loss": total, "grad_norm": norm}, run)
 
 
-def true_completion(policy: Policy, sample: Sample, prompt: Prompt, config: Config) -> list[int]:
+def true_completion(policy: Policy, truth: Truth, prompt: Prompt, config: Config) -> list[int]:
     """The tokens of the answer that tells the truth, the end token included."""
-    truth = sample.truth(config.text_format.step_seconds)
     text = format_answer(truth_answer(truth, prompt.scale, config.think))
     return policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [policy.end_id]
 
@@ -290,10 +331,11 @@ def freeze(policy: Policy) -> Policy:
 
 
 def evaluate_split(
-    policy: Policy, samples: list[Sample], config: Config, path: Path, name: str
+    policy: Policy, samples: list[Sample], clips: Clips, config: Config, path: Path, name: str
 ) -> dict[str, float]:
     """Decode the held-out split, write the predictions, return the paper's row."""
-    predictions = decode_split(policy, samples, config, name)
+    numbered = list(enumerate(samples))
+    predictions = [p for records in decode(policy, numbered, clips, config, name) for p in records]
     write_jsonl(predictions, path)
     return score_predictions(predictions, samples, config)["native"]
 
@@ -354,12 +396,18 @@ def describe(config: Config, policy: Policy, train_samples: list[Sample], eval_s
     parameters = sum(p.numel() for p in policy.model.parameters()) / 1e6
     answers = config.batch_size * config.num_generations
     epochs = config.steps * config.batch_size / len(train_samples)
+    family, note = policy.family, ""
+    if family.coordinates != config.coordinates and not config.toy:
+        note = (
+            f"\n{family.name} has learned to write `coordinates: {family.coordinates}`; here it is to write"
+        )
+        note += f" {config.coordinates}"
     return (
         f"{config.model}: {parameters:.2f} M parameters on {policy.device},"
         f" {torch.get_num_threads()} thread(s)\n"
         f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps of "
         f"{config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs"
-    )
+    ) + note
 
 
 def log(metrics: dict, run: Path) -> None:

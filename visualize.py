@@ -19,8 +19,9 @@ import numpy as np
 
 from config import Config, ConfigError, load_config
 from data import Sample, check_videos, load_samples
-from evaluate import native_scores, read_predictions, scale_of, tube_from_answer
+from evaluate import read_predictions, scale_of
 from files import DataError, read_jsonl, write_whole
+from metrics import native_scores, tube_from_answer
 from prompts import Box, Truth
 from rewards import TERMS, Score, boxes_by_step, is_valid, score
 from video import VideoError, read_clip, resize
@@ -212,9 +213,12 @@ def draw_answers(run: Path) -> Figure:
 
 
 def read_rows(path: Path, name: str, known: dict[str, Sample], config: Config) -> dict[str, Row]:
-    """id -> answer, scored again: only its text is needed, and what scale_of needs. Raises DataError."""
+    """id -> answer, scored again: only its text is needed, and what scale_of needs. Sentences whose videos
+    could not be read are left out. Raises DataError."""
     rows = {}
     for record in read_predictions(path):
+        if "unreadable" in record:
+            continue
         if record["id"] not in known:
             raise DataError(f"{path}: {record['id']!r} is no sentence of {config.eval_annotations}")
         sample = known[record["id"]]
@@ -233,6 +237,7 @@ def draw_block(sample: Sample, rows: list[Row], step_seconds: float) -> Block:
     truth, num_steps = sample.truth(step_seconds), sample.grid(step_seconds).num_steps
     steps = np.linspace(0, num_steps - 1, min(num_steps, STEPS)).round().astype(int).tolist()
     frames = read_clip(sample, [i * step_seconds for i in steps])
+    steps = steps[: len(frames)]  # a file may end early
     side = min(SIDE, max(SIDE // 2, WIDE // len(steps)))
     strips, texts, top = [], [], LINE
     for row in rows:
@@ -243,7 +248,8 @@ def draw_block(sample: Sample, rows: list[Row], step_seconds: float) -> Block:
         top += len(strips[-1])
     image = np.pad(np.concatenate(strips), ((LINE, LINE), (MARGIN, 0), (0, 0)), constant_values=255)
     width = image.shape[1] - MARGIN
-    title = textwrap.shorten(sample.sentence, max(width // 11, 20), placeholder=" ...")
+    words = f"{sample.sentence} ({sample.question_type})" if sample.question_type else sample.sentence
+    title = textwrap.shorten(words, max(width // 11, 20), placeholder=" ...")
     texts.append((MARGIN, LINE / 2, title, {"va": "center", "weight": "bold"}))
     for k, step in enumerate(steps):
         x = MARGIN + (k + 0.5) * width / len(steps) - GAP / 2

@@ -164,6 +164,7 @@ def write_config(world, checkpoints):
             "rollout_batch": 2,
             "eval_batch": 6,
             "threads": 1,
+            "decode_workers": 0,
         }
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump({**settings, **changes}), encoding="utf-8")

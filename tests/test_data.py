@@ -277,7 +277,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_no_annotation_file():
-    said = "train_annotations and eval_annotations must both name an annotation file"
+    said = "no annotation file is named: set eval_annotations, and train_annotations to train"
     with pytest.raises(DataError, match=said):
         load_samples("hcstvg", "", "videos")
 

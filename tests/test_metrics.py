@@ -1,13 +1,28 @@
-"""The metrics of evaluate.py, against cases worked by hand and a slow version in sets and fractions."""
+"""The metrics, against cases worked by hand and a slow version in sets and fractions."""
 
 import random
 from fractions import Fraction
 from itertools import pairwise, product
+from textwrap import dedent
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data import Sample
-from evaluate import grid_ceiling, native_scores, summarize, tube_from_answer
+from data import QUESTION_TYPES, Sample
+from metrics import (
+    PROTOCOLS,
+    ceiling_tubes,
+    format_table,
+    grid_ceiling,
+    native_scores,
+    score_answers,
+    stcat_scores,
+    summarize,
+    tube_from_answer,
+    tubedetr_frames,
+    tubedetr_scores,
+)
 from prompts import COORDINATES, TIME_UNITS, Answer, TextFormat, format_answer, parse_answer, truth_answer
 
 NORM = (1000, 1000)
@@ -26,6 +41,7 @@ def make_sample(first, stop, box=LEFT, num_frames=100, fps=20.0, **changes):
         "num_frames": num_frames,
         "fps": fps,
         "begin_frame": 0,
+        "file_frames": num_frames,
         "first_frame": first,
         "stop_frame": stop,
         "boxes": boxes,
@@ -111,7 +127,7 @@ def test_either_list():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Scores
+# Scores: native
 
 
 LEFT_TEXT, WIDE_TEXT = (0, 0, 500, 1000), (0, 0, 1000, 1000)  # IoU with LEFT: 1 and 1/2
@@ -146,6 +162,176 @@ def test_truth_frames_without_a_box_are_not_judged():
     assert scores == {"tIoU": pytest.approx(20 / 30), "vIoU": pytest.approx(10 / 20), "failures": 0}
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Scores: all protocols
+
+
+def every_box(span, box=LEFT):
+    return span, dict.fromkeys(range(*span), box)
+
+
+@pytest.mark.parametrize(
+    ("truth", "span", "native", "hcstvg", "vidstg", "tubedetr"),
+    [
+        # 20 fps, 100 frames: TubeDETR's frames are 0, 4, ..., 96. Each column: tIoU, vIoU of a right box.
+        # stcat's truth lacks its last frame for HC-STVG, and the clip's last frame (99) for VidSTG.
+        # found exactly; TubeDETR's 20, 24, .., 36
+        ((20, 40), (20, 40), (1, 1), ("19/20", "19/20"), (1, 1), (1, 1)),
+        # found exactly, at the clip's end; 92, 96
+        ((90, 100), (90, 100), (1, 1), ("9/10", "9/10"), ("9/10", "9/10"), (1, 1)),
+        # disjoint, adjacent and far
+        ((20, 40), (40, 60), (0, 0), (0, 0), (0, 0), (0, 0)),
+        ((20, 40), (0, 10), (0, 0), (0, 0), (0, 0), (0, 0)),
+        # inside: 32, 36 of 20, 24, .., 56
+        ((20, 60), (30, 40), ("10/40", "10/40"), ("10/39", "10/39"), ("10/40", "10/40"), ("10/40", "2/10")),
+        # around: 28 of 12, 16, .., 48
+        ((25, 30), (10, 50), ("5/40", "5/40"), ("4/40", "4/40"), ("5/40", "5/40"), ("5/40", "1/10")),
+        # partial, the answer is late: 30..44 of 25..59; 32, 36, 40, 44 of 28, 32, .., 56
+        ((25, 45), (30, 60), ("15/35", "15/35"), ("14/35", "14/35"), ("15/35", "15/35"), ("15/35", "4/8")),
+        # partial, the answer is early: 25..29 of 10..44 (HC-STVG: 10..43); 28 of 12, 16, .., 44
+        ((25, 45), (10, 30), ("5/35", "5/35"), ("5/34", "5/34"), ("5/35", "5/35"), ("5/35", "1/9")),
+        # one frame of truth, between TubeDETR's, and on one of them: 32 of 32, 36
+        ((33, 34), (30, 40), ("1/10", "1/10"), (0, 0), ("1/10", "1/10"), ("1/10", 0)),
+        ((32, 33), (30, 40), ("1/10", "1/10"), (0, 0), ("1/10", "1/10"), ("1/10", "1/2")),
+        # one frame of truth, found: nothing is left for HC-STVG; none of TubeDETR's frames in P or G
+        ((33, 34), (33, 34), (1, 1), (0, 0), (1, 1), (1, 0)),
+        # one frame of truth, the clip's last
+        ((99, 100), (99, 100), (1, 1), (0, 0), (0, 0), (1, 0)),
+        # an answer beyond the clip's end
+        ((90, 100), (100, 100), (0, 0), (0, 0), (0, 0), (0, 0)),
+    ],
+)
+@pytest.mark.parametrize(("box", "right"), [(LEFT, 1), ((0, 0, 1, 1), 0.5), (RIGHT, 0)])
+def test_protocols_by_hand(truth, span, native, hcstvg, vidstg, tubedetr, box, right):
+    tube = every_box(span, box)
+    for question_type, protocol, (tiou, viou) in [
+        (None, native_scores, native),
+        ("declarative", native_scores, native),
+        (None, stcat_scores, hcstvg),
+        ("declarative", stcat_scores, vidstg),
+        ("interrogative", stcat_scores, vidstg),
+        (None, tubedetr_scores, tubedetr),
+        ("declarative", tubedetr_scores, tubedetr),
+    ]:
+        expected = pytest.approx((float(Fraction(tiou)), right * float(Fraction(viou))))
+        scores = protocol(tube, make_sample(*truth, question_type=question_type))
+        assert (scores["tIoU"], scores["vIoU"]) == expected, (protocol, question_type)
+        assert scores["failures"] == 0
+
+
+def test_holes_in_all_protocols():
+    """Truth 20 .. 39 with boxes on 20 .. 29, answer 20 .. 49: boxes are judged on 20 .. 29 and 40 .. 49.
+
+    tIoU knows no holes. stcat, HC-STVG: the truth ends before 39, which the answer has, but 39 stays a hole.
+    tubedetr: 20, 24, 28 and 40, 44, 48.
+    """
+    boxes = dict.fromkeys(range(20, 30), LEFT)
+    samples = [make_sample(20, 40, boxes=boxes, question_type=kind) for kind in (None, "declarative")]
+    tube = every_box((20, 50))
+    both = [{name: protocol(tube, sample) for name, protocol in PROTOCOLS.items()} for sample in samples]
+    for scores, stcat in zip(both, (19 / 30, 20 / 30), strict=True):
+        assert scores["native"] == {"tIoU": 20 / 30, "vIoU": 10 / 20, "failures": 0}
+        assert scores["stcat"] == {"tIoU": stcat, "vIoU": 10 / 20, "failures": 0}
+        assert scores["tubedetr"] == {"tIoU": 20 / 30, "vIoU": 3 / 6, "failures": 0}
+
+
+def test_a_segment_of_a_file():
+    """TubeDETR counts frames from the file's start, at 20 fps multiples of 4: a clip from 37 is judged at its
+    first frame, then at 40, 44, ..., which are 3, 7, ... of the clip. Truth 3 .. 22, answer 3 .. 12: 3, 7, 11
+    of 3, 7, .., 19. The other two do not care."""
+    sample = make_sample(3, 23, begin_frame=37, file_frames=300, question_type="declarative")
+    assert tubedetr_frames(sample)[:4] == [0, 3, 7, 11]
+    tube = every_box((3, 13))
+    assert tubedetr_scores(tube, sample) == {"tIoU": 10 / 20, "vIoU": 3 / 5, "failures": 0}
+    assert stcat_scores(tube, sample) == {"tIoU": 10 / 20, "vIoU": 10 / 20, "failures": 0}
+    assert native_scores(tube, sample) == {"tIoU": 10 / 20, "vIoU": 10 / 20, "failures": 0}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values())
+@pytest.mark.parametrize("question_type", [None, "declarative"])
+def test_failed_and_empty_answers(protocol, question_type):
+    sample = make_sample(20, 40, question_type=question_type)
+    assert protocol(None, sample) == {"tIoU": 0, "vIoU": 0, "failures": 1}
+    assert protocol(((100, 100), {}), sample) == {"tIoU": 0, "vIoU": 0, "failures": 0}
+    no_boxes = protocol(((20, 40), {}), sample)
+    assert no_boxes["tIoU"] >= 0.95 and no_boxes["vIoU"] == 0 and no_boxes["failures"] == 0
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values())
+def test_an_answer_past_the_end_of_the_clip(protocol):
+    """Steps 8 .. 99999 are frames 80 .. 99, and score as 8 .. 9 do."""
+    sample = make_sample(70, 95, question_type="declarative")
+    long, short = (tube(make_answer(8, end, {8: LEFT_TEXT}), sample) for end in (99999, 9))
+    assert long == short and protocol(long, sample) == protocol(short, sample)
+    assert protocol(long, sample)["tIoU"] == 15 / 30
+
+
+def test_perfect_spans_under_stcat():
+    """HC-STVG, events of 20, 10 and 5 frames: (19/20 + 9/10 + 4/5) / 3 = 88.3.
+
+    VidSTG: inside the clip 100; an answer that ends with what their code takes for the last frame, one later,
+    has 20/21, 10/11, 5/6 (mean 89.8); the event that reaches the clip's end is like HC-STVG's.
+    """
+    spans = [(0, 20), (30, 40), (50, 55)]
+
+    def mean_tiou(kind, late=0, shift=0):
+        samples = [make_sample(a + shift, b + shift, question_type=kind) for a, b in spans]
+        tubes = [every_box((s.first_frame, s.stop_frame + late)) for s in samples]
+        return summarize(list(map(stcat_scores, tubes, samples)))["m_tIoU"]
+
+    assert mean_tiou(None) == pytest.approx(100 * (19 / 20 + 9 / 10 + 4 / 5) / 3)
+    assert mean_tiou("declarative") == 100
+    assert mean_tiou("declarative", late=1) == pytest.approx(100 * (20 / 21 + 10 / 11 + 5 / 6) / 3)
+    assert mean_tiou("declarative", shift=45) == pytest.approx(100 * (1 + 1 + 4 / 5) / 3)  # 95 .. 99
+
+
+@pytest.mark.parametrize(
+    ("fps", "num_frames", "begin", "frames"),
+    [
+        (10.0, 20, 0, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]),
+        (10.0, 19, 0, [0, 2, 4, 6, 8, 10, 12, 14, 16]),  # 18 is the clip's last frame
+        (10.0, 10, 37, [0, 1, 3, 5, 7]),  # 37; 38, 40, 42, 44 of the file
+        (60.0, 50, 0, [0, 12, 24, 36, 48]),
+        (23.976, 31, 0, [0, 5, 10, 15, 20, 24, 29]),  # a fifth of a second is 4.7952 frames, round up
+        (29.97, 32, 0, [0, 6, 12, 18, 24, 30]),  # 5.994 frames
+        (29.97, 20, 990, [0, 6, 11, 17]),  # 990 (165.2 fifths); 996 (166.2), 1001 (167), 1007 (168.0)
+        (3.0, 7, 0, [0, 1, 2, 3, 4, 5]),  # their code refuses files below 5 fps
+        (3.0, 4, 37, [0, 1, 2]),
+        (5.0, 4, 2, [0, 1, 2]),
+        (25.0, 1, 0, [0]),
+        (25.0, 1, 37, [0]),
+        (25.0, 2, 0, [0]),
+    ],
+)
+def test_frames_of_tubedetr(fps, num_frames, begin, frames):
+    sample = make_sample(0, 1, num_frames=num_frames, fps=fps, begin_frame=begin)
+    assert tubedetr_frames(sample) == frames
+
+
+def test_frames_of_tubedetr_round_as_theirs():
+    """HC-STVG of 104 frames: 5 / 5.2 rounds down, so frame 26, where fifth 25 begins, is not yet in it."""
+    assert int(26 * 5 / 5.2) == 25 and int(26 * (5 / 5.2)) == 24
+    frames = tubedetr_frames(make_sample(0, 1, num_frames=104, fps=5.2))
+    assert [f for f in frames if 23 < f < 29] == [24, 25, 27, 28]
+
+
+def test_at_most_200_frames_of_tubedetr():
+    """60 s at 25 fps: 300 frames 0, 5, .., 1495, of which two of three stay, numbers 0, 1, 3, 4, 6, .., 298.
+    For the truth 0 .. 59 (0, 5, 15, 20, 30, 35, 45, 50) an answer of 0 .. 29 (0, 5, 15, 20) has 4/8, one of
+    0 .. 9 (0, 5) has 2/8 and not 2/12."""
+    sample = make_sample(0, 60, num_frames=1500, fps=25.0)
+    frames = tubedetr_frames(sample)
+    assert len(frames) == 200 and frames[:5] == [0, 5, 15, 20, 30] and frames[-1] == 5 * 298
+    assert tubedetr_scores(every_box((0, 30)), sample)["vIoU"] == 4 / 8
+    assert tubedetr_scores(every_box((0, 10)), sample)["vIoU"] == 2 / 8
+    assert len(tubedetr_frames(make_sample(0, 1, num_frames=1001, fps=25.0))) == 200  # 0, 5, .., 995: no more
+    assert tubedetr_frames(make_sample(0, 1, num_frames=1001, fps=25.0)) == list(range(0, 1000, 5))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rows and tables
+
+
 def test_summary():
     """Failures stay in every mean, and a tie with a threshold is not above it."""
     vious = [0.3, 0.3000001, 0.5, 0.9, 0.0]
@@ -164,6 +350,91 @@ def test_summary():
     assert row == pytest.approx(expected)
     with pytest.raises(ValueError, match="the split is empty"):
         summarize([])
+
+
+@given(st.lists(st.sampled_from([0, 0.1, 0.3, 0.30001, 0.5, 0.50001, 1]) | st.floats(0, 1), min_size=1))
+def test_no_row_has_more_above_a_half_than_above_three_tenths(vious):
+    row = summarize([{"tIoU": 1.0, "vIoU": viou, "failures": 0} for viou in vious])
+    assert 0 <= row["vIoU@0.5"] <= row["vIoU@0.3"] <= 100
+    format_table({"answers": row})
+
+
+def some_answers(kinds):
+    """One sample for each question type, with an answer that is exact, half, failed, exact, half, ..."""
+    samples = [make_sample(20 + k, 40 + k, question_type=kind) for k, kind in enumerate(kinds)]
+    spans = [
+        (s.first_frame, s.first_frame + (20, 10)[k % 3]) if k % 3 < 2 else None for k, s in enumerate(samples)
+    ]
+    return [span and every_box(span) for span in spans], samples
+
+
+def test_rows_of_question_types():
+    """They are what their sentences would get alone; all sentences make the row around them."""
+    kinds = [QUESTION_TYPES[k % 2] for k in (0, 1, 1, 0, 1, 1, 1, 0)]
+    tubes, samples = some_answers(kinds)
+    result = score_answers(iter(tubes), samples, FRAME)
+    assert list(result) == ["native", "stcat", "tubedetr"]
+    parts = {}
+    for kind in QUESTION_TYPES:
+        chosen = [k for k, sample in enumerate(samples) if sample.question_type == kind]
+        parts[kind] = score_answers([tubes[k] for k in chosen], [samples[k] for k in chosen], FRAME)
+    for name, row in result.items():
+        assert row["N"] == 8 and row["failures"] == 2
+        assert [row[kind]["N"] for kind in QUESTION_TYPES] == [3, 5]
+        for kind in QUESTION_TYPES:
+            alone = parts[kind][name]
+            assert alone.pop(kind) == alone  # of a single type, its row is the whole row
+            assert row[kind] == alone
+        for key in ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5", "ceiling_m_tIoU", "ceiling_m_vIoU"):
+            assert row[key] == pytest.approx(
+                sum(row[kind][key] * row[kind]["N"] for kind in QUESTION_TYPES) / 8
+            )
+
+
+def test_rows_of_hcstvg():
+    tubes, samples = some_answers([None] * 4)
+    result = score_answers(tubes, samples, FRAME)
+    for name, protocol in PROTOCOLS.items():
+        expected = summarize(list(map(protocol, tubes, samples)))
+        best = summarize(list(map(protocol, ceiling_tubes(samples, FRAME), samples)))
+        assert best == grid_ceiling(samples, FRAME, name)
+        ceiling = {"ceiling_m_tIoU": best["m_tIoU"], "ceiling_m_vIoU": best["m_vIoU"]}
+        assert result[name] == expected | ceiling and set(result[name]) == set(expected) | set(ceiling)
+    # Exact, half, none, exact: native (1 + 1/2 + 0 + 1) / 4, stcat (19/20 + 10/19 + 0 + 19/20) / 4
+    assert result["native"]["m_tIoU"] == 62.5 and result["native"]["failures"] == 1
+    assert result["stcat"]["m_tIoU"] == pytest.approx(100 * (19 / 20 + 10 / 19 + 19 / 20) / 4)
+
+
+def test_every_answer_needs_its_sample():
+    tubes, samples = some_answers([None] * 3)
+    for answers, truths in [(tubes[:2], samples), (tubes, samples[:2])]:
+        with pytest.raises(ValueError, match="argument"):
+            score_answers(iter(answers), truths, FRAME)
+    for empty in (lambda: score_answers([], [], FRAME), lambda: grid_ceiling([], FRAME)):
+        with pytest.raises(ValueError, match="the split is empty"):
+            empty()
+
+
+def test_table():
+    row = {"m_tIoU": 60.34, "m_vIoU": 44.06, "vIoU@0.3": 73.0, "vIoU@0.5": 43.0, "N": 1160, "failures": 29}
+    best = {"ceiling_m_tIoU": 92.3, "ceiling_m_vIoU": 88.88}
+    assert format_table({"before": row | {"m_tIoU": 5}, "after": row}).splitlines() == [
+        "                m_tIoU    m_vIoU  vIoU@0.3  vIoU@0.5         N    failed",
+        "before             5.0      44.1      73.0      43.0      1160      2.5%",
+        "after             60.3      44.1      73.0      43.0      1160      2.5%",
+    ]
+    nested = {kind: row | best | {"N": n} for kind, n in zip(QUESTION_TYPES, (1000, 160), strict=True)}
+    expected = """
+                            m_tIoU    m_vIoU  vIoU@0.3  vIoU@0.5         N    failed best tIoU best vIoU
+    native                    60.3      44.1      73.0      43.0      1160      2.5%      92.3      88.9
+    native declarative        60.3      44.1      73.0      43.0      1000      2.9%      92.3      88.9
+    native interrogative      60.3      44.1      73.0      43.0       160     18.1%      92.3      88.9
+    stcat                     60.3      44.1      73.0      43.0      1160      2.5%         -         -
+    """
+    assert format_table({"native": row | best | nested, "stcat": row}) == dedent(expected).strip("\n")
+    for impossible in (row | {"vIoU@0.5": 74.0}, row | {"vIoU@0.5": float("nan")}):
+        with pytest.raises(ValueError, match=r"stcat: vIoU@0.5 .* vIoU@0.3 73.0"):
+            format_table({"native": row, "stcat": impossible})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -189,8 +460,11 @@ def slow_box(frame, keys):
     return keys[-1][1]
 
 
-def slow_scores(answer, sample, step, scale):
-    """step: Fraction seconds. Cells and sampled frames by their definition, frame by frame."""
+def slow_tube(answer, sample, step, scale):
+    """step: Fraction seconds. Cells and sampled frames by their definition, frame by frame.
+
+    Returns the set of frames of the answer's span, and frame -> box.
+    """
     fps = Fraction(sample.fps)
     frames = range(sample.num_frames)
     predicted = {f for f in frames if answer.start * step <= f / fps < (answer.end + 1) * step}
@@ -200,13 +474,31 @@ def slow_scores(answer, sample, step, scale):
             on_screen = max(f for f in frames if f / fps <= i * step)
             keys[i] = (on_screen, tuple(min(Fraction(v, scale[k % 2]), 1) for k, v in enumerate(box)))
     keys = [keys[i] for i in sorted(keys)]
-    truth = set(range(sample.first_frame, sample.stop_frame))
-    total = 0
-    for f in predicted & truth & set(sample.boxes):
-        if keys:
-            total += slow_iou(slow_box(f, keys), tuple(map(Fraction, sample.boxes[f])))
-    judged = {f for f in predicted | truth if f not in truth or f in sample.boxes}
-    return len(predicted & truth) / len(predicted | truth), float(total / len(judged))
+    return predicted, {f: slow_box(f, keys) for f in predicted} if keys else {}
+
+
+def slow_scores(name, predicted, boxes, sample):
+    """(tIoU, vIoU). predicted: set of frames; boxes: frame -> box for some of them."""
+    annotated = set(range(sample.first_frame, sample.stop_frame))
+    truth, seen = annotated, set(range(sample.num_frames))
+    if name == "stcat":
+        unearned = max(annotated) if sample.question_type is None else sample.num_frames - 1
+        truth = annotated - {unearned}
+    if name == "tubedetr":
+        fifths = {}  # fifth of a second of the file -> its first frame in the clip
+        for f in range(sample.num_frames):
+            if f == 0 or f < sample.num_frames - 1:
+                fifths.setdefault(int((sample.begin_frame + f) * (5 / sample.fps)), f)
+        seen = [fifths[fifth] for fifth in sorted(fifths)]
+        if len(seen) > 200:
+            seen = [
+                f for k, f in enumerate(seen) if k in {int(Fraction(len(seen), 200) * j) for j in range(200)}
+            ]
+    judged = (predicted | truth) & set(seen) - (annotated - set(sample.boxes))
+    hits = judged & predicted & truth & set(boxes)
+    total = sum(slow_iou(boxes[f], tuple(map(Fraction, sample.boxes[f]))) for f in hits)
+    tiou = len(predicted & truth) / len(predicted | truth) if predicted | truth else 0
+    return tiou, float(total / len(judged)) if judged else 0
 
 
 def random_box(rng):
@@ -221,7 +513,9 @@ def test_against_the_slow_version(seed):
     first = rng.randrange(num_frames)
     stop = rng.randint(first + 1, num_frames)
     boxes = {f: tuple(v / 1000 for v in random_box(rng)) for f in range(first, stop) if rng.random() < 0.8}
-    sample = make_sample(first, stop, num_frames=num_frames, fps=fps, boxes=boxes or {first: LEFT})
+    about = {"begin_frame": rng.choice([0, 37]), "question_type": rng.choice([None, "declarative"])}
+    boxes = boxes or {first: LEFT}
+    sample = make_sample(first, stop, num_frames=num_frames, fps=fps, boxes=boxes, **about)
     text_format = TextFormat(time_unit=rng.choice(TIME_UNITS), fps=rng.choice([2.0, 4.0]))
     step = Fraction(text_format.step_seconds)
     steps = sample.grid(text_format.step_seconds).num_steps
@@ -230,10 +524,50 @@ def test_against_the_slow_version(seed):
         end = rng.randint(start, steps + 2)
         named = [rng.randint(start, end + 1) for _ in range(rng.randint(1, 8))]
         answer = make_answer(start, end, tuple((i, random_box(rng)) for i in named))
-        scores = native_scores(tube_from_answer(answer, sample, text_format, NORM), sample)
-        assert (scores["tIoU"], scores["vIoU"]) == pytest.approx(
-            slow_scores(answer, sample, step, NORM), abs=1e-12
+        fast, slow = (
+            tube_from_answer(answer, sample, text_format, NORM),
+            slow_tube(answer, sample, step, NORM),
         )
+        for name, protocol in PROTOCOLS.items():
+            scores = protocol(fast, sample)
+            expected = slow_scores(name, *slow, sample)
+            assert (scores["tIoU"], scores["vIoU"]) == pytest.approx(expected, abs=1e-12), name
+
+
+@st.composite
+def tubes_and_samples(draw):
+    """Any span, any boxes (or none on some frames), any part of a file: no grid of steps in between."""
+    fps = draw(st.sampled_from([3.0, 5.0, 5.2, 10.0, 23.976, 25.0, 29.97, 60.0]))
+    num_frames = draw(st.integers(1, 60) | st.just(round(41 * fps)))  # 41 s: more than 200 frames at 5 fps
+    first = draw(st.integers(0, num_frames - 1))
+    stop = draw(st.integers(first + 1, min(num_frames, first + 40)))
+    shifts = draw(st.lists(st.none() | st.integers(0, 50), min_size=stop - first, max_size=stop - first))
+    truth = {first + k: (x / 100, 0.0, x / 100 + 0.5, 1.0) for k, x in enumerate(shifts) if x is not None}
+    sample = make_sample(
+        first,
+        stop,
+        num_frames=num_frames,
+        fps=fps,
+        begin_frame=draw(st.sampled_from([0, 1, 37, 479])),
+        boxes=truth or {first: LEFT},
+        question_type=draw(st.sampled_from([None, *QUESTION_TYPES])),
+    )
+    start = draw(st.integers(max(0, first - 20), min(num_frames, stop + 5)))
+    end = draw(st.integers(start, min(num_frames, start + 50)))
+    skipped = draw(st.integers(1, 5))
+    boxes = {f: (0.25, 0.0, 0.75, 1.0) for f in range(start, end) if f % skipped == 0}
+    return ((start, end), boxes), sample
+
+
+@given(tubes_and_samples())
+def test_any_tube_against_the_slow_version(case):
+    tube, sample = case
+    for name, protocol in PROTOCOLS.items():
+        scores = protocol(tube, sample)
+        exact = {f: tuple(map(Fraction, box)) for f, box in tube[1].items()}
+        expected = slow_scores(name, set(range(*tube[0])), exact, sample)
+        assert (scores["tIoU"], scores["vIoU"]) == pytest.approx(expected, abs=1e-12), name
+        assert 0 <= scores["vIoU"] <= 1 and 0 <= scores["tIoU"] <= 1 and scores["failures"] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -290,7 +624,74 @@ def test_round_trip_of_a_moving_box(coordinates):
     sample = make_sample(20, 60, boxes=boxes)
     answer = parse_answer(format_answer(truth_answer(sample.truth(0.5), scale)))
     scores = native_scores(tube_from_answer(answer, sample, text_format, scale), sample)
-    assert (scores["tIoU"], scores["vIoU"]) == pytest.approx(
-        slow_scores(answer, sample, Fraction(1, 2), scale)
-    )
+    slow = slow_scores("native", *slow_tube(answer, sample, Fraction(1, 2), scale), sample)
+    assert (scores["tIoU"], scores["vIoU"]) == pytest.approx(slow)
     assert scores["tIoU"] == 1 and 0.97 < scores["vIoU"] < 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The grid's ceiling
+
+
+def ceiling_samples():
+    """Clips of 2 s with boxes on the text's grid: one in steady motion, one that jumps and has a hole, ..."""
+    moving = {f: (f / 100, 0.25, f / 100 + 0.5, 0.75) for f in range(7, 33)}
+    jumping = {
+        f: ((f * 37 % 50) / 100, 0.0, 0.5 + (f * 37 % 50) / 100, 1.0) for f in range(12, 40) if f != 20
+    }
+    return [
+        make_sample(7, 33, num_frames=40, boxes=moving),
+        make_sample(12, 40, num_frames=40, boxes=jumping, question_type="declarative"),
+        make_sample(23, 26, num_frames=40, question_type="interrogative"),  # within step 2
+        make_sample(10, 30, num_frames=40, begin_frame=37, file_frames=300, question_type="declarative"),
+        make_sample(5, 25, num_frames=60, fps=29.97),
+    ]
+
+
+@pytest.mark.parametrize("time_unit", TIME_UNITS)
+def test_ceiling_against_the_slow_version(time_unit):
+    """The truth in steps by its definition: the box of the sampled frame, or of the nearest step with."""
+    text_format = TextFormat(time_unit=time_unit)
+    step = Fraction(text_format.step_seconds)
+    rows = {name: [] for name in PROTOCOLS}
+    samples = ceiling_samples()
+    for sample in samples:
+        steps = slow_truth_steps(sample, step)
+        frames = range(sample.num_frames)
+        shown = {i: max(f for f in frames if f / Fraction(sample.fps) <= i * step) for i in steps}
+        boxes = {i: sample.boxes[f] for i, f in shown.items() if f in sample.boxes}
+        if not boxes:  # an event within a step, or a hole in its only sampled frame
+            _, nearest = min((abs(f - shown[steps[0]]), f) for f in sample.boxes)
+            boxes = {steps[0]: sample.boxes[nearest]}
+        boxes = {i: tuple(round(1000 * v) for v in box) for i, box in boxes.items()}
+        items = {i: boxes[min(boxes, key=lambda k, i=i: (abs(k - i), k))] for i in steps}
+        slow = slow_tube(make_answer(steps[0], steps[-1], items), sample, step, NORM)
+        for name in PROTOCOLS:
+            rows[name].append(slow_scores(name, *slow, sample))
+    result = score_answers([None] * len(samples), samples, text_format)
+    for name, scores in rows.items():
+        tiou, viou = (100 * sum(column) / len(scores) for column in zip(*scores, strict=True))
+        assert result[name]["ceiling_m_tIoU"] == pytest.approx(tiou)
+        assert result[name]["ceiling_m_vIoU"] == pytest.approx(viou)
+        assert result[name]["m_tIoU"] == 0 and result[name]["failures"] == len(samples)
+        assert grid_ceiling(samples, text_format, name)["m_vIoU"] == pytest.approx(viou)
+
+
+@pytest.mark.parametrize("sample", ceiling_samples()[:4])
+def test_no_ceiling_is_above_the_best_answer(sample):
+    """All spans of the 4 steps, each step with the box of its sampled frame or of one of two others."""
+    (perfect,) = ceiling_tubes([sample], FRAME)
+    shown = [sample.boxes.get(f, LEFT) for f in (0, 10, 20, 30)]
+    other = [sample.boxes.get(f, RIGHT) for f in (13, 24)]
+    best = {name: [0, 0] for name in PROTOCOLS}
+    for start, end in [(a, b) for a in range(4) for b in range(a, 4)]:
+        for choice in product(range(3), repeat=end - start + 1):
+            chosen = {start + k: [shown[start + k], *other][c] for k, c in enumerate(choice)}
+            items = {i: tuple(round(1000 * v) for v in box) for i, box in chosen.items()}
+            candidate = tube(make_answer(start, end, items), sample)
+            for name, protocol in PROTOCOLS.items():
+                scores = protocol(candidate, sample)
+                best[name] = [max(best[name][0], scores["tIoU"]), max(best[name][1], scores["vIoU"])]
+    for name, protocol in PROTOCOLS.items():
+        scores = protocol(perfect, sample)
+        assert 0 < scores["tIoU"] <= best[name][0] and scores["vIoU"] <= best[name][1] + 1e-12

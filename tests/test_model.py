@@ -15,6 +15,7 @@ from logging import Handler
 import numpy as np
 import pytest
 import torch
+from shown import shown_prompt
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
@@ -26,7 +27,6 @@ from model import (
     completion_logprobs,
     encode_prompt,
     load_policy,
-    make_prompt,
     pack_completions,
     rollout,
     rope_positions,
@@ -174,12 +174,12 @@ def test_positions_of_qwen3_equal_transformers(checkpoints):
 
 
 def test_qwen3_tells_the_time_in_the_prompt(checkpoints):
-    """Five frames at 2 fps: the slices hold 0 and 0.5 s, 1 and 1.5 s, 2 s and its copy (at 2.5 s)."""
+    """Five frames at 2 fps: the slices hold 0 and 0.5 s, 1 and 1.5 s, 2 s and a copy of it."""
     policy = load_policy(str(checkpoints["qwen3_vl"]))
     text = policy.tokenizer.decode(make_prompts(policy)[0].ids)
     block = "<|vision_start|>" + "<|video_pad|>" * 6 + "<|vision_end|>"
     assert (
-        f"user\n<0.2 seconds>{block}<1.2 seconds>{block}<2.2 seconds>{block}{SENTENCES[0]}<|im_end|>" in text
+        f"user\n<0.2 seconds>{block}<1.2 seconds>{block}<2.0 seconds>{block}{SENTENCES[0]}<|im_end|>" in text
     )
 
 
@@ -197,7 +197,7 @@ def samples_of(world):
 def test_prompt_of_a_sample(qwen2_5, world, fps, count):
     """Six seconds of 56 x 56 pixels at so many frames a second: at 0.4 they are those of 0, 2.5 and 5 s."""
     sample = samples_of(world)[0]
-    prompt = make_prompt(qwen2_5, sample, 336, TextFormat(fps=fps))
+    prompt = shown_prompt(qwen2_5, sample, 336, TextFormat(fps=fps))
     frames = read_frames(sample.video, [i / fps for i in range(count)])
     assert torch.equal(prompt.frames, torch.from_numpy(frames))
     assert f"{count} steps of {1 / fps:g} s" in qwen2_5.tokenizer.decode(prompt.ids)
@@ -213,9 +213,9 @@ def test_prompts_of_files_that_are_not_as_annotated(qwen2_5, world):
         ({"fps": 20.0}, r"lasts 6\.00 s, but its annotation says 1\.20 s \(img_num / fps\); correct img_num"),
     ):
         with pytest.raises(VideoError, match=said):
-            make_prompt(qwen2_5, replace(sample, **changes), 336, text_format)
+            shown_prompt(qwen2_5, replace(sample, **changes), 336, text_format)
     with pytest.raises(VideoError, match="max_side: 27 is less than the 28 pixels"):
-        make_prompt(qwen2_5, sample, 27, text_format)
+        shown_prompt(qwen2_5, sample, 27, text_format)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def test_saved_policy_is_a_stock_checkpoint(policy, tmp_path):
         torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-4)
         again = load_policy(str(tmp_path / "out"))
         assert torch.equal(answer_logits(again, make_prompts(again)[0], ids), expected)
-    assert again.preprocessor == policy.preprocessor and again.eos_ids == policy.eos_ids
+    assert again.preprocessors == policy.preprocessors and again.eos_ids == policy.eos_ids
     assert again.model.generation_config.repetition_penalty == 1.05  # left as found, for others to use
 
 
@@ -566,11 +566,14 @@ def test_load_errors_of_broken_old_weights(checkpoints, tmp_path, content):
         (b"{", "cannot be read (JSONDecodeError: "),
         (b"\xff", "cannot be read (UnicodeDecodeError: "),
         (b"[]", "is no JSON object"),
-        (b'{"image_mean": null}', "image_mean in its preprocessor_config.json is not [red, green, blue]"),
-        (b'{"image_std": [1, 1]}', "image_std in its preprocessor_config.json is not [red, green, blue]"),
+        (
+            b'{"image_mean": null}',
+            "image_mean in its preprocessor is None, not [red, green, blue] in numbers",
+        ),
+        (b'{"image_std": [1, 1]}', "image_std in its preprocessor is [1, 1], not [red, green, blue]"),
         (
             b'{"image_std": [1, 1, "1"]}',
-            "image_std in its preprocessor_config.json is not [red, green, blue]",
+            "image_std in its preprocessor is [1, 1, '1'], not [red, green, blue]",
         ),
     ],
 )
@@ -578,7 +581,7 @@ def test_load_errors_of_broken_preprocessors(checkpoints, tmp_path, content, sai
     folder = copy_of(checkpoints["qwen2_5_vl"], tmp_path / "colours")
     (folder / "preprocessor_config.json").write_bytes(content)
     message = load_error(folder)
-    assert said in message and message.endswith("; fetch it again")
+    assert said in message and message.endswith((" fetch it again", " fetch its files again"))
 
 
 def test_quantized_checkpoints_are_refused(checkpoints, tmp_path):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from shown import shown_prompt
 
 import toy
 from data import load_hcstvg
-from model import load_policy, make_prompt, rollout
+from model import load_policy, rollout
 from prompts import parse_answer
 from video import read_frames
 
@@ -147,7 +148,7 @@ def test_the_shipped_checkpoint_is_small_and_speaks_the_format(small_world, tmp_
     assert weights.stat().st_size <= 2_000_000
     policy = load_policy(str(toy.CHECKPOINT))
     samples, _ = load_hcstvg(str(small_world / "test.json"), str(small_world))
-    prompts = [make_prompt(policy, sample, toy.SIDE, toy.TEXT) for sample in samples]
+    prompts = [shown_prompt(policy, sample, toy.SIDE, toy.TEXT) for sample in samples]
     answers = rollout(policy, prompts, 1, toy.MAX_NEW_TOKENS, 0.0, [(0,)] * len(prompts))
     assert sum(parse_answer(answer[0].text) is not None for answer in answers) >= 5
     assert json.loads((toy.CHECKPOINT / "config.json").read_text())["model_type"] == "qwen2_5_vl"

@@ -1,0 +1,334 @@
+# ruff: noqa: E402 (the project is no package: its folder must be on the path first)
+"""The published sizes of Qwen-VL, without their weights: what they take, and that they run.
+
+python benchmarks/full_size.py
+    builds each published shape on the meta device (no memory), checks its number of parameters, and
+    prints how FSDP2 would cut it and what that takes on each GPU. Takes seconds.
+
+python benchmarks/full_size.py --run 7b --video FILE --folder DIR
+    writes a checkpoint of that shape to DIR, in the files and layout of the hub but with random weights,
+    loads it in a new process as any checkpoint is loaded, and puts one real video through it: prefill,
+    8 answers of 12 tokens, their log-probs. 7b takes 17 GB of memory and of disk, and minutes. A DIR
+    that is there already is measured as it is.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+from transformers import AutoConfig
+
+from model import FAMILIES, completion_logprobs, encode_prompt, load_policy, pack_completions, rollout
+from prompts import TextFormat, build_prompt
+from video import frame_size, read_frames, resize
+
+GIB = 2**30
+TOKENS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+QWEN2_5 = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    **TOKENS,
+    "vision_token_id": 151654,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.41.2",
+}
+QWEN2_5_VISION = {
+    "depth": 32,
+    "hidden_act": "silu",
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_chans": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+    "tokens_per_second": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+PUBLISHED = {  # name: the config.json of the hub, number of parameters
+    "3b": (
+        {
+            **QWEN2_5,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "max_window_layers": 70,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+            "vision_config": {**QWEN2_5_VISION, "out_hidden_size": 2048},
+        },
+        3_754_622_976,
+    ),
+    "7b": (
+        {
+            **QWEN2_5,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "max_window_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "tie_word_embeddings": False,
+            "vision_config": {**QWEN2_5_VISION, "out_hidden_size": 3584},
+        },
+        8_292_166_656,
+    ),
+    "qwen3-8b": (
+        {
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "model_type": "qwen3_vl",
+            **TOKENS,
+            "text_config": {
+                "model_type": "qwen3_vl_text",
+                "bos_token_id": 151643,
+                "eos_token_id": 151645,
+                "attention_bias": False,
+                "attention_dropout": 0.0,
+                "dtype": "bfloat16",
+                "head_dim": 128,
+                "hidden_act": "silu",
+                "hidden_size": 4096,
+                "initializer_range": 0.02,
+                "intermediate_size": 12288,
+                "max_position_embeddings": 262144,
+                "num_attention_heads": 32,
+                "num_hidden_layers": 36,
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-06,
+                "rope_scaling": {
+                    "mrope_interleaved": True,
+                    "mrope_section": [24, 20, 20],
+                    "rope_type": "default",
+                },
+                "rope_theta": 5000000,
+                "use_cache": True,
+                "vocab_size": 151936,
+            },
+            "tie_word_embeddings": False,
+            "transformers_version": "4.57.0.dev0",
+            "vision_config": {
+                "model_type": "qwen3_vl",
+                "deepstack_visual_indexes": [8, 16, 24],
+                "depth": 27,
+                "hidden_act": "gelu_pytorch_tanh",
+                "hidden_size": 1152,
+                "in_channels": 3,
+                "initializer_range": 0.02,
+                "intermediate_size": 4304,
+                "num_heads": 16,
+                "num_position_embeddings": 2304,
+                "out_hidden_size": 4096,
+                "patch_size": 16,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+        },
+        8_767_123_696,
+    ),
+}
+
+
+def published_config(name: str, layers: int | None = None) -> dict:
+    """The config.json of a published checkpoint; layers: of the decoder, where it shall have fewer."""
+    content = copy.deepcopy(PUBLISHED[name][0])
+    if layers is not None:
+        content.get("text_config", content)["num_hidden_layers"] = layers
+    return content
+
+
+def empty_model(content: dict) -> torch.nn.Module:
+    """The model of a config.json, without memory for its parameters."""
+    config = AutoConfig.for_model(**copy.deepcopy(content))  # it changes its arguments
+    with torch.device("meta"):
+        return FAMILIES[config.model_type].model_class(config)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())  # tied ones once
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The plan
+
+
+def groups(model: torch.nn.Module) -> list[tuple[str, int, int]]:
+    """(name, how many, parameters of each) of what FSDP2 gathers at once: the blocks, and the rest."""
+    layers, blocks = model.model.language_model.layers, model.model.visual.blocks
+    rest = count(model) - count(layers) - count(blocks)
+    return [
+        ("decoder layer", len(layers), count(layers[0])),
+        ("vision block", len(blocks), count(blocks[0])),
+        ("root (embeddings, head, merger)", 1, rest),
+    ]
+
+
+def static_bytes(parameters: int, gpus: int) -> float:
+    """On each GPU: fp32 weights, gradients and AdamW's two moments, and a frozen bf16 reference, sharded."""
+    return parameters * (4 + 4 + 4 + 4 + 2) / gpus
+
+
+def print_plan(name: str) -> None:
+    model = empty_model(published_config(name))
+    total, expected = count(model), PUBLISHED[name][1]
+    if total != expected:
+        sys.exit(f"error: {name} has {total:,} parameters, not the published {expected:,}")
+    print(f"{name}: {total:,} parameters, {2 * total / 1e9:.1f} GB in bf16")
+    for group, number, size in groups(model):
+        print(f"  {number:3} x {group:32} {size:13,} parameters, {2 * size / 2**20:7,.0f} MiB in bf16")
+    largest = max(size for *_, size in groups(model))
+    print("  GiB per GPU    weights   grads    Adam   reference   static   + the largest group")
+    for gpus in (1, 2, 4, 8):
+        weights, grads, adam, reference = (total * size / gpus / GIB for size in (4, 4, 8, 2))
+        static = static_bytes(total, gpus) / GIB
+        print(
+            f"  with {gpus} of them {weights:10.1f} {grads:7.1f} {adam:7.1f} {reference:11.1f} {static:8.1f}"
+            f" {static + 2 * largest / GIB:21.1f}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run
+
+
+def write_checkpoint(name: str, layers: int | None, folder: Path) -> None:
+    """A hub-style folder of random bf16 weights: scaled so that signals neither die out nor explode."""
+    from vocabulary import QWEN2_TEMPLATE, QWEN3_TEMPLATE, qwen_tokenizer
+
+    content = published_config(name, layers)
+    model = empty_model(content).to(torch.bfloat16).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            parameter.data.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.data.fill_(0.0 if key.endswith("bias") else 1.0)
+    model.generation_config.update(
+        bos_token_id=151643, pad_token_id=151643, eos_token_id=[151645, 151643], do_sample=True
+    )
+    model.generation_config.update(repetition_penalty=1.05, temperature=1e-6, top_k=1)
+    model.save_pretrained(folder, max_shard_size="2GB")
+    # Over what transformers 5 wrote: the file as it is on the hub.
+    (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    qwen3 = content["model_type"] == "qwen3_vl"
+    qwen_tokenizer(QWEN3_TEMPLATE if qwen3 else QWEN2_TEMPLATE).save_pretrained(folder)
+    sizes = {"patch_size": content["vision_config"]["patch_size"], "temporal_patch_size": 2, "merge_size": 2}
+    family = FAMILIES[content["model_type"]]
+    sizes |= {"image_mean": family.image_mean, "image_std": family.image_std}
+    if qwen3:
+        files = {
+            "preprocessor_config.json": {"size": {"longest_edge": 16777216, "shortest_edge": 65536}},
+            "video_preprocessor_config.json": {"size": {"longest_edge": 25165824, "shortest_edge": 4096}},
+        }
+    else:
+        files = {"preprocessor_config.json": {"min_pixels": 3136, "max_pixels": 12845056}}
+    for file, budget in files.items():
+        (folder / file).write_text(json.dumps(budget | sizes, indent=2), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def timed(what: str):
+    """Prints the wall time of a part, and the memory it took: at most so far, of this process. Weights are
+    mapped from their files, and such memory can be taken back; what cannot is the anonymous part."""
+    began = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB -> GiB
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    anonymous = int(status.split("RssAnon:")[1].split()[0]) / 2**20
+    figures = f"{seconds:8.1f} s   peak {peak:5.1f} GiB   ({anonymous:.1f} GiB anonymous at its end)"
+    print(f"{what:28}{figures}", flush=True)
+
+
+def measure(folder: Path, video: str, seconds: float, answers: int, tokens: int) -> None:
+    """One prompt through a checkpoint folder, as train.py would. seconds: of the video that are shown."""
+    text_format = TextFormat()
+    with timed("load_policy in bf16"):
+        policy = load_policy(str(folder), dtype=torch.bfloat16)
+    print(f"{policy.family.name}: {count(policy.model):,} parameters, {policy.model.dtype}")
+    with timed("frames and prompt"):
+        times = [step / text_format.fps for step in range(math.ceil(seconds * text_format.fps))]
+        frames = read_frames(video, times)
+        size = frame_size(frames.shape[2], frames.shape[1], 336, policy.size_factor)
+        text = build_prompt("an adult holds a bat in the contest.", len(frames), (1000, 1000), text_format)
+        prompt = encode_prompt(policy, resize(frames, size), text, (1000, 1000), text_format.fps)
+    visual = int((prompt.ids == policy.video_id).sum())
+    print(f"{len(frames)} frames of {size[0]} x {size[1]}: {len(prompt.ids)} tokens, {visual} of them visual")
+    with timed("prefill and one token"):
+        rollout(policy, [prompt], 1, 1, 1.0, [(0,)])
+    with timed(f"{answers} answers of {tokens} tokens"):
+        (group,) = rollout(policy, [prompt], answers, tokens, 1.0, [(0,)])
+    with timed("their log-probs, packed"), torch.no_grad():
+        batch = pack_completions(policy, [prompt], [[completion.ids for completion in group]])
+        logprobs = completion_logprobs(policy, batch, 1.0)[batch.mask]
+    if not logprobs.isfinite().all():
+        sys.exit("error: log-probs are not finite")
+    uniform = -math.log(policy.model.lm_head.weight.shape[0])
+    print(f"{len(logprobs)} tokens, mean log-prob {logprobs.mean():.3f} (of a uniform draw: {uniform:.3f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
+    )
+    parser.add_argument("--run", choices=PUBLISHED, help="put a video through a model of this size")
+    parser.add_argument("--video", help="a video file")
+    parser.add_argument("--seconds", type=float, default=4.4, help="of the video that are shown")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is written")
+    parser.add_argument("--layers", type=int, help="of the decoder, fewer than published: for a trial")
+    parser.add_argument("--answers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=12, help="of each answer")
+    parser.add_argument("--stage", choices=("write", "measure"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run is None:
+        for name in PUBLISHED:
+            print_plan(name)
+    elif options.video is None or options.folder is None:
+        parser.error("--run needs --video and --folder")
+    elif options.stage == "write":
+        with timed("write the checkpoint"):
+            write_checkpoint(options.run, options.layers, options.folder)
+    elif options.stage == "measure":
+        measure(options.folder, options.video, options.seconds, options.answers, options.tokens)
+    else:  # each in a process of its own, so that its peak of memory is its own
+        for stage in ("write", "measure"):
+            if stage == "write" and options.folder.exists():
+                continue
+            subprocess.run([sys.executable, *sys.argv, "--stage", stage], check=True, env=os.environ)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What a configuration's data are like, before a run depends on it: `python data.py --check CONFIG`.
+
+    python data.py --check configs/vidstg.yaml             annotations, answer lengths, headers of the videos
+    python data.py --check configs/vidstg.yaml --decode    and every clip decoded (which fills frame_cache)
+
+For each split that the configuration names: sentences in the official file and here, each repair and drop by
+its reason, the true answers' lengths in tokens against max_new_tokens, the best that answers on the grid of
+steps can score, and what is wrong with the videos. Declarative and interrogative sentences of VidSTG are told
+apart. Ends with exit code 1 where a video cannot be used.
+"""
+
+import argparse
+import collections
+import dataclasses
+import os
+import sys
+
+import numpy as np
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer
+
+import toy
+from clips import Workers, open_clips
+from config import Config, ConfigError, load_config
+from data import OFFICIAL_COUNTS, QUESTION_TYPES, Sample, count_sentences, format_report, load_samples
+from files import DataError
+from metrics import PROTOCOLS, format_table, grid_ceiling
+from prompts import format_answer, truth_answer
+from video import VideoError, check_header, frame_size, probe
+
+MOST = 10_000  # true answers that are counted in tokens; of a larger split every second, third, ...
+PERCENTILES = (50, 90, 95, 99, 100)
+NOTE = "note: "  # before a problem that does not keep the video from being used
+PATCH = 28  # pixels of a visual token of Qwen2.5-VL, for the size of frames where no model is loaded
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", required=True, metavar="CONFIG")
+    parser.add_argument("--decode", action="store_true", help="decode every clip, not the headers alone")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.check, options.settings)
+        splits = [path for path in dict.fromkeys((config.train_annotations, config.eval_annotations)) if path]
+        if not splits:
+            raise ConfigError(f"{options.check}: names neither train_annotations nor eval_annotations")
+        if config.toy:
+            toy.make_world(config.videos)
+        bad = sum(check_split(config, path, options.decode) for path in splits)
+    except (ConfigError, DataError, VideoError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 1 if bad else 0
+
+
+def check_split(config: Config, annotations: str, decode: bool) -> int:
+    """Print all about one split; returns the number of videos that cannot be used."""
+    samples, report = load_samples(config.dataset, annotations, config.videos, config.vidor)
+    official = OFFICIAL_COUNTS.get((config.dataset, os.path.basename(annotations)))
+    known = f"; the official file of this name has {official}" if official and not config.toy else ""
+    print(f"{annotations}: {count_sentences(samples, report)}{known}")
+    print(format_report(report, whole=True) + "\n")
+    print(answer_lengths(config, samples) + "\n")
+    print(ceilings(config, samples) + "\n")
+    problems, films = check_clips(config, samples) if decode else check_headers(config, samples)
+    print(
+        f"{films} videos, {'decoded' if decode else 'by their headers'}: " + ("" if problems else "all good")
+    )
+    for problem, ids in problems.items():
+        print(f"  {problem}")
+        print(f"    {len(ids)} sentences: {', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}")
+    print()
+    return sum(not problem.startswith(NOTE) for problem in problems)
+
+
+def kinds_of(samples: list[Sample]) -> dict[str, list[Sample]]:
+    """All of them, and those of each question type that there is."""
+    kinds = {kind: [s for s in samples if s.question_type == kind] for kind in QUESTION_TYPES}
+    return {"all": samples} | {kind: some for kind, some in kinds.items() if some}
+
+
+def answer_lengths(config: Config, samples: list[Sample]) -> str:
+    """A table of how many tokens the true answers take, end token included."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        return f"answer lengths: not counted, the tokenizer of {config.model} does not load ({reason})"
+    samples = samples[:: -(-len(samples) // MOST)]
+    lengths = {}
+    for sample in tqdm(samples, desc="true answers", unit="answer", delay=2, leave=False):
+        file_size = (sample.width, sample.height)
+        scale = config.text_format.scale(frame_size(*file_size, config.max_side, PATCH), file_size)
+        answer = truth_answer(sample.truth(config.text_format.step_seconds), scale, config.think)
+        lengths[sample.id] = len(tokenizer(format_answer(answer), add_special_tokens=False)["input_ids"]) + 1
+    limit = config.max_new_tokens
+    lines = [f"{'true answers, in tokens':<24}{'N':>7}{'mean':>8}"]
+    lines[0] += "".join(f"{f'{p} %':>8}" for p in PERCENTILES) + f"   above max_new_tokens {limit}"
+    for kind, some in kinds_of(samples).items():
+        counts = np.array([lengths[sample.id] for sample in some])
+        shares = np.percentile(counts, PERCENTILES, method="inverted_cdf")
+        row = f"{kind:<24}{len(some):>7}{counts.mean():>8.0f}" + "".join(f"{n:>8.0f}" for n in shares)
+        lines.append(f"{row}   {(counts > limit).mean():.1%}")
+    return "\n".join(lines)
+
+
+def ceilings(config: Config, samples: list[Sample]) -> str:
+    """The table of the answers that say the truth as well as the grid of steps allows."""
+    rows = {}
+    for kind, some in kinds_of(samples).items():
+        for protocol in PROTOCOLS:
+            name = protocol if kind == "all" else f"{protocol} {kind}"
+            rows[name] = grid_ceiling(some, config.text_format, protocol)
+    return f"the best score in steps of {config.text_format.step_seconds:g} s\n{format_table(rows)}"
+
+
+def check_headers(config: Config, samples: list[Sample]) -> tuple[dict[str, list[str]], int]:
+    """problem -> ids of the sentences, of what stands in the headers; and the number of video files."""
+    by_video = collections.defaultdict(list)
+    for sample in samples:
+        by_video[sample.video].append(sample)
+    workers = Workers(max(1, config.decode_workers), config.decode_timeout)
+    jobs = {video: workers.submit(probe, video) for video in by_video}
+    problems = collections.defaultdict(list)
+    for video, job in tqdm(jobs.items(), desc="headers", unit="video", delay=2, leave=False):
+        try:
+            header = job.result()
+            for sample in by_video[video]:
+                if check_header(sample, header):
+                    problems[f"{NOTE}{video}: ends at {header.seconds:.2f} s, what exists is used"].append(
+                        sample.id
+                    )
+        except VideoError as error:
+            problems[str(error)] += [sample.id for sample in by_video[video]]
+    workers.close()
+    return problems, len(by_video)
+
+
+def check_clips(config: Config, samples: list[Sample]) -> tuple[dict[str, list[str]], int]:
+    """The same from decoding the clips."""
+    by_clip = collections.defaultdict(list)
+    for sample in samples:
+        by_clip[sample.video, sample.begin_frame, sample.num_frames].append(sample)
+    firsts = [some[0] for some in by_clip.values()]
+    config = dataclasses.replace(config, on_bad_video="error")  # errors are to be caught here
+    clips = open_clips(config, size_factor(config.model))
+    problems = collections.defaultdict(list)
+    for k, sample in enumerate(tqdm(firsts, desc="clips", unit="clip", delay=2, leave=False)):
+        clips.ahead(firsts[k : k + 2 * max(1, config.decode_workers)])
+        same = by_clip[sample.video, sample.begin_frame, sample.num_frames]
+        try:
+            found, expected = len(clips.frames(sample)), sample.grid(1 / config.fps).num_steps
+            if found < expected:
+                note = f"{NOTE}{sample.video}: {found} of {expected} frames exist and are used"
+                problems[note] += [s.id for s in same]
+        except VideoError as error:
+            problems[str(error)] += [s.id for s in same]
+    clips.close()
+    return problems, len({sample.video for sample in samples})
+
+
+def size_factor(checkpoint: str) -> int:
+    """Pixels of a visual token of a checkpoint's family; those of Qwen2.5-VL where it does not load."""
+    try:
+        vision = AutoConfig.from_pretrained(checkpoint).vision_config
+    except (OSError, ValueError, AttributeError):
+        return PATCH
+    return vision.patch_size * vision.spatial_merge_size

@@ -1,0 +1,246 @@
+"""The metrics of spatio-temporal video grounding: from an answer to the paper's row (Tables 1-3).
+
+A tube is a span and boxes, both on the native frames of the clip: ((first, stop), {frame: box in [0, 1]}),
+the span half-open. What an answer says in steps becomes a tube first, and is scored as one. With P and G for
+the predicted and the true span, p_f and g_f for their boxes, F for the frames where boxes are judged:
+
+    tIoU = |P and G| / |P or G|
+    vIoU = sum of IoU(p_f, g_f) over f of F in P and G / number of f of F in P or G
+
+Published tables disagree about G and F. A protocol is one choice of the two:
+
+    protocol   who                             G, on native frames            F
+    native     ours                            [first, stop)                  every frame
+    stcat      STCAT, CG-STVG, TA-STVG: the    [first, last], read as if      every frame
+               tables that the paper copies    `last` were exclusive
+    tubedetr   TubeDETR, which the paper       [first, stop)                  5 a second, at most 200
+               cites for its metrics
+
+In all of them vIoU leaves out the frames of the truth without a box (the published code drops such sentences
+or stops), a failed answer scores 0 and is counted like any other, and vIoU@R is the share of answers strictly
+above R.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from data import QUESTION_TYPES, Sample
+from prompts import Answer, Box, TextFormat, truth_answer
+from rewards import boxes_by_step, iou
+
+Tube = tuple[tuple[int, int], dict[int, Box]]
+Scores = dict[str, float]  # of one answer: "tIoU" and "vIoU" in [0, 1], and "failures", 0 or 1
+Row = dict[str, float]  # of a table: see summarize and score_answers
+
+TUBEDETR_FPS, TUBEDETR_FRAMES = 5, 200  # its code's fps and video_max_len
+COLUMNS = ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")
+CEILINGS = {"ceiling_m_tIoU": "best tIoU", "ceiling_m_vIoU": "best vIoU"}  # key in a row -> head in a table
+
+
+# ----------------------------------------------------------------------------------------------------------
+# From an answer to a tube
+
+
+def tube_from_answer(
+    answer: Answer | None,
+    sample: Sample,
+    text_format: TextFormat,
+    scale: tuple[int, int],
+    which: str = "pred",
+) -> Tube | None:
+    """From steps to native frames; None for a failed answer: it did not parse, or ends before it starts.
+
+    Step i covers the native frames of its cell, and its box belongs to the frame that was sampled
+    (TimeGrid). Between sampled frames boxes are interpolated linearly, also across steps without a box;
+    before the first and after the last one they are held. What the answer says beyond the clip's end does
+    not exist: a span that lies there altogether is empty. Boxes of steps outside the answer's own span are
+    ignored; flipped boxes stay so (their IoU is 0).
+
+    scale: (width, height) of the text's coordinates. which: the list of boxes, "pred" or "think".
+    """
+    items = answer and getattr(answer, which)
+    if not items or answer.end < answer.start:
+        return None
+    grid = sample.grid(text_format.step_seconds)
+    first, stop = grid.first_frame(answer.start), grid.first_frame(answer.end + 1)
+    last_step = min(answer.end, grid.num_steps - 1)
+    given = boxes_by_step(items, scale)
+    steps = sorted(step for step in given if answer.start <= step <= last_step)
+    if first == stop or not steps:
+        return (first, stop), {}
+    frames = range(first, stop)  # no longer than the clip, whatever numbers the answer holds
+    sampled = [grid.sampled_frame(step) for step in steps]
+    sides = [np.interp(frames, sampled, [given[step][side] for step in steps]).tolist() for side in range(4)]
+    return (first, stop), dict(zip(frames, zip(*sides, strict=True), strict=True))
+
+
+def ceiling_tubes(samples: Iterable[Sample], text_format: TextFormat) -> Iterator[Tube]:
+    """The tubes of the answers with the full reward: the truth in steps, read back as native frames."""
+    scale = (1000, 1000)
+    for sample in samples:
+        answer = truth_answer(sample.truth(text_format.step_seconds), scale)
+        yield tube_from_answer(answer, sample, text_format, scale)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# From a tube to its scores: three protocols
+
+
+def native_scores(tube: Tube | None, sample: Sample) -> Scores:
+    """The protocol `native`: the truth as annotated, every native frame of the clip."""
+    return _scores(tube, sample, range(sample.first_frame, sample.stop_frame), range(sample.num_frames))
+
+
+def stcat_scores(tube: Tube | None, sample: Sample) -> Scores:
+    """The protocol `stcat`: the truth's end is the number of its last frame, the prediction's of the frame
+    after, and half-open formulas take both.
+
+    HC-STVG: the truth's last frame earns nothing, and an answer that covers it pays for it: n frames found
+    exactly have tIoU (n - 1) / n. VidSTG: their reader takes the exclusive temporal_gt.end_fid for the last
+    frame, so the two slips cancel, except where the event reaches the end of the clip (there min() with the
+    clip's last frame makes it HC-STVG's case).
+
+    Source: STCAT datasets/hcstvg.py:169-170, vidstg.py:240-241, evaluation/*_eval.py (CG-STVG's is the same).
+    """
+    last = sample.stop_frame - 1 if sample.question_type is None else sample.stop_frame
+    last = min(last, sample.num_frames - 1)
+    return _scores(tube, sample, range(sample.first_frame, last), range(sample.num_frames))
+
+
+def tubedetr_scores(tube: Tube | None, sample: Sample) -> Scores:
+    """The protocol `tubedetr`: tIoU as in `native`; boxes are judged at the frames TubeDETR would be shown.
+
+    Their HC-STVG reader takes the 1-based st_frame for 0-based, so that the whole truth is a frame late; that
+    is not copied. Source: TubeDETR datasets/{vidstg,hcstvg}_eval.py at 3c32cc9 (the union of earlier versions
+    is too small).
+    """
+    return _scores(tube, sample, range(sample.first_frame, sample.stop_frame), tubedetr_frames(sample))
+
+
+PROTOCOLS: dict[str, Callable[[Tube | None, Sample], Scores]] = {
+    "native": native_scores,
+    "stcat": stcat_scores,
+    "tubedetr": tubedetr_scores,
+}
+
+
+def tubedetr_frames(sample: Sample) -> list[int]:
+    """The native frames of the clip, 0-based, that TubeDETR is shown: 5 a second, at most 200.
+
+    The first one, then each f with int(f * 5 / fps) above that of the one before, in numbers of the whole
+    file; the clip's last frame is left out; of more than 200, 200 evenly. Of a file with fewer than 5 frames
+    a second, which their code refuses, all but the last are kept.
+    """
+    begin = sample.begin_frame
+    rate = TUBEDETR_FPS / sample.fps  # rounded before it multiplies, as theirs is: int() can tell
+    kept = [begin]
+    for frame in range(begin, begin + sample.num_frames - 1):
+        if int(frame * rate) > int(kept[-1] * rate):
+            kept.append(frame)
+    if len(kept) > TUBEDETR_FRAMES:
+        kept = [kept[j * len(kept) // TUBEDETR_FRAMES] for j in range(TUBEDETR_FRAMES)]
+    return [frame - begin for frame in kept]
+
+
+def _scores(tube: Tube | None, sample: Sample, truth: range, frames: Iterable[int]) -> Scores:
+    """The two formulas. truth: G; frames: F; both on native frames of the clip.
+
+    truth may be empty (`stcat` and an event of one frame); then the scores are 0, as in the published code.
+    That code divides by the hull of P and G: their union where they meet, and where not the scores are 0.
+    """
+    if tube is None:
+        return {"tIoU": 0.0, "vIoU": 0.0, "failures": 1}
+    (first, stop), boxes = tube
+    predicted = range(first, stop)
+    common = range(max(first, truth.start), min(stop, truth.stop))
+    union = len(predicted) + len(truth) - len(common)
+    holes = set(range(sample.first_frame, sample.stop_frame)).difference(sample.boxes)
+    judged = [f for f in frames if (f in predicted or f in truth) and f not in holes]
+    overlap = sum(iou(boxes[f], sample.boxes[f]) for f in judged if f in common and f in boxes)
+    return {"tIoU": len(common) / max(union, 1), "vIoU": overlap / max(len(judged), 1), "failures": 0}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# From scores to the paper's table
+
+
+def summarize(scores: list[Scores]) -> Row:
+    """A row of the paper's tables, in percent, over ALL sentences (N and failures are counts).
+
+    vIoU@R is the share of sentences with vIoU strictly above R. Raises ValueError for no scores at all.
+    """
+    if not scores:
+        raise ValueError("no scores to summarize: the split is empty")
+    tious, vious = (np.array([score[name] for score in scores]) for name in ("tIoU", "vIoU"))
+    return {
+        "m_tIoU": 100 * float(tious.mean()),
+        "m_vIoU": 100 * float(vious.mean()),
+        "vIoU@0.3": 100 * float((vious > 0.3).mean()),
+        "vIoU@0.5": 100 * float((vious > 0.5).mean()),
+        "N": len(scores),
+        "failures": sum(score["failures"] for score in scores),
+    }
+
+
+def grid_ceiling(samples: list[Sample], text_format: TextFormat, protocol: str = "native") -> Row:
+    """The row of the answers with the full reward. Print it beside the score.
+
+    It is below 100 where truths begin and end between steps, and where boxes do not move evenly between
+    them. Raises ValueError for no samples at all.
+    """
+    tubes = zip(ceiling_tubes(samples, text_format), samples, strict=True)
+    return summarize([PROTOCOLS[protocol](tube, sample) for tube, sample in tubes])
+
+
+def score_answers(
+    tubes: Iterable[Tube | None], samples: list[Sample], text_format: TextFormat
+) -> dict[str, dict[str, float | Row]]:
+    """protocol -> the paper's row with the grid's ceiling, for VidSTG also that of each question type.
+
+    tubes: those of the answers, one for each sample, in the samples' order. They are taken one at a time, so
+    an iterator saves memory: the 10,303 of VidSTG's test set fill 0.7 GB. Returns for each protocol the row
+    of summarize with "ceiling_m_tIoU" and "ceiling_m_vIoU", in percent; where samples have question types,
+    the same rows of those sentences alone stand in it under "declarative" and "interrogative". Raises
+    ValueError for no samples at all, and where there are more or fewer tubes than samples.
+    """
+    scores, ceilings = ({name: [] for name in PROTOCOLS} for _ in range(2))
+    for tube, perfect, sample in zip(tubes, ceiling_tubes(samples, text_format), samples, strict=True):
+        for name, protocol in PROTOCOLS.items():
+            scores[name].append(protocol(tube, sample))
+            ceilings[name].append(protocol(perfect, sample))
+
+    def row(name: str, chosen: Iterable[int]) -> Row:
+        best = summarize([ceilings[name][k] for k in chosen])
+        return summarize([scores[name][k] for k in chosen]) | {
+            f"ceiling_{key}": best[key] for key in COLUMNS[:2]
+        }
+
+    kinds = {kind: [k for k, s in enumerate(samples) if s.question_type == kind] for kind in QUESTION_TYPES}
+    return {
+        name: row(name, range(len(samples))) | {kind: row(name, ks) for kind, ks in kinds.items() if ks}
+        for name in PROTOCOLS
+    }
+
+
+def format_table(rows: dict[str, dict[str, float | Row]]) -> str:
+    """The paper's columns for named rows; beside them N, the share of failed answers, and the grid's ceiling
+    where a row has one. The rows of question types that stand in a row follow it.
+
+    Raises ValueError for a row whose vIoU@0.5 is above its vIoU@0.3: no answers score so.
+    """
+    lines = {}
+    for name, row in rows.items():
+        lines[name] = row
+        lines |= {f"{name} {kind}": row[kind] for kind in QUESTION_TYPES if kind in row}
+    width = max(12, *map(len, lines))
+    ceilings = {key: head for key, head in CEILINGS.items() if any(key in row for row in lines.values())}
+    heads = (*COLUMNS, "N", "failed", *ceilings.values())
+    table = [" " * width + "".join(f"{head:>10}" for head in heads)]
+    for name, row in lines.items():
+        if not row["vIoU@0.5"] <= row["vIoU@0.3"]:
+            raise ValueError(f"{name}: vIoU@0.5 {row['vIoU@0.5']} is above vIoU@0.3 {row['vIoU@0.3']}")
+        cells = [f"{row[key]:.1f}" for key in COLUMNS] + [f"{row['N']}", f"{row['failures'] / row['N']:.1%}"]
+        cells += [f"{row[key]:.1f}" if key in row else "-" for key in ceilings]
+        table.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(table)
