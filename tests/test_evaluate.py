@@ -4,6 +4,7 @@ import itertools
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -308,5 +309,136 @@ def test_answers_that_cannot_be_written(taught, place, tmp_path, capsys, monkeyp
         assert "evaluate " not in capsys.readouterr().err  # the bar of decoding
     with full_disk():
         message = error_of([*arguments, str(tmp_path / "answers")], monkeypatch)
-    assert message.startswith(f"error: {tmp_path}/answers.rank0: No space left on device; free some space, or")
+    assert message.startswith(
+        f"error: {tmp_path}/answers.rank0: No space left on device; free some space, or"
+    )
     assert (tmp_path / "answers.rank0").read_text() == "" and not (tmp_path / "answers").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Stopped and started again, on many ranks, with videos that cannot be read
+
+
+@pytest.fixture
+def decoding(taught, place, world):
+    """Arguments that decode six sentences with the taught checkpoint."""
+    settings = [f"videos={world}", "think=false", "max_new_tokens=72", "eval_batch=2"]
+    return [str(taught / "checkpoint"), place, *settings]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_is_answered_is_not_decoded_again(decoding, tmp_path, capsys):
+    output = tmp_path / "run_checkpoint" / "predictions.jsonl"
+    evaluate.main([*decoding, "eval_limit=4"])
+    records = read(output)
+    assert len(records) == 4
+    records[1]["completion"] = "edited"
+    evaluate.write_jsonl(records, output)
+    capsys.readouterr()
+    evaluate.main([*decoding, "--json"])
+    captured = capsys.readouterr()
+    assert "4 answers are in" in captured.err and json.loads(captured.out)["native"]["N"] == 6
+    assert read(output)[:4] == records and [r["id"] for r in read(output)] == [f"{n}.y4m" for n in range(6)]
+    before = output.read_bytes()
+    evaluate.main(decoding)
+    assert f"all answers are in {output} already" in capsys.readouterr().err
+    assert output.read_bytes() == before
+
+
+def test_a_killed_evaluation_goes_on(decoding, tmp_path, capsys):
+    """What two ranks have left behind, the last line of one of them cut."""
+    evaluate.main(decoding)
+    output = tmp_path / "run_checkpoint" / "predictions.jsonl"
+    whole, lines = output.read_bytes(), output.read_bytes().splitlines(keepends=True)
+    output.unlink()
+    parts = [output.with_name(f"predictions.rank{rank}.jsonl") for rank in (0, 3)]
+    parts[0].write_bytes(lines[0] + lines[2][:50])
+    parts[1].write_bytes(lines[1] + lines[3])
+    capsys.readouterr()
+    evaluate.main(decoding)
+    assert "3 answers are in" in capsys.readouterr().err
+    assert output.read_bytes() == whole and sorted(output.parent.iterdir()) == [output]
+
+
+def test_answers_of_other_settings_are_left_alone(decoding, tmp_path, monkeypatch):
+    output = str(tmp_path / "mine.jsonl")
+    evaluate.main([*decoding, "eval_limit=1", "--output", output])
+    evaluate.main([*decoding, "eval_limit=2", "threads=2", "--output", output])  # no answer depends on these
+    assert len(read(tmp_path / "mine.jsonl")) == 2
+    for setting in ("max_new_tokens=71", "seed=1", "fps=1", "coordinates=original", "eval_temperature=0.5"):
+        message = error_of([*decoding, setting, "--output", output], monkeypatch)
+        assert "mine.jsonl: holds answers made in another way; choose another --output" in message
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_gives_the_same_answers(decoding, tmp_path, ranks):
+    """Sampled, so that the random numbers count as well; three ranks also share five sentences unevenly."""
+    arguments = [*decoding, "eval_temperature=1", "eval_limit=5", "--json", "--output"]
+    outputs = [tmp_path / name / "answers.jsonl" for name in ("one", "many")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    scores = []
+    for command, output in zip(([sys.executable], torchrun), outputs, strict=True):
+        command = [*command, str(ROOT / "evaluate.py"), *arguments, str(output)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        scores.append(json.loads(done.stdout))
+        assert done.stderr.count("5 sentences") <= 1 and done.stderr.count("annotations: ") == 1
+    assert scores[0] == scores[1] and outputs[0].read_bytes() == outputs[1].read_bytes()
+    assert len({record["completion"] for record in read(outputs[0])}) > 1
+    assert [path.name for path in outputs[1].parent.iterdir()] == ["answers.jsonl"]
+
+
+def test_videos_that_cannot_be_read(decoding, tmp_path, world, monkeypatch, capsys):
+    """Skipped: their sentences stay in the mean as failures. Otherwise: an error before or at the file."""
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    (broken / "1.y4m").write_bytes(b"no video")
+    arguments = [word if "videos=" not in word else f"videos={broken}" for word in decoding]
+    assert "1.y4m: 8 bytes that cannot be opened" in error_of(arguments, monkeypatch)
+    (broken / "4.y4m").unlink()
+    assert "1 of 6 videos missing: 4.y4m" in error_of(arguments, monkeypatch)
+    capsys.readouterr()
+    evaluate.main([*arguments, "on_bad_video=skip", "--json", "--output", str(tmp_path / "skip.jsonl")])
+    captured = capsys.readouterr()
+    row = json.loads(captured.out)["native"]
+    assert row["N"] == 6 and row["failures"] >= 2
+    assert captured.err.count("skipped: ") == 2 and "2 of them are empty, since their videos" in captured.err
+    records = {record["id"]: record for record in read(tmp_path / "skip.jsonl")}
+    assert [i for i, r in records.items() if r.get("unreadable")] == ["1.y4m", "4.y4m"]
+    evaluate.main([*decoding, "--output", str(tmp_path / "all.jsonl")])
+    for record in read(tmp_path / "all.jsonl"):
+        if record["id"] not in ("1.y4m", "4.y4m"):
+            assert records[record["id"]]["completion"] == record["completion"]
+
+
+def test_answers_of_closed_models(place, tmp_path, capsys):
+    """The truth in the form of Fig. 8, second by second: the ceiling, or better, which has only three digits."""
+    csv = ["answer_format=csv", "coordinates=relative", "time_unit=second", "think=false"]
+    config = load_config(place, csv)
+    samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos)
+    answers = {}
+    for sample in samples:
+        truth = sample.truth(1.0)
+        rows = [f"{truth.span[0]} - {truth.span[1]}", "timestamp, x1, y1, x2, y2"]
+        rows += [", ".join(map(str, (step, *box))) for step, box in truth.boxes.items()]
+        answers[sample.id] = "\n".join(rows)
+    path = write(tmp_path / "csv.jsonl", answers)
+    row = rescore(capsys, path, "--data", place, *csv)["native"]
+    assert row["failures"] == 0 and row["m_tIoU"] == row["ceiling_m_tIoU"]
+    assert row["m_vIoU"] == pytest.approx(row["ceiling_m_vIoU"], abs=0.5)
+    assert rescore(capsys, path, "--data", place)["native"]["failures"] == 6
+
+
+def test_an_open_model_is_asked_for_csv(decoding, tmp_path, capsys):
+    csv = [
+        "answer_format=csv",
+        "coordinates=relative",
+        "eval_limit=1",
+        "--output",
+        str(tmp_path / "csv.jsonl"),
+    ]
+    evaluate.main([*decoding, *csv])
+    (record,) = read(tmp_path / "csv.jsonl")
+    assert "rewards" not in record and record["scale"] == [1, 1]

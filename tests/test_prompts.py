@@ -1,6 +1,7 @@
 """The answer language: grammar, time grid, coordinate systems, and the prompt that describes them."""
 
 import itertools
+import math
 import re
 import time
 from fractions import Fraction
@@ -19,6 +20,8 @@ from prompts import (
     format_answer,
     from_text_box,
     parse_answer,
+    parse_csv_answer,
+    read_answer,
     to_text_box,
     truth_answer,
 )
@@ -210,15 +213,24 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE.keys())
-def test_time_is_linear_in_the_text(hostile):
+HOSTILE_CSV = {
+    "numbers": lambda n: "5, " * (n // 3),
+    "intervals": lambda n: "5 - " * (n // 4),
+    "digit by digit": lambda n: "5 " * (n // 2),
+    "rows": lambda n: "1 - 2\n" + "5, 0.1, 0.2, 0.3, 0.4\n" * (n // 22),
+}
+
+
+@pytest.mark.parametrize("parse", [parse_answer, parse_csv_answer])
+@pytest.mark.parametrize("hostile", [*HOSTILE.values(), *HOSTILE_CSV.values()], ids=[*HOSTILE, *HOSTILE_CSV])
+def test_time_is_linear_in_the_text(hostile, parse):
     """Twice the text takes twice the time (4 times would be quadratic); limits allow for a busy machine."""
 
     def seconds(length):
         text, times = hostile(length), []
         for _ in range(3):
             start = time.perf_counter()
-            parse_answer(text)
+            parse(text)
             times.append(time.perf_counter() - start)
         return min(times)
 
@@ -389,3 +401,95 @@ def test_the_prompt_says_what_the_numbers_mean(text_format):
 def test_prompts_of_one_video_differ_in_the_sentence_alone():
     one, two = (build_prompt(sentence, 40, (1000, 1000), TextFormat()) for sentence in ("A.", "B."))
     assert one[:-2] == two[:-2]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What closed models are asked for (Fig. 8)
+
+CSV = TextFormat("relative", "second", think=False, answer_format="csv")
+CSV_ANSWER = Answer(5, 7, None, ((5, (0.1, 0.2, 0.3, 0.4)), (6, (0.15, 0.2, 0.35, 0.4)), (7, (0.2, 0, 1, 1))))
+PLAIN = "5 - 7\ntimestamp, x1, y1, x2, y2\n5, 0.1, 0.2, 0.3, 0.4\n6, 0.15, 0.2, 0.35, 0.4\n7, 0.2, 0, 1, 1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN,
+        PLAIN.replace(", ", ","),
+        PLAIN.replace("\n", "\r\n"),
+        "```csv\n" + PLAIN + "\n```",
+        "Sure! The event runs from 5s to 7s.\n\n" + PLAIN.split("\n", 1)[1] + "\n\nLet me know, 1, 2, 3, 4.",
+        PLAIN.replace("5 - 7", "**Interval:** [5.0, 7.9] seconds"),
+        PLAIN.replace("5 - 7", "5 sec \u2013 7 sec"),
+        PLAIN.replace("5, 0.1, 0.2, 0.3, 0.4", "(5.0, 0.1, 0.2, 0.3, 0.4)"),
+        PLAIN + "\n7.5, 0.9, 0.9, 1, 1",  # of two boxes in one second the first counts
+        PLAIN + "\n8, 9 - 10",
+    ],
+)
+def test_csv_answers(text):
+    assert parse_csv_answer(text) == CSV_ANSWER
+    assert read_answer(text, CSV) == CSV_ANSWER
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "The dog runs.",
+        PLAIN.split("\n", 1)[1],  # no interval
+        "5 - 7",  # no box
+        PLAIN.split("\n", 1)[1] + "\n5 - 7",  # the interval comes first
+        PLAIN.replace(", 0.", ", -0."),
+        PLAIN.replace("0.2", "1e-1").replace("7, 1e-1, 0, 1, 1", ""),
+        PAPER,
+    ],
+)
+def test_texts_that_are_no_csv_answers(text):
+    assert parse_csv_answer(text) is None
+
+
+@settings(max_examples=300)
+@given(
+    st.text() | st.lists(st.sampled_from([*TOKENS, "\n", "5, .1", "0.5", "s to "]), max_size=60).map("".join)
+)
+def test_no_text_makes_csv_raise(text):
+    answer = parse_csv_answer(text)
+    if answer is not None:
+        assert all(math.isfinite(v) for _, box in answer.pred for v in box)
+
+
+def test_the_csv_prompt_asks_for_what_is_read():
+    prompt = build_prompt("a dog runs.", 20, (1, 1), CSV)
+    for words in ("START - END", "whole seconds", "timestamp, x1, y1, x2, y2", "at most 30", "from 0 to 1"):
+        assert words in prompt
+    assert prompt.endswith("\nEvent: a dog runs.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"answer_format": "json"}, "answer_format: 'json' is not one of boxes, csv"),
+        (
+            {"answer_format": "csv"},
+            "csv needs coordinates: relative, time_unit: second and think: false, not",
+        ),
+        ({"coordinates": "relative"}, "coordinates: 'relative' is not one of norm1000, resized, original"),
+    ],
+)
+def test_formats_that_contradict_themselves(changes, said):
+    with pytest.raises(ValueError, match=said):
+        TextFormat(**changes)
+
+
+def test_truth_before_the_end_of_a_video():
+    truth = Truth((3, 6), {4: (0, 0, 1, 1), 6: (0, 0, 0.5, 0.5)})
+    assert truth.before(7) == truth.before(99) == truth
+    assert truth.before(5) == Truth((3, 4), {4: (0, 0, 1, 1)})
+    assert truth.before(4) is None and truth.before(0) is None
+
+
+@pytest.mark.parametrize(
+    ("fps", "unit", "frames", "steps"), [(2, "frame", 7, 7), (2, "second", 7, 4), (4, "second", 8, 2)]
+)
+def test_steps_that_frames_show(fps, unit, frames, steps):
+    assert TextFormat(time_unit=unit, fps=fps).num_steps(frames) == steps
