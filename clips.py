@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tokenize
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable
@@ -35,6 +36,8 @@ from config import Config
 from data import Sample
 from video import REENCODE, VideoError, clip_frames, frame_size
 
+# What numpy raises, besides OSError, for a file that is not what np.save wrote.
+DAMAGED = (ValueError, EOFError, MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 CACHE_VERSION = 1  # raise it when clip_frames comes to compute other numbers: old entries are not used then
 
 
@@ -197,7 +200,7 @@ class Cache:
         may be fewer, of a file that lacks its end."""
         try:
             frames = np.load(self._path(key), allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile):  # missing, or damaged
+        except (OSError, *DAMAGED):
             return None
         if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8 or frames.ndim != 4:
             return None
@@ -211,7 +214,7 @@ class Cache:
         temporary = os.path.join(self.folder, f"{key}.{uuid.uuid4().hex}.tmp")  # no other process has it
         try:
             if self._size(without=f"{key}.npy") + frames.nbytes > self.max_bytes:
-                limit = f"full at {self.max_bytes / 1e9:g} GB"
+                limit = f"is full at {self.max_bytes / 1e9:g} GB"
                 self._stop(f"{limit}; raise frame_cache_gb, or empty it of other settings' entries")
                 return
             try:
@@ -244,7 +247,7 @@ class Cache:
             if self.writing:
                 self.writing = False
                 print(
-                    f"{self.folder}: the cache of frames is {why}. Going on without adding to it.",
+                    f"{self.folder}: the cache of frames {why}. Going on without adding to it.",
                     file=sys.stderr,
                 )
 

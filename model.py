@@ -84,7 +84,7 @@ FAMILIES = {  # by the model_type of config.json
 REFUSED = {
     "qwen3_5": "Qwen3.5's linear-attention layers cannot score answers under a tree mask",
     "qwen3_5_moe": "Qwen3.5's linear-attention layers cannot score answers under a tree mask",
-    "qwen3_vl_moe": "a mixture of experts, whose router needs a loss of its own",
+    "qwen3_vl_moe": "a mixture of experts, with which nothing here was tried",
 }
 # Never sampled, never scored: in a completion they would ask the vision tower for features of nothing.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -182,11 +182,14 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
             f" example {EXAMPLE}"
         )
     family = FAMILIES[config.model_type]
-    preprocessors = _read_preprocessors(checkpoint)
+    preprocessors = _read_json(checkpoint, PREPROCESSORS)
     video = _video_settings(preprocessors)
+    # transformers passes over a broken one in silence, and an end of the answer would be forgotten.
+    generation = _read_json(checkpoint, ("generation_config.json",)).get("generation_config.json", {})
     with _loading(checkpoint):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    for problem in _problems(config, tokenizer, video):  # before the weights, which can take minutes
+    # Before the weights, which can take minutes.
+    for problem in _problems(config, tokenizer, video, generation):
         raise ModelError(f"model: {checkpoint!r}: {problem}")
     with _loading(checkpoint):
         # sdpa: the eager path misreads boolean masks, flash attention cannot take a tree mask at all.
@@ -278,11 +281,11 @@ def _reason(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]]).rstrip(".: ")
 
 
-def _read_preprocessors(checkpoint: str) -> dict[str, dict]:
-    """Those of the files PREPROCESSORS that a checkpoint folder or hub repository has. Raises ModelError for
-    a broken one."""
+def _read_json(checkpoint: str, names: tuple[str, ...]) -> dict[str, dict]:
+    """Those of the named files that a checkpoint folder or hub repository has. Raises ModelError for a broken
+    one."""
     found = {}
-    for name in PREPROCESSORS:
+    for name in names:
         path = cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False)
         if path is None:
             continue
@@ -319,9 +322,12 @@ def _pixel_budget(video: dict) -> tuple[float, float]:
     )
 
 
-def _problems(config: PreTrainedConfig, tokenizer, video: dict) -> Iterator[str]:
-    """What of a checkpoint's files our prompts and patches rely on, and does not hold: what was found, and
-    what to do. The tokens and the template are all that is asked of a tokenizer."""
+def _problems(config: PreTrainedConfig, tokenizer, video: dict, generation: dict) -> Iterator[str]:
+    """Where a checkpoint's files are not what our prompts, patches and samples rely on: what was found, and
+    what to do. The first one counts, others may follow from it.
+
+    video, generation: the settings of its preprocessor and its generation_config.json.
+    """
     vision, vocabulary = config.vision_config, tokenizer.get_vocab()
     again = "fetch its files again"
     sizes = {
@@ -356,6 +362,12 @@ def _problems(config: PreTrainedConfig, tokenizer, video: dict) -> Iterator[str]
     missing = [token for token in (*marks, "<|im_end|>") if token not in vocabulary]
     if missing:
         yield f"the tokenizer lacks the tokens {', '.join(missing)}; {shipped}"
+    ids, ends = set(vocabulary.values()), generation.get("eos_token_id")
+    if not all(end is None or (type(end) is int and end in ids) for end in _as_list(ends)):
+        yield f"eos_token_id in its generation_config.json is {ends!r}, not tokens of its tokenizer; {again}"
+    if max(ids) >= config.text_config.vocab_size:
+        rows = config.text_config.vocab_size
+        yield f"vocab_size in its config.json is {rows}, but its tokenizer goes up to {max(ids)}; {again}"
     for token, key in marks.items():
         if vocabulary[token] != getattr(config, key):
             yield (
@@ -386,11 +398,14 @@ def _render_chat(tokenizer, text: str) -> str:
     )
 
 
+def _as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
 def _eos_ids(generation_config: GenerationConfig, tokenizer) -> list[int]:
     """All tokens that end an answer (Qwen-VL has two). Nothing else of the generation config is used: its
     repetition penalty and top-k would make the sampler another policy than the one that is scored."""
-    eos = generation_config.eos_token_id
-    eos = set(eos if isinstance(eos, list) else [eos]) - {None}
+    eos = set(_as_list(generation_config.eos_token_id)) - {None}
     return sorted(eos | {tokenizer.convert_tokens_to_ids("<|im_end|>")})
 
 

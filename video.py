@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from data import Sample
 
 TIMESTAMP_ERROR = 1e-4  # s; decord's timestamps are float32, so off by up to 1e-5 s in a three-minute video
+SHORTEST = 0.75  # of its annotated duration: a file that holds less is broken, not a little short
 HELD_SECONDS = 0.5  # how long the last frame stands in where a file ends before its annotation says
 NO_SUBSTITUTES = 1e-6  # decord's fault_tol: the share of frames that may be copies of others; 0 means any
 DECORD_ERRORS = (
@@ -61,8 +62,8 @@ def check_header(sample: Sample, header: Header) -> bool:
 
     Raises VideoError for another shape (by more than 2 %: boxes would be scaled by a wrong size; a smaller
     copy of the video is fine), and for another duration (by more than 1 s and 5 %: steps would be counted at
-    a wrong rate). A file that is shorter but of the annotated frame rate has lost its end; what exists of it
-    is good, and it is an error only where the clip begins after that.
+    a wrong rate). A file of the annotated frame rate that holds three quarters of the duration or more has
+    lost its end; what exists of it is good, and it is an error only where the clip begins after that.
     """
     if abs(header.width * sample.height / (header.height * sample.width) - 1) > 0.02:
         raise VideoError(
@@ -72,7 +73,7 @@ def check_header(sample: Sample, header: Header) -> bool:
         )
     annotated = sample.file_frames / sample.fps  # seconds
     rate = header.frames / max(header.seconds, TIMESTAMP_ERROR)  # a lone frame may have no duration
-    cut_off = header.seconds < annotated and abs(rate / sample.fps - 1) <= 0.05
+    cut_off = SHORTEST <= header.seconds / annotated < 1 and abs(rate / sample.fps - 1) <= 0.05
     if abs(header.seconds - annotated) > max(1.0, 0.05 * annotated) and not cut_off:
         raise VideoError(
             f"{sample.video}: lasts {header.seconds:.2f} s, but its annotation says {annotated:.2f} s"

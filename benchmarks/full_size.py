@@ -1,15 +1,16 @@
 # ruff: noqa: E402 (the project is no package: its folder must be on the path first)
 """The published sizes of Qwen-VL, without their weights: what they take, and that they run.
 
-python benchmarks/full_size.py
-    builds each published shape on the meta device (no memory), checks its number of parameters, and
-    prints how FSDP2 would cut it and what that takes on each GPU. Takes seconds.
+    python benchmarks/full_size.py
+        builds each published shape on the meta device (no memory), checks its number of parameters, and
+        prints how FSDP2 would cut it and what that takes on each GPU. Takes seconds.
 
-python benchmarks/full_size.py --run 7b --video FILE --folder DIR
-    writes a checkpoint of that shape to DIR, in the files and layout of the hub but with random weights,
-    loads it in a new process as any checkpoint is loaded, and puts one real video through it: prefill,
-    8 answers of 12 tokens, their log-probs. 7b takes 17 GB of memory and of disk, and minutes. A DIR
-    that is there already is measured as it is.
+    python benchmarks/full_size.py --run 7b --video FILE --folder DIR
+        writes a checkpoint of that shape to DIR, in the files and layout of the hub but with random weights,
+        loads it in a new process as any checkpoint is loaded, and puts one real video through it: prefill,
+        8 answers of 12 tokens, their log-probs. 7b takes 17 GB of memory and of disk, and minutes.
+
+A DIR that is there already is measured as it is.
 """
 
 import argparse

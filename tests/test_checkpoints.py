@@ -339,7 +339,8 @@ def rename_token(old, new):
     return spoil
 
 
-CONFIG, OLD, VIDEO = "config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+OLD, VIDEO = "preprocessor_config.json", "video_preprocessor_config.json"
 BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 SAY = "{{ messages[0]['content'][1]['text'] }}"
 OPEN = "{{ '<|im_start|>assistant\n' }}"
@@ -384,6 +385,21 @@ SPOILED = [  # family, what is done to its folder, what the message says
     (Q25, change(CONFIG, "vision_config", "tokens_per_second", to=-2), "is -2, not above 0; fetch"),
     (Q2, rename_token("<|video_pad|>", "<|film|>"), "the tokenizer lacks the tokens <|video_pad|>; use"),
     (Q3, rename_token("<|im_end|>", "<|stop|>"), "the tokenizer lacks the tokens <|im_end|>; use"),
+    (
+        Q3,
+        change(GENERATION, "eos_token_id", to="2"),
+        "eos_token_id in its generation_config.json is '2', not",
+    ),
+    (
+        Q25,
+        change(GENERATION, "eos_token_id", to=[2, 9999]),
+        "generation_config.json is [2, 9999], not tokens of",
+    ),
+    (
+        Q2,
+        change(CONFIG, "vocab_size", to=298),
+        "vocab_size in its config.json is 298, but its tokenizer goes up",
+    ),
     (Q25, template("{{ messages[0]['content'] + '!' }}"), "cannot render a video (TypeError: "),  # text only
     (Q25, template("{% for m in messages %}"), "cannot render a video (TemplateSyntaxError: "),
     (Q25, template("{{ raise_exception('no') }}"), "cannot render a video (TemplateError: no); use"),
@@ -415,10 +431,22 @@ def test_folders_that_contradict_themselves_are_refused(originals, tmp_path, fam
     assert said in message and message.startswith(f"model: {str(folder)!r}: ")
 
 
+@pytest.mark.parametrize("name", ["processor_config.json", OLD, VIDEO, GENERATION])
+def test_broken_files_are_refused(originals, tmp_path, name):
+    """transformers would pass over the last of them in silence, and with it over an end of the answer."""
+    folder = copy_of(originals[Q3][1], tmp_path / "broken")
+    for content, said in (
+        ("{", f"its {name} cannot be read (JSONDecodeError: "),
+        ("[]", "is no JSON object"),
+    ):
+        (folder / name).write_text(content)
+        assert said in load_error(folder) and name in load_error(folder)
+
+
 @pytest.mark.parametrize(
     ("model_type", "hint"),
     [
-        ("qwen3_vl_moe", " (a mixture of experts, whose router needs a loss of its own)"),
+        ("qwen3_vl_moe", " (a mixture of experts, with which nothing here was tried)"),
         ("qwen3_5", " (Qwen3.5's linear-attention layers cannot score answers under a tree mask)"),
         ("qwen3_5_moe", " (Qwen3.5's linear-attention layers cannot score answers under a tree mask)"),
         ("qwen2_5_omni", ""),
@@ -521,8 +549,8 @@ def test_frames_outside_the_pixel_budget_are_reported_once(originals):
     ],
 )
 def test_published_sizes(name, layer, root, static):
-    """Parameters of the whole and of what FSDP2 gathers, counted on the meta device; GiB of weights, gradients,
-    AdamW and reference on each of 1, 2, 4 and 8 GPUs."""
+    """Parameters of the whole and of what FSDP2 gathers, counted on the meta device; and GiB of weights,
+    gradients, AdamW's moments and reference on each of 1, 2, 4 and 8 GPUs."""
     model = empty_model(published_config(name))
     assert count(model) == PUBLISHED[name][1]
     sizes = {what.split()[0]: (number, size) for what, number, size in groups(model)}

@@ -56,6 +56,14 @@ def workers():
     workers.close()
 
 
+@pytest.fixture(scope="module")
+def lone():
+    """One process, for the tests that kill it."""
+    lone = Workers(1, timeout=30)
+    yield lone
+    lone.close()
+
+
 @pytest.fixture
 def clips():
     """clips(**changes) -> Clips that are closed in the end."""
@@ -128,42 +136,34 @@ def test_several_jobs_at_once(workers):
         (os._exit, (3,), r"the worker process ended with code 3"),
     ],
 )
-def test_a_process_that_crashes_costs_its_job_only(function, arguments, said):
-    workers = Workers(1, timeout=30)
-    try:
-        if function is os.kill:
-            arguments = (workers.submit(os.getpid).result(), signal.SIGKILL)
-        crash, after = workers.submit(function, *arguments), workers.submit(divmod, 17, 5)
-        with pytest.raises(VideoError, match=said):
-            crash.result(30)
-        assert after.result(30) == (3, 2) and len(children()) <= 3
-    finally:
-        workers.close()
+def test_a_process_that_crashes_costs_its_job_only(lone, function, arguments, said):
+    if function is os.kill:
+        arguments = (lone.submit(os.getpid).result(), signal.SIGKILL)
+    crash, after = lone.submit(function, *arguments), lone.submit(divmod, 17, 5)
+    with pytest.raises(VideoError, match=said):
+        crash.result(30)
+    assert after.result(30) == (3, 2)
 
 
-def test_a_process_killed_between_two_jobs(tmp_path):
-    workers = Workers(1, timeout=30)
-    try:
-        os.kill(workers.submit(os.getpid).result(), signal.SIGKILL)
-        time.sleep(0.2)
-        sample = make_sample(tmp_path / "a.mp4")
-        with pytest.raises(VideoError, match=r"a\.mp4: the decoder crashed \(signal 9"):
-            workers.submit(clip_frames, sample, 2.0, 112, 28).result(30)
-        assert workers.submit(divmod, 17, 5).result(30) == (3, 2)
-    finally:
-        workers.close()
+def test_a_process_killed_between_two_jobs(lone, tmp_path):
+    os.kill(lone.submit(os.getpid).result(), signal.SIGKILL)
+    time.sleep(0.2)
+    sample = make_sample(tmp_path / "a.mp4")
+    with pytest.raises(VideoError, match=r"a\.mp4: the decoder crashed \(signal 9"):
+        lone.submit(clip_frames, sample, 2.0, 112, 28).result(30)
+    assert lone.submit(divmod, 17, 5).result(30) == (3, 2)
 
 
 HANG = """
 import decord
 reader = decord.VideoReader({path!r}, num_threads=1)
-reader.get_batch(list(range(0, len(reader), 15)))
+reader.get_batch([len(reader) - 1])
 """
 
 
 def test_a_decoder_that_never_returns(tmp_path):
     """decord's seeking on a film with hidden frames spins and holds Python's lock: no thread of that process
-    runs, so only the alarm can end it. (If this decord returns, there is nothing to be ended.)"""
+    runs, so only the alarm can end it."""
     film = write_film(tmp_path / "a.mp4", 220, bf=0, x264_params="scenecut=0:keyint=infinite")
     path = cut(film, tmp_path / "cut.mp4", 4.37)
     workers = Workers(1, timeout=1.5)
@@ -215,8 +215,9 @@ from clips import Workers
 workers = Workers(2, timeout=5)
 ids = [workers.submit(eval, "__import__('os').getpid(), __import__('time').sleep(0.3)") for _ in range(2)]
 print(*(future.result()[0] for future in ids), flush=True)
-workers.submit(eval, "__import__('time').sleep(2)")
-time.sleep(60)
+workers.submit(eval, "__import__('time').sleep(1)")
+while True:
+    time.sleep(0.02)
 """
 
 
@@ -246,10 +247,10 @@ def test_the_processes_end_with_ours(how, tmp_path):
 
 
 def test_a_process_imports_nothing_of_the_script(workers):
-    """Not transformers, for one: two seconds and half a gigabyte each."""
-    loaded = workers.submit(eval, "sorted(__import__('sys').modules)").result()
-    ours = {path.stem for path in ROOT.glob("*.py")} & set(loaded)
-    assert ours <= {"video", "data", "prompts"} and "transformers" not in loaded and "decord" in loaded
+    """Not transformers, for one: seconds and hundreds of megabytes each."""
+    loaded = workers.submit(eval, "set(__import__('sys').modules)").result()
+    assert {"video", "decord"} <= loaded
+    assert not {"model", "train", "evaluate", "grpo", "transformers", "conftest", "pytest"} & loaded
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -408,15 +409,8 @@ def test_paths_are_the_same_from_anywhere(clips, films, tmp_path, monkeypatch):
 
 def damages(good):
     """Contents of an entry that are not what was written."""
-    yield from (
-        b"",
-        good[:5],
-        good[:60],
-        good[:-1],
-        good[: len(good) // 2],
-        b"PK\x03\x04" + good,
-        bytes(len(good)),
-    )
+    yield from (b"", good[:5], good[:60], good[:-1], good[: len(good) // 2], bytes(len(good)))
+    yield b"PK\x03\x04" + good  # numpy takes it for a zip file
     generator = np.random.default_rng(0)
     yield generator.bytes(len(good))
     for _ in range(300):  # changes in the header
@@ -468,7 +462,7 @@ def test_the_cache_is_bounded(clips, films, tmp_path, capsys):
     assert sum(entry.stat().st_size for entry in tmp_path.iterdir()) <= 2.5 * size
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith(f"{tmp_path}: the cache of frames is full at ")
-    assert "raise cache_gb" in said
+    assert "raise frame_cache_gb" in said
     # What other processes wrote counts.
     capsys.readouterr()
     clips(cache=str(tmp_path), cache_gb=2.5 * size / 1e9).frames(make_sample(films[2]))

@@ -414,7 +414,7 @@ def test_videos_that_cannot_be_read(decoding, tmp_path, world, monkeypatch, caps
 
 
 def test_answers_of_closed_models(place, tmp_path, capsys):
-    """The truth in the form of Fig. 8, second by second: the ceiling, or better, which has only three digits."""
+    """The truth in the form of Fig. 8, second by second: the ceiling."""
     csv = ["answer_format=csv", "coordinates=relative", "time_unit=second", "think=false"]
     config = load_config(place, csv)
     samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos)

@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -25,6 +26,7 @@ from config import load_config
 from data import load_samples
 from model import Completion, completion_logprobs, load_policy, pack_completions, rollout
 from rewards import TERMS, WEIGHTS, score
+from video import VideoError
 
 ROOT = Path(__file__).parent.parent
 ROW = {"m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5", "N", "failures", "ceiling_m_tIoU", "ceiling_m_vIoU"}
@@ -421,7 +423,8 @@ def test_settings_and_annotations_that_are_wrong(tmp_path, write_config, world, 
         (f"train_annotations={outside}",): "[60, 60, 5, 5] lies outside the 56 x 56 video; correct or remove",
         (f"videos={tmp_path}",): f"{tmp_path}: 6 of 6 videos missing: 0.y4m, 1.y4m, 2.y4m, ...; set `videos`",
         (f"model={tmp_path}",): "neither a checkpoint folder (with a config.json)",
-        ("dataset=vidstg",): "vidstg",
+        ("dataset=vidstg",): "dataset: vidstg needs `vidor`, the folder of VidOR's annotations",
+        ("answer_format=csv", "coordinates=relative", "think=false"): "csv is to evaluate only; train with",
     }
     path = write_config(tmp_path)
     for overrides, message in cases.items():
@@ -457,6 +460,69 @@ def test_video_that_cannot_be_read(tmp_path, write_config, world, monkeypatch, b
     assert message.startswith(f"error: {videos}/4.y4m: ") and "annotation" in message
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "versions.json"}
     assert load_config(tmp_path / "run/config.yaml").videos == str(videos)
+
+
+def test_bad_videos_are_skipped_where_that_is_asked_for(tmp_path, write_config, world, capsys):
+    """Two of six: their sentences are never trained on, nor replaced by others, and fail in evaluation."""
+    videos = tmp_path / "videos"
+    shutil.copytree(world, videos)
+    (videos / "1.y4m").unlink()
+    (videos / "4.y4m").write_bytes(b"no video")
+    settings = [f"videos={videos}", "on_bad_video=skip", "batch_size=6", "steps=1", "sft.steps=1"]
+    train.main([write_config(tmp_path), *settings])
+    records = read_lines(tmp_path / "run/rollouts.jsonl")
+    assert Counter(r["id"] for r in records) == dict.fromkeys(("0.y4m", "2.y4m", "3.y4m", "5.y4m"), 4)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["after"]["N"] == 6 and summary["after"]["failures"] >= 2
+    predictions = read_lines(tmp_path / "run/predictions.jsonl")
+    assert [p["id"] for p in predictions if "unreadable" in p] == ["1.y4m", "4.y4m"]
+    err = capsys.readouterr().err
+    assert err.count("skipped: ") == 2 and "4.y4m: 8 bytes that cannot be opened as a video" in err
+
+
+def test_skipping_a_video_changes_no_other_answer(taught, tmp_path, write_config, world):
+    """Every prompt keeps its own random numbers."""
+    videos = tmp_path / "videos"
+    shutil.copytree(world, videos)
+    (videos / "1.y4m").write_bytes(b"no video")
+    path = write_config(tmp_path, model=str(taught / "checkpoint"), on_bad_video="skip", **SHORT)
+    answers = []
+    for folder in (world, videos):
+        config = load_config(path, [f"videos={folder}"])
+        policy = load_policy(config.model)
+        clips = open_clips(config, policy.size_factor)
+        keys = [(0, 0, k) for k in range(6)]
+        groups = train.sample_and_score(policy, samples_of(config), keys, clips, config)
+        answers.append({g.sample.id: [c.ids for c in g.completions] for g in groups})
+    assert answers[0].pop("1.y4m") and answers[0] == answers[1]
+
+
+def test_a_batch_without_a_video(tmp_path, write_config, monkeypatch):
+    (tmp_path / "none").mkdir()
+    settings = [f"videos={tmp_path}/none", "on_bad_video=skip", "eval_limit=1", "steps=1"]
+    message = error_of([write_config(tmp_path), *settings], monkeypatch)
+    assert message.startswith("error: none of the 2 videos of a batch can be read, such as ")
+
+
+def test_a_video_that_ends_early(qwen2_5, tmp_path, write_config, world, capsys):
+    """Of 24 frames 20 are left: 5 s. The truth is asked for up to there, and the prompt says so."""
+    videos = tmp_path / "videos"
+    shutil.copytree(world, videos)
+    config = load_config(write_config(tmp_path), [f"videos={videos}", "time_unit=frame", "fps=4"])
+    samples = samples_of(config)
+    whole = (videos / "0.y4m").read_bytes()
+    (videos / "0.y4m").write_bytes(whole[: len(whole) * 20 // 24 + 60])  # and a piece of the header
+    late = replace(
+        samples[0], first_frame=18, stop_frame=24, boxes=dict.fromkeys(range(18, 24), (0, 0, 1, 1))
+    )
+    clips = open_clips(config, qwen2_5.size_factor)
+    ((_, truth, prompt),) = train.questions(qwen2_5, [late], clips, config)
+    assert truth.span == (18, 22) and set(truth.boxes) == set(range(18, 23))  # the last is held for 0.5 s
+    assert len(prompt.frames) == 23 and "23 steps of 0.25 s" in qwen2_5.tokenizer.decode(prompt.ids)
+    assert "0.y4m: ends early; the 23 steps that exist are used" in capsys.readouterr().err
+    after = replace(late, first_frame=23, boxes={23: (0, 0, 1, 1)})
+    with pytest.raises(VideoError, match=r"0\.y4m: ends before the event of '0\.y4m' begins"):
+        train.questions(qwen2_5, [after], clips, config)
 
 
 def test_output_dir_that_cannot_be_made(tmp_path, write_config, monkeypatch):
