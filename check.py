@@ -11,6 +11,7 @@ apart. Ends with exit code 1 where a video cannot be used.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import os
 import sys
@@ -123,20 +124,18 @@ def check_headers(config: Config, samples: list[Sample]) -> tuple[dict[str, list
     by_video = collections.defaultdict(list)
     for sample in samples:
         by_video[sample.video].append(sample)
-    workers = Workers(max(1, config.decode_workers), config.decode_timeout)
-    jobs = {video: workers.submit(probe, video) for video in by_video}
     problems = collections.defaultdict(list)
-    for video, job in tqdm(jobs.items(), desc="headers", unit="video", delay=2, leave=False):
-        try:
-            header = job.result()
-            for sample in by_video[video]:
-                if check_header(sample, header):
-                    problems[f"{NOTE}{video}: ends at {header.seconds:.2f} s, what exists is used"].append(
-                        sample.id
-                    )
-        except VideoError as error:
-            problems[str(error)] += [sample.id for sample in by_video[video]]
-    workers.close()
+    with contextlib.closing(Workers(max(1, config.decode_workers), config.decode_timeout)) as workers:
+        jobs = {video: workers.submit(probe, video) for video in by_video}
+        for video, job in tqdm(jobs.items(), desc="headers", unit="video", delay=2, leave=False):
+            try:
+                header = job.result()
+                for sample in by_video[video]:
+                    if check_header(sample, header):
+                        note = f"{NOTE}{video}: ends at {header.seconds:.2f} s, what exists is used"
+                        problems[note].append(sample.id)
+            except VideoError as error:
+                problems[str(error)] += [sample.id for sample in by_video[video]]
     return problems, len(by_video)
 
 
@@ -147,19 +146,17 @@ def check_clips(config: Config, samples: list[Sample]) -> tuple[dict[str, list[s
         by_clip[sample.video, sample.begin_frame, sample.num_frames].append(sample)
     firsts = [some[0] for some in by_clip.values()]
     config = dataclasses.replace(config, on_bad_video="error")  # errors are to be caught here
-    clips = open_clips(config, size_factor(config.model))
     problems = collections.defaultdict(list)
-    for k, sample in enumerate(tqdm(firsts, desc="clips", unit="clip", delay=2, leave=False)):
-        clips.ahead(firsts[k : k + 2 * max(1, config.decode_workers)])
-        same = by_clip[sample.video, sample.begin_frame, sample.num_frames]
-        try:
-            found, expected = len(clips.frames(sample)), sample.grid(1 / config.fps).num_steps
-            if found < expected:
-                note = f"{NOTE}{sample.video}: {found} of {expected} frames exist and are used"
-                problems[note] += [s.id for s in same]
-        except VideoError as error:
-            problems[str(error)] += [s.id for s in same]
-    clips.close()
+    with contextlib.closing(open_clips(config, size_factor(config.model))) as clips:
+        for k, sample in enumerate(tqdm(firsts, desc="clips", unit="clip", delay=2, leave=False)):
+            clips.ahead(firsts[k : k + 2 * max(1, config.decode_workers)])
+            same = [s.id for s in by_clip[sample.video, sample.begin_frame, sample.num_frames]]
+            try:
+                found, expected = len(clips.frames(sample)), sample.grid(1 / config.fps).num_steps
+                if found < expected:
+                    problems[f"{NOTE}{sample.video}: {found} of {expected} frames exist and are used"] += same
+            except VideoError as error:
+                problems[str(error)] += same
     return problems, len({sample.video for sample in samples})
 
 

@@ -6,7 +6,7 @@ import os
 import torch
 import torch.distributed as dist
 
-# A rank may wait hours for one with longer answers; a dead one ends the job through torchrun, not through this.
+# A rank may wait hours for one with longer answers; torchrun, not this, ends the job of a rank that died.
 PATIENCE = datetime.timedelta(days=7)
 
 

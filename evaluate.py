@@ -14,6 +14,7 @@ on. The metrics are in metrics.py.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import glob
@@ -27,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clips import Clips, open_clips
 from tqdm import tqdm
 
 import distributed
 import toy
+from clips import Clips, open_clips
 from config import Config, ConfigError, load_config
 from data import Sample, check_videos, count_sentences, format_report, load_samples
 from files import DataError, read_jsonl, write_whole
@@ -131,10 +132,9 @@ def decode_split(
     part = output.with_name(f"{output.stem}.rank{rank}{output.suffix}")
     if part.exists():
         write_jsonl(read_jsonl(part, "id", skip_cut=True), part)  # without the line that was cut
-    clips = open_clips(config, policy.size_factor)
-    for records in decode(policy, todo[rank::ranks], clips, config, output.stem):
-        write_jsonl([{**record, "made": made} for record in records], part, append=True)
-    clips.close()
+    with contextlib.closing(open_clips(config, policy.size_factor)) as clips:
+        for records in decode(policy, todo[rank::ranks], clips, config, output.stem):
+            write_jsonl([{**record, "made": made} for record in records], part, append=True)
     distributed.wait()
     done = {record["id"]: record for record in saved_answers(output)}
     distributed.wait()  # all ranks must have read before the parts go

@@ -17,6 +17,7 @@ log; evaluate again. Everything goes to output_dir:
 Departures from the paper are the fields of config.py that say "not in the paper".
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -92,10 +93,31 @@ def main(arguments: list[str]) -> None:
     if config.on_bad_video == "error":
         check_videos(train_samples + eval_samples)
     policy = load_policy(config.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    clips = open_clips(config, policy.size_factor)
     run = start_run(config)
     print(describe(config, policy, train_samples, eval_samples))
+    with contextlib.closing(open_clips(config, policy.size_factor)) as clips:
+        before, rewards, after = learn(policy, train_samples, eval_samples, clips, config, run)
+    few = max(1, len(rewards) // 10)  # a single step's mean is noise
+    first, last = (float(np.mean(part)) if part else None for part in (rewards[:few], rewards[-few:]))
+    seconds = time.time() - started
+    reward = {"first": first, "last": last}
+    write_json({"before": before, "after": after, "reward": reward, "seconds": seconds}, run / "summary.json")
+    print(format_table({"before": before, "after": after}))
+    if rewards:
+        print(f"mean sampled reward, first and last {few} of {len(rewards)} steps: {first:.2f} -> {last:.2f}")
+    print(f"{seconds:.0f} s; everything is in {run}/; {draw_pictures(run)}")
 
+
+def learn(
+    policy: Policy,
+    train_samples: list[Sample],
+    eval_samples: list[Sample],
+    clips: Clips,
+    config: Config,
+    run: Path,
+) -> tuple[dict, list[float], dict]:
+    """Evaluate, fine-tune on true answers if `sft` asks for it, learn from rewards, evaluate again. Returns
+    the held-out scores before, the mean reward of each step, and the scores after."""
     before = evaluate_split(policy, eval_samples, clips, config, run / "predictions_before.jsonl", "before")
     log({"phase": "eval", "step": 0, **before}, run)
 
@@ -113,8 +135,8 @@ def main(arguments: list[str]) -> None:
         clock = time.time()
         set_learning_rate(optimizer, config.learning_rate * min(1, (step + 1) / max(1, config.warmup_steps)))
         size = config.batch_size
-        samples, after = (batch_of(train_samples, size, n, config.seed) for n in (step, step + 1))
-        clips.ahead(samples + after)
+        samples, following = (batch_of(train_samples, size, n, config.seed) for n in (step, step + 1))
+        clips.ahead(samples + following)
 
         groups = []
         for first in range(0, len(samples), config.rollout_batch):
@@ -143,16 +165,7 @@ def main(arguments: list[str]) -> None:
     save_policy(policy, run / "checkpoint")
     after = evaluate_split(policy, eval_samples, clips, config, run / "predictions.jsonl", "after")
     log({"phase": "eval", "step": config.steps, **after}, run)
-    rewards = [reward for reward, _ in progress]
-    few = max(1, len(rewards) // 10)  # a single step's mean is noise
-    first, last = (float(np.mean(part)) if part else None for part in (rewards[:few], rewards[-few:]))
-    seconds = time.time() - started
-    reward = {"first": first, "last": last}
-    write_json({"before": before, "after": after, "reward": reward, "seconds": seconds}, run / "summary.json")
-    print(format_table({"before": before, "after": after}))
-    if rewards:
-        print(f"mean sampled reward, first and last {few} of {len(rewards)} steps: {first:.2f} -> {last:.2f}")
-    print(f"{seconds:.0f} s; everything is in {run}/; {draw_pictures(run)}")
+    return before, [reward for reward, _ in progress], after
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -255,8 +268,9 @@ def supervise(policy: Policy, samples: list[Sample], clips: Clips, config: Confi
     """Supervised fine-tuning: raise the log-probability of the true answer (Table 5, "SFT")."""
     optimizer = adamw(policy, config.sft.learning_rate, config)
     for step in trange(config.sft.steps, desc="SFT", unit="step"):
-        batch, after = (batch_of(samples, config.sft.batch_size, n, config.seed) for n in (step, step + 1))
-        clips.ahead(batch + after)
+        size = config.sft.batch_size
+        batch, following = (batch_of(samples, size, n, config.seed) for n in (step, step + 1))
+        clips.ahead(batch + following)
         shown = questions(policy, batch, clips, config)
         prompts = [prompt for _, _, prompt in shown]
         require(shown, batch)

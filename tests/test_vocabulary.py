@@ -27,6 +27,7 @@ OTHERS = (
     "it's WE'LL don't  two spaces\n\n a\ttab \r\n and\u00a0more   ",
     "Ünïcödé ①②③ 中文字符\uff0c日本語のテキスト 한국어 العربية עברית हिन्दी ไทย",
     "🎬🏳️‍🌈 emoji, \U0001f468‍\U0001f469‍\U0001f467 and \x00\x7f control \ufffd",
+    "decomposed cafe\u0301 and A\u030angstro\u0308m",  # NFC makes one letter of each pair
     "x1=271.5e-3, 3.14159; {'a': [1,2]} <tag/> ~~~ ///// ______ 0123456789",
     "<pred_bbox>5.[271,30,395,212],6.[0,0,1000,1000]</pred_bbox>",
 )
