@@ -188,8 +188,19 @@ def test_a_saved_configuration_is_whole(tmp_path, full_disk):
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_of_the_project(file):
     config = load_config(file)
-    assert config.model and config.train_annotations and config.eval_annotations and config.videos
+    assert config.model and config.eval_annotations and config.videos
+    assert bool(config.vidor) == (config.dataset == "vidstg")
+    only_to_evaluate = file.stem in ("closed_model", "hcstvg_v1_from_vidstg")
+    assert bool(config.train_annotations) != only_to_evaluate
 
 
-def test_there_are_configurations():
-    assert {"toy", "hcstvg"} <= {path.stem for path in CONFIGS}
+def test_the_papers_recipe():
+    """Section 4: what the configurations of the three data sets share with it."""
+    stated = {"learning_rate": 1e-6, "weight_decay": 1e-2, "num_generations": 8, "batch_size": 128, "fps": 2}
+    stated |= {"max_side": 336, "model": "Qwen/Qwen2.5-VL-7B-Instruct", "think": True}
+    names = {file.stem: file for file in CONFIGS}
+    for name in ("hcstvg_v1", "hcstvg_v2", "vidstg"):
+        config = load_config(names[name])
+        assert {key: getattr(config, key) for key in stated} == stated
+        assert config.rewards == WEIGHTS and config.sft.steps == 0
+    assert {"toy", "qwen3_vl", "closed_model", "hcstvg_v1_from_vidstg"} <= names.keys()
