@@ -37,7 +37,8 @@ from config import Config, ConfigError, load_config
 from data import Sample, check_videos, count_sentences, format_report, load_samples
 from files import DataError, read_jsonl, write_whole
 from metrics import Tube, format_table, score_answers, tube_from_answer
-from model import Completion, ModelError, Policy, Prompt, load_policy, make_prompt, rollout
+from model import Completion, Prompt, make_prompt, rollout
+from policy import ModelError, Policy, load_policy
 from prompts import Answer, Box, Truth, from_text_box, read_answer
 from rewards import score
 from video import VideoError

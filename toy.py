@@ -31,18 +31,8 @@ from tqdm import trange
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from files import write_whole
-from model import (
-    FORBIDDEN_TOKENS,
-    ModelError,
-    Policy,
-    Prompt,
-    completion_logprobs,
-    encode_prompt,
-    load_policy,
-    pack_completions,
-    rollout,
-    save_policy,
-)
+from model import Prompt, completion_logprobs, encode_prompt, pack_completions, rollout
+from policy import FORBIDDEN_TOKENS, ModelError, Policy, load_policy, save_policy
 from prompts import Answer, Box, TextFormat, Truth, build_prompt, format_answer, truth_answer
 from rewards import intersection, score
 

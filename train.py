@@ -47,17 +47,14 @@ from grpo import group_advantages, loss_normalizer, policy_loss
 from metrics import format_table
 from model import (
     Completion,
-    ModelError,
-    Policy,
     Prompt,
     completion_logprobs,
     completion_mask,
-    load_policy,
     make_prompt,
     pack_completions,
     rollout,
-    save_policy,
 )
+from policy import ModelError, Policy, load_policy, save_policy
 from prompts import Truth, format_answer, truth_answer
 from rewards import TERMS, Score, score
 from video import VideoError

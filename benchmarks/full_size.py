@@ -31,7 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 from transformers import AutoConfig
 
-from model import FAMILIES, completion_logprobs, encode_prompt, load_policy, pack_completions, rollout
+from model import completion_logprobs, encode_prompt, pack_completions, rollout
+from policy import FAMILIES, load_policy
 from prompts import TextFormat, build_prompt
 from video import frame_size, read_frames, resize
 

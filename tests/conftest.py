@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import toy
-from model import load_policy
+from policy import load_policy
 
 torch.set_num_threads(1)
 

@@ -48,7 +48,7 @@ def test_a_split_that_is_all_right(place, capsys):
 
 def answer_lengths(config):
     """Counted character by character: the test's tokenizer has no longer tokens in answers."""
-    from model import load_policy
+    from policy import load_policy
     from prompts import format_answer, truth_answer
 
     tokenizer = load_policy(config.model).tokenizer

@@ -19,7 +19,8 @@ from vocabulary import QWEN2_TEMPLATE, QWEN3_TEMPLATE
 
 import toy
 from benchmarks.full_size import GIB, PUBLISHED, count, empty_model, groups, published_config, static_bytes
-from model import FAMILIES, encode_prompt, load_policy, save_policy
+from model import encode_prompt
+from policy import FAMILIES, load_policy, save_policy
 from prompts import COORDINATES, TextFormat, build_prompt
 from video import frame_size, resize
 

@@ -21,18 +21,8 @@ from transformers.utils import logging
 
 import toy
 from data import load_samples
-from model import (
-    Completion,
-    ModelError,
-    completion_logprobs,
-    encode_prompt,
-    load_policy,
-    pack_completions,
-    rollout,
-    rope_positions,
-    save_policy,
-    speed_up_vision,
-)
+from model import Completion, completion_logprobs, encode_prompt, pack_completions, rollout, rope_positions
+from policy import ModelError, load_policy, save_policy, speed_up_vision
 from prompts import TextFormat
 from video import VideoError, read_frames
 

@@ -13,7 +13,7 @@ from shown import shown_prompt
 import toy
 from data import load_samples
 from metrics import native_scores, tube_from_answer
-from model import load_policy
+from policy import load_policy
 from prompts import COORDINATES, TIME_UNITS, TextFormat, format_answer, parse_answer, truth_answer
 
 SIDES = {"qwen2_vl": (196, 112), "qwen2_5_vl": (196, 112), "qwen3_vl": (192, 128)}  # of 200 x 112

@@ -13,7 +13,8 @@ from shown import shown_prompt
 
 import toy
 from data import load_hcstvg
-from model import load_policy, rollout
+from model import rollout
+from policy import load_policy
 from prompts import parse_answer
 from video import read_frames
 

@@ -24,7 +24,8 @@ import train
 from clips import open_clips
 from config import load_config
 from data import load_samples
-from model import Completion, completion_logprobs, load_policy, pack_completions, rollout
+from model import Completion, completion_logprobs, pack_completions, rollout
+from policy import load_policy
 from rewards import TERMS, WEIGHTS, score
 from video import VideoError
 
