@@ -53,10 +53,12 @@ def decode(
     """The model's answers, eval_batch records at a time, in order; greedy unless eval_temperature says
     otherwise.
 
-    samples: each with its number in the split, from which its random numbers are drawn. name: for the bar.
+    samples: each with its number in the split, from which its random numbers are drawn. name: for the bar,
+    which the first rank shows.
     A sample whose video cannot be read (on_bad_video: skip) gets an empty answer, which is a failure.
     """
-    with tqdm(total=len(samples), desc=f"evaluate {name}", unit="answer") as bar:
+    rank, _ = distributed.join()
+    with tqdm(total=len(samples), desc=f"evaluate {name}", unit="answer", disable=rank > 0) as bar:
         for first in range(0, len(samples), config.eval_batch):
             part = samples[first : first + config.eval_batch]
             ahead = first + 2 * config.eval_batch + config.decode_workers
@@ -125,7 +127,7 @@ def decode_split(
     own beside output, so that a killed run loses a batch at most; the last step puts them together.
     """
     rank, ranks = distributed.join()
-    done = {record["id"]: record for record in saved_answers(output)}
+    done = answered(output)
     distributed.wait()  # all ranks must have read the same before one of them writes
     todo = [(n, sample) for n, sample in enumerate(samples) if sample.id not in done]
     if len(todo) < len(samples) and rank == 0:
@@ -158,9 +160,15 @@ def saved_answers(output: Path) -> list[dict]:
     return [record for path in paths for record in read_jsonl(path, "id", "completion", skip_cut=True)]
 
 
+def answered(output: Path) -> dict[str, dict]:
+    """id -> record of what need not be decoded again; a video that could not be read may be there by now."""
+    return {record["id"]: record for record in saved_answers(output) if "unreadable" not in record}
+
+
 def how_made(checkpoint: str, config: Config) -> str:
     """A short mark of all that an answer depends on: the weights and the settings."""
-    weights = sorted(Path(checkpoint).glob("*.safetensors"))  # none for a hub id, which is its name
+    folder = Path(checkpoint)  # none for a hub id, which is its name
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights] or checkpoint
     names = ("eval_annotations", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side")
     settings = [getattr(config, name) for name in (*names, "eval_dtype")]
@@ -196,17 +204,15 @@ def score_predictions(predictions: list[dict], samples: list[Sample], config: Co
                 f"prediction {key!r}: no such sentence in {config.eval_annotations}; is it another split's"
                 " (or beyond eval_limit)?"
             )
-    tubes: list[Tube | None] = []
-    for sample in samples:
-        prediction = by_id.get(sample.id)
-        if prediction is None:
-            tubes.append(None)
-            continue
-        answer = read_answer(prediction["completion"], config.text_format)
-        tubes.append(
-            tube_from_answer(answer, sample, config.text_format, scale_of(prediction, sample, config))
-        )
-    return score_answers(tubes, samples, config.text_format)
+
+    def tube(sample: Sample) -> Tube | None:
+        if sample.id not in by_id:
+            return None
+        answer = read_answer(by_id[sample.id]["completion"], config.text_format)
+        scale = scale_of(by_id[sample.id], sample, config)
+        return tube_from_answer(answer, sample, config.text_format, scale)
+
+    return score_answers(map(tube, samples), samples, config.text_format)
 
 
 def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int]:
@@ -288,7 +294,7 @@ def main(arguments: list[str]) -> None:
         made = how_made(checkpoint, config)
         wanted = options.output or folder / "predictions.jsonl"
         output = place_for_answers(wanted, made, others=not options.output)
-        done = {record["id"]: record for record in saved_answers(output)}
+        done = answered(output)
         if all(sample.id in done for sample in samples):
             print(f"all answers are in {output} already", file=sys.stderr)
             predictions = [done[sample.id] for sample in samples]

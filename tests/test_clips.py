@@ -494,15 +494,11 @@ def test_a_full_disk(clips, films, tmp_path, capsys, full_disk):
     assert said.count("\n") == 1 and said.startswith(f"{tmp_path}: the cache of frames cannot be written (")
 
 
-@pytest.mark.parametrize("kind", ["a file", "below a file", "read-only", "no right"])
+@pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
 def test_a_folder_that_cannot_be_written(clips, films, tmp_path, capsys, kind):
-    folder = {"a file": tmp_path / "a", "below a file": tmp_path / "a" / "b", "read-only": Path("/proc/self")}
-    folder = folder.get(kind, tmp_path / "c")
+    folders = {"a file": tmp_path / "a", "below a file": tmp_path / "a/b", "read-only": Path("/proc/self")}
+    folder = folders[kind]
     (tmp_path / "a").write_bytes(b"")
-    if kind == "no right":
-        if os.geteuid() == 0:
-            pytest.skip("root has every right")
-        folder.mkdir(mode=0o500)
     some = clips(cache=str(folder))
     for path in films[:2]:
         assert numbers(some.frames(make_sample(path))) == [0, 15, 30, 45]

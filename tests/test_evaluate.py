@@ -407,6 +407,10 @@ def test_videos_that_cannot_be_read(decoding, tmp_path, world, monkeypatch, caps
     assert captured.err.count("skipped: ") == 2 and "2 of them are empty, since their videos" in captured.err
     records = {record["id"]: record for record in read(tmp_path / "skip.jsonl")}
     assert [i for i, r in records.items() if r.get("unreadable")] == ["1.y4m", "4.y4m"]
+    (broken / "4.y4m").write_bytes((world / "4.y4m").read_bytes())  # found again: asked again
+    evaluate.main([*arguments, "on_bad_video=skip", "--output", str(tmp_path / "skip.jsonl")])
+    assert "4 answers are in" in capsys.readouterr().err
+    assert [r["id"] for r in read(tmp_path / "skip.jsonl") if r.get("unreadable")] == ["1.y4m"]
     evaluate.main([*decoding, "--output", str(tmp_path / "all.jsonl")])
     for record in read(tmp_path / "all.jsonl"):
         if record["id"] not in ("1.y4m", "4.y4m"):
