@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import itertools
 import os
 import sys
 
@@ -112,10 +113,9 @@ def answer_lengths(config: Config, samples: list[Sample]) -> str:
 def ceilings(config: Config, samples: list[Sample]) -> str:
     """The table of the answers that say the truth as well as the grid of steps allows."""
     rows = {}
-    for kind, some in kinds_of(samples).items():
-        for protocol in PROTOCOLS:
-            name = protocol if kind == "all" else f"{protocol} {kind}"
-            rows[name] = grid_ceiling(some, config.text_format, protocol)
+    for protocol, (kind, some) in itertools.product(PROTOCOLS, kinds_of(samples).items()):
+        name = protocol if kind == "all" else f"{protocol} {kind}"
+        rows[name] = grid_ceiling(some, config.text_format, protocol)
     return f"the best score in steps of {config.text_format.step_seconds:g} s\n{format_table(rows)}"
 
 
