@@ -165,30 +165,52 @@ def _parse_list(items: str) -> tuple[tuple[int, Box], ...]:
     return tuple((numbers[k], tuple(numbers[k + 1 : k + 5])) for k in range(0, len(numbers), 5))
 
 
-_DECIMAL = r"[0-9]{1,5}+(?:\.[0-9]{1,20}+)?+"
-_INTERVAL = re.compile(rf"({_DECIMAL})\s*+s?(?:ec(?:ond)?s?)?\s*+(?:-|\u2013|\u2014|,|to)\s*+({_DECIMAL})")
-_ROW = re.compile(r"\s*+,\s*+".join([rf"({_DECIMAL})"] * 5))
+# The clock of a chat model: 5, 5.0, 5s, 0:05, 00:00:05. Not in the middle of a longer number.
+_CLOCK = r"(?<![0-9:.])((?:[0-9]{1,2}:){1,2}[0-9]{2}|[0-9]{1,5})(?:\.[0-9]{1,20})?(?![0-9:])"
+_UNIT = r"\s{0,9}(?:s|secs?|seconds?)?\s{0,9}"
+_INTERVAL = re.compile(
+    rf"start[^0-9]{{1,9}}{_CLOCK}[^0-9]{{1,20}}end[^0-9]{{1,9}}{_CLOCK}|{_CLOCK}{_UNIT}(?:-|,|to|and)\s{{0,9}}{_CLOCK}",
+    re.IGNORECASE,
+)
+_NUMBER_OF_ROW = re.compile(r"-?(?:[0-9]{1,5}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
+_DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212~\u2192", "-"))
+_BRACKETS = str.maketrans("", "", "[](){}\"'`*\u2022")
 
 
 def parse_csv_answer(text: str) -> Answer | None:
     """Take the answer of a chat model apart: an interval in seconds, then lines `timestamp, x1, y1, x2, y2`
     (Fig. 8; how the authors parsed it is not in the paper). None where either is missing.
 
-    Chat models talk: other lines are passed over, brackets and code fences around a line too. The interval
-    is the first before the first row. Timestamps are cut to whole seconds, of two boxes in one second the
-    first counts. Never raises and takes time linear in the text.
+    Chat models talk, and write tables: lines that are neither are passed over, brackets, quotes and bars
+    around the numbers too, and so is what stands before "</think>". The interval is the last before the
+    first row. Timestamps are cut to whole seconds; of two boxes in one second the first counts. Never raises
+    and takes time linear in the text.
     """
     interval, items = None, {}
-    for line in text.splitlines():
-        line = line.strip(" \t\"'`[]()|;")
-        if row := _ROW.fullmatch(line):
-            second, *box = map(float, row.groups())
-            items.setdefault(int(second), tuple(box))
-        elif interval is None and not items and (found := _INTERVAL.search(line[:1000])):
-            interval = [int(float(second)) for second in found.groups()]
+    for line in filter(str.strip, text.rpartition("</think>")[2].translate(_DASHES).splitlines()):
+        if row := _csv_row(line):
+            second, box = row
+            items.setdefault(second, box)
+        elif not items and (found := _INTERVAL.search(line[:1000])):
+            interval = [_seconds(clock) for clock in found.groups() if clock]
     if interval is None or not items:
         return None
     return Answer(*interval, None, tuple(items.items()))
+
+
+def _csv_row(line: str) -> tuple[int, Box] | None:
+    """(second, box) of a line of a table with five columns of numbers, None for any other line."""
+    line = line.translate(_BRACKETS).strip().removeprefix("- ")
+    cells = [cell.strip() for cell in re.split(r"[,;|\t]", line.strip(" ,;|\t"))]
+    clock = re.fullmatch(_CLOCK + _UNIT, cells[0], re.IGNORECASE)
+    if len(cells) != 5 or not clock or not all(map(_NUMBER_OF_ROW.fullmatch, cells[1:])):
+        return None
+    return _seconds(clock[1]), tuple(map(float, cells[1:]))
+
+
+def _seconds(clock: str) -> int:
+    """5 or 0:05 or 00:00:05 -> 5."""
+    return sum(int(part) * 60**k for k, part in enumerate(reversed(clock.split(":"))))
 
 
 def read_answer(text: str, text_format: TextFormat) -> Answer | None:

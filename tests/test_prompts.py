@@ -411,24 +411,64 @@ CSV_ANSWER = Answer(5, 7, None, ((5, (0.1, 0.2, 0.3, 0.4)), (6, (0.15, 0.2, 0.35
 PLAIN = "5 - 7\ntimestamp, x1, y1, x2, y2\n5, 0.1, 0.2, 0.3, 0.4\n6, 0.15, 0.2, 0.35, 0.4\n7, 0.2, 0, 1, 1"
 
 
+ROWS = PLAIN.split("\n", 2)[2]
+
+
 @pytest.mark.parametrize(
     "text",
     [
         PLAIN,
         PLAIN.replace(", ", ","),
+        PLAIN.replace(", ", "\t"),
         PLAIN.replace("\n", "\r\n"),
         "```csv\n" + PLAIN + "\n```",
-        "Sure! The event runs from 5s to 7s.\n\n" + PLAIN.split("\n", 1)[1] + "\n\nLet me know, 1, 2, 3, 4.",
-        PLAIN.replace("5 - 7", "**Interval:** [5.0, 7.9] seconds"),
-        PLAIN.replace("5 - 7", "5 sec \u2013 7 sec"),
-        PLAIN.replace("5, 0.1, 0.2, 0.3, 0.4", "(5.0, 0.1, 0.2, 0.3, 0.4)"),
+        "Sure! The event runs from 5s to 7s.\n\n" + ROWS + "\n\nLet me know, 1, 2, 3, 4.",
         PLAIN + "\n7.5, 0.9, 0.9, 1, 1",  # of two boxes in one second the first counts
         PLAIN + "\n8, 9 - 10",
+        "<think>maybe 2 - 4\n2, 0.5, 0.5, 1, 1</think>\n" + PLAIN,
+        "Frames 1-10 show a man.\nTwo people (1, 2 visible)\n" + PLAIN,
+        *(
+            f"{interval}\n{ROWS}"
+            for interval in (
+                "**Interval:** [5.0, 7.9] seconds",
+                "5 sec \u2013 7 sec",
+                "5\u20117",
+                "5 \u2192 7",
+                "between 5 and 7 seconds",
+                "START: 5, END: 7",
+                "start=5 end=7",
+                "00:05 - 00:07",
+                "0:05-0:07",
+                "00:00:05.2 to 00:00:07.9",
+            )
+        ),
+        *(
+            "5 - 7\n" + "\n".join(spell(*row.split(", ")) for row in ROWS.splitlines())
+            for spell in (
+                "({}, {}, {}, {}, {})".format,
+                "[{}, {}, {}, {}, {}],".format,
+                "{}, {}, {}, {}, {},".format,
+                "{}s, {}, {}, {}, {}".format,
+                "00:0{}, {}, {}, {}, {}".format,
+                "{}, [{}, {}, {}, {}]".format,
+                '"{}", "{}", "{}", "{}", "{}"'.format,
+                "- {}, {}, {}, {}, {}".format,
+                "* {}.0, {}, {}, {}, {}".format,
+                "| {} | {} | {} | {} | {} |".format,
+            )
+        ),
+        PLAIN.replace("0.1,", ".1,"),
     ],
 )
 def test_csv_answers(text):
     assert parse_csv_answer(text) == CSV_ANSWER
     assert read_answer(text, CSV) == CSV_ANSWER
+
+
+def test_csv_boxes_that_leave_the_frame_are_kept():
+    answer = parse_csv_answer("5 - 5\n5, -0.01, 0.2, 1.02, 0.4")
+    assert answer.pred == ((5, (-0.01, 0.2, 1.02, 0.4)),)
+    assert from_text_box(answer.pred[0][1], (1, 1)) == (0, 0.2, 1, 0.4)
 
 
 @pytest.mark.parametrize(
@@ -439,8 +479,11 @@ def test_csv_answers(text):
         PLAIN.split("\n", 1)[1],  # no interval
         "5 - 7",  # no box
         PLAIN.split("\n", 1)[1] + "\n5 - 7",  # the interval comes first
-        PLAIN.replace(", 0.", ", -0."),
-        PLAIN.replace("0.2", "1e-1").replace("7, 1e-1, 0, 1, 1", ""),
+        PLAIN.replace(", 0.", ", 0.0e"),
+        "5 - 7\n-5, 0.1, 0.2, 0.3, 0.4",
+        "5 - 7\n5, 0.1, 0.2, 0.3",
+        "5 - 7\n5, 0.1, 0.2, 0.3, 0.4, 0.9",
+        "<think>" + PLAIN + "</think>",
         PAPER,
     ],
 )
