@@ -19,64 +19,90 @@ import sys
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
 import toy
 from clips import Workers, open_clips
 from config import Config, ConfigError, load_config
-from data import OFFICIAL_COUNTS, QUESTION_TYPES, Sample, count_sentences, format_report, load_samples
-from files import DataError
+from data import (
+    OFFICIAL_COUNTS,
+    QUESTION_TYPES,
+    Sample,
+    count_sentences,
+    format_report,
+    load_samples,
+    missing_videos,
+)
 from metrics import PROTOCOLS, format_table, grid_ceiling
+from policy import ModelError, load_tokenizer
 from prompts import format_answer, truth_answer
 from video import VideoError, check_header, frame_size, probe
 
-MOST = 10_000  # true answers that are counted in tokens; of a larger split every second, third, ...
+MOST = 10_000  # true answers that are counted in tokens; of a larger split so many at random
 PERCENTILES = (50, 90, 95, 99, 100)
 NOTE = "note: "  # before a problem that does not keep the video from being used
 PATCH = 28  # pixels of a visual token of Qwen2.5-VL, for the size of frames where no model is loaded
 
 
-def main(arguments: list[str]) -> int:
-    """Returns the exit code."""
+def main(arguments: list[str]) -> None:
+    """Exits with code 1 where a video cannot be used."""
     parser = argparse.ArgumentParser(
         prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", required=True, metavar="CONFIG")
     parser.add_argument("--decode", action="store_true", help="decode every clip, not the headers alone")
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # settings may stand anywhere
+    config = load_config(options.check, options.settings)
+    splits = [path for path in dict.fromkeys((config.train_annotations, config.eval_annotations)) if path]
+    if not splits:
+        raise ConfigError(f"{options.check}: names neither train_annotations nor eval_annotations")
+    if config.toy:
+        toy.make_world(config.videos)
     try:
-        config = load_config(options.check, options.settings)
-        splits = [path for path in dict.fromkeys((config.train_annotations, config.eval_annotations)) if path]
-        if not splits:
-            raise ConfigError(f"{options.check}: names neither train_annotations nor eval_annotations")
-        if config.toy:
-            toy.make_world(config.videos)
-        bad = sum(check_split(config, path, options.decode) for path in splits)
-    except (ConfigError, DataError, VideoError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 1 if bad else 0
+        model = load_tokenizer(config.model)
+    except ModelError as error:
+        if options.decode and config.frame_cache:  # its frames would be of a size that no model asks for
+            raise
+        model = error
+    bad = [check_split(config, path, options.decode, model) for path in splits]
+    if any(bad):
+        sys.exit(1)
 
 
-def check_split(config: Config, annotations: str, decode: bool) -> int:
-    """Print all about one split; returns the number of videos that cannot be used."""
+def check_split(config: Config, annotations: str, decode: bool, model: tuple | ModelError) -> int:
+    """Print all about one split; returns the number of videos that cannot be used. model: the tokenizer and
+    the pixels of a visual token, or why they cannot be had."""
     samples, report = load_samples(config.dataset, annotations, config.videos, config.vidor)
     official = OFFICIAL_COUNTS.get((config.dataset, os.path.basename(annotations)))
     known = f"; the official file of this name has {official}" if official and not config.toy else ""
     print(f"{annotations}: {count_sentences(samples, report)}{known}")
     print(format_report(report, whole=True) + "\n")
-    print(answer_lengths(config, samples) + "\n")
+    factor = PATCH if isinstance(model, ModelError) else model[1]
+    if config.answer_format != "boxes":
+        print(f"true answers: not counted in tokens for answer_format: {config.answer_format}\n")
+    elif isinstance(model, ModelError):
+        print(f"true answers: not counted in tokens ({model})\n")
+    else:
+        print(answer_lengths(config, samples, *model) + "\n")
     print(ceilings(config, samples) + "\n")
-    problems, films = check_clips(config, samples) if decode else check_headers(config, samples)
-    print(
-        f"{films} videos, {'decoded' if decode else 'by their headers'}: " + ("" if problems else "all good")
-    )
+    missing = missing_videos(samples)
+    gone = set(missing)
+    present = [sample for sample in samples if sample.video not in gone]
+    problems, films = check_clips(config, present, factor) if decode else check_headers(config, present)
+    how = "decoded" if decode else "by their headers"
+    print(f"{films} videos, {how}: {'' if problems or missing else 'all good'}")
     for problem, ids in problems.items():
         print(f"  {problem}")
-        print(f"    {len(ids)} sentences: {', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''}")
+        print(f"    {len(ids)} sentences: {names(ids)}")
+    if missing:
+        print(f"  {len(missing)} of {films + len(missing)} videos missing: {names(missing)}")
     print()
-    return sum(not problem.startswith(NOTE) for problem in problems)
+    return len(missing) + sum(not problem.startswith(NOTE) for problem in problems)
+
+
+def names(many: list[str]) -> str:
+    """The first few."""
+    return ", ".join(many[:3]) + (", ..." if len(many) > 3 else "")
 
 
 def kinds_of(samples: list[Sample]) -> dict[str, list[Sample]]:
@@ -85,27 +111,27 @@ def kinds_of(samples: list[Sample]) -> dict[str, list[Sample]]:
     return {"all": samples} | {kind: some for kind, some in kinds.items() if some}
 
 
-def answer_lengths(config: Config, samples: list[Sample]) -> str:
-    """A table of how many tokens the true answers take, end token included."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        return f"answer lengths: not counted, the tokenizer of {config.model} does not load ({reason})"
-    samples = samples[:: -(-len(samples) // MOST)]
+def answer_lengths(config: Config, samples: list[Sample], tokenizer, factor: int) -> str:
+    """A table of how many tokens the true answers take, end token included. factor: pixels of a visual token,
+    which coordinates: resized depend on."""
+    chosen = samples
+    if len(samples) > MOST:
+        order = np.random.default_rng(0).choice(len(samples), MOST, replace=False)
+        chosen = [samples[k] for k in sorted(order)]
     lengths = {}
-    for sample in tqdm(samples, desc="true answers", unit="answer", delay=2, leave=False):
+    for sample in tqdm(chosen, desc="true answers", unit="answer", delay=2, leave=False):
         file_size = (sample.width, sample.height)
-        scale = config.text_format.scale(frame_size(*file_size, config.max_side, PATCH), file_size)
+        scale = config.text_format.scale(frame_size(*file_size, config.max_side, factor), file_size)
         answer = truth_answer(sample.truth(config.text_format.step_seconds), scale, config.think)
         lengths[sample.id] = len(tokenizer(format_answer(answer), add_special_tokens=False)["input_ids"]) + 1
     limit = config.max_new_tokens
-    lines = [f"{'true answers, in tokens':<24}{'N':>7}{'mean':>8}"]
+    title = "true answers, in tokens" if chosen is samples else f"{MOST} true answers, in tokens"
+    lines = [f"{title:<30}{'N':>7}{'mean':>8}"]
     lines[0] += "".join(f"{f'{p} %':>8}" for p in PERCENTILES) + f"   above max_new_tokens {limit}"
-    for kind, some in kinds_of(samples).items():
+    for kind, some in kinds_of(chosen).items():
         counts = np.array([lengths[sample.id] for sample in some])
         shares = np.percentile(counts, PERCENTILES, method="inverted_cdf")
-        row = f"{kind:<24}{len(some):>7}{counts.mean():>8.0f}" + "".join(f"{n:>8.0f}" for n in shares)
+        row = f"{kind:<30}{len(some):>7}{counts.mean():>8.0f}" + "".join(f"{n:>8.0f}" for n in shares)
         lines.append(f"{row}   {(counts > limit).mean():.1%}")
     return "\n".join(lines)
 
@@ -139,7 +165,7 @@ def check_headers(config: Config, samples: list[Sample]) -> tuple[dict[str, list
     return problems, len(by_video)
 
 
-def check_clips(config: Config, samples: list[Sample]) -> tuple[dict[str, list[str]], int]:
+def check_clips(config: Config, samples: list[Sample], factor: int) -> tuple[dict[str, list[str]], int]:
     """The same from decoding the clips."""
     by_clip = collections.defaultdict(list)
     for sample in samples:
@@ -147,23 +173,17 @@ def check_clips(config: Config, samples: list[Sample]) -> tuple[dict[str, list[s
     firsts = [some[0] for some in by_clip.values()]
     config = dataclasses.replace(config, on_bad_video="error")  # errors are to be caught here
     problems = collections.defaultdict(list)
-    with contextlib.closing(open_clips(config, size_factor(config.model))) as clips:
+    notes: list[str] = []
+    with contextlib.closing(open_clips(config, factor, say=notes.append)) as clips:
         for k, sample in enumerate(tqdm(firsts, desc="clips", unit="clip", delay=2, leave=False)):
             clips.ahead(firsts[k : k + 2 * max(1, config.decode_workers)])
             same = [s.id for s in by_clip[sample.video, sample.begin_frame, sample.num_frames]]
             try:
                 found, expected = len(clips.frames(sample)), sample.grid(1 / config.fps).num_steps
                 if found < expected:
-                    problems[f"{NOTE}{sample.video}: {found} of {expected} frames exist and are used"] += same
+                    notes.append(f"{sample.video}: {found} of {expected} frames exist and are used")
+                while notes:
+                    problems[NOTE + notes.pop()] += same
             except VideoError as error:
                 problems[str(error)] += same
     return problems, len({sample.video for sample in samples})
-
-
-def size_factor(checkpoint: str) -> int:
-    """Pixels of a visual token of a checkpoint's family; those of Qwen2.5-VL where it does not load."""
-    try:
-        vision = AutoConfig.from_pretrained(checkpoint).vision_config
-    except (OSError, ValueError, AttributeError):
-        return PATCH
-    return vision.patch_size * vision.spatial_merge_size

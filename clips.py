@@ -12,12 +12,16 @@ clip and not the run. (video.py describes what is decoded, and how; this file on
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
+import io
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import tokenize
 import uuid
@@ -38,6 +42,9 @@ from video import REENCODE, VideoError, clip_frames, frame_size
 
 # What numpy raises, besides OSError, for a file that is not what np.save wrote.
 DAMAGED = (ValueError, EOFError, MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
+# libav repairs damaged pictures by guessing, and only says so. (That references are missing is no sign of
+# damage: films that begin with an open group of pictures lack them.)
+GUESSED = re.compile(r"error while decoding|concealing|damaged|error at MB|corrupt|invalid NAL", re.I)
 CACHE_VERSION = 1  # raise it when clip_frames comes to compute other numbers: old entries are not used then
 
 
@@ -69,6 +76,7 @@ class Workers:
     def __init__(self, count: int, timeout: float):
         """count: processes. timeout: seconds for one job, without the start of its process."""
         self.timeout = timeout
+        self.damaged: dict[str, str] = {}  # file -> what its decoder said of pictures that it had to guess
         self.threads = ThreadPoolExecutor(count, thread_name_prefix="clips")  # one waits for each process
         self._free: queue.LifoQueue[Child | None] = queue.LifoQueue()  # None: a process not yet started
         for _ in range(count):
@@ -90,12 +98,14 @@ class Workers:
             child = child or self._start()
             try:
                 child.pipe.send((function, arguments, self.timeout))
-                done, result = child.pipe.recv()
+                done, result, guessed = child.pipe.recv()
             except (EOFError, OSError):  # OSError: it was lost before it took the job, or in half its answer
                 lost, child = child, None
                 raise self._loss(lost, arguments) from None
         finally:
             self._free.put(child)
+        if guessed:
+            self.damaged[_file_of(arguments)] = guessed
         if not done:
             raise result
         return result
@@ -135,7 +145,7 @@ class Workers:
             if self._closed:
                 return concurrent.futures.CancelledError()
             self._children.remove(child)
-        path = getattr(arguments[0], "video", arguments[0]) if arguments else "?"
+        path = _file_of(arguments)
         if code == -signal.SIGALRM:
             return VideoError(
                 f"{path}: not decoded within {self.timeout:g} s; {REENCODE}, or remove its annotation (or"
@@ -146,30 +156,43 @@ class Workers:
                 f"{path}: the decoder crashed (signal {-code}, {signal.Signals(-code).name}); {REENCODE}, or"
                 " remove its annotation (signal 9 can mean that memory is short: use fewer workers)"
             )
-        return VideoError(f"{path}: the worker process ended with code {code}; its own message is above")
+        return VideoError(f"{path}: the process that decodes it ended with code {code}")
+
+
+def _file_of(arguments: tuple) -> str:
+    """The file that a job is about."""
+    return str(getattr(arguments[0], "video", arguments[0])) if arguments else "?"
 
 
 def serve(pipe: Connection) -> None:
-    """The worker process: run what comes, until the other end is closed."""
+    """The worker process: run what comes, until the other end is closed. What decoders write to stderr is
+    read (GUESSED) and not shown."""
     torch.set_num_threads(1)
     # The alarm must be able to end the process by itself: a handler in Python would never run.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    while True:
-        try:
-            function, arguments, timeout = pipe.recv()
-        except (EOFError, ConnectionError):
-            return
-        signal.setitimer(signal.ITIMER_REAL, timeout)
-        try:
-            answer = True, function(*arguments)
-        except Exception as error:  # raised again in the process that asked
-            answer = False, error
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
-            pipe.send(answer)
-        except ConnectionError:  # nobody is left to take it
-            return
+    with tempfile.TemporaryFile() as messages:
+        os.dup2(messages.fileno(), sys.stderr.fileno())
+        while True:
+            try:
+                function, arguments, timeout = pipe.recv()
+            except (EOFError, ConnectionError):
+                return
+            messages.seek(0)
+            messages.truncate()
+            signal.setitimer(signal.ITIMER_REAL, timeout)
+            try:
+                answer = True, function(*arguments)
+            except Exception as error:  # raised again in the process that asked
+                answer = False, error
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            messages.seek(0)
+            said = messages.read().decode(errors="replace").splitlines()
+            guessed = next((line.strip() for line in said if GUESSED.search(line)), None)
+            try:
+                pipe.send((*answer, guessed))
+            except ConnectionError:  # nobody is left to take it
+                return
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -218,8 +241,10 @@ class Cache:
                 self._stop(f"{limit}; raise frame_cache_gb, or empty it of other settings' entries")
                 return
             try:
+                content = io.BytesIO()
+                np.save(content, frames)  # straight into a file it would hide the reason of an OSError
                 with open(temporary, "xb") as file:
-                    np.save(file, frames)
+                    file.write(content.getbuffer())
                 os.replace(temporary, self._path(key))
             finally:
                 with contextlib.suppress(FileNotFoundError):  # the rule: it has its name by now
@@ -260,8 +285,8 @@ def _reason(error: OSError) -> str:
 # The frames of samples
 
 
-def open_clips(config: Config, size_factor: int) -> "Clips":
-    """As a configuration says."""
+def open_clips(config: Config, size_factor: int, **more) -> "Clips":
+    """As a configuration says; more: arguments of Clips beside."""
     return Clips(
         size_factor,
         fps=config.fps,
@@ -271,6 +296,7 @@ def open_clips(config: Config, size_factor: int) -> "Clips":
         cache=config.frame_cache,
         cache_gb=config.frame_cache_gb,
         skip_bad=config.on_bad_video == "skip",
+        **more,
     )
 
 
@@ -288,17 +314,20 @@ class Clips:
         cache: str = "",
         cache_gb: float = 20.0,
         skip_bad: bool = False,
+        say: Callable[[str], None] | None = None,
     ):
         """size_factor: the model's, pixels. fps, max_side: of the frames shown. workers: processes that
         decode; 0: this process does, when it is asked, and a file that hangs hangs it. timeout: seconds for
         one clip. cache: a folder, "" for none. cache_gb: bound of its size in 10^9 bytes; several processes
         that write at the same moment may pass it by the clips that they have in hand. skip_bad: a video
-        that cannot be read is said once, and its frames are None; otherwise it is an error."""
+        that cannot be read is said once, and its frames are None; otherwise it is an error. say: takes what
+        is to be said; by default to stderr, above the bars."""
         self.size_factor, self.fps, self.max_side = size_factor, fps, max_side
         self.workers = Workers(workers, timeout) if workers else None
         self.cache = Cache(cache, cache_gb) if cache else None
-        self.skip_bad = skip_bad
+        self.skip_bad, self.say = skip_bad, say or functools.partial(tqdm.write, file=sys.stderr)
         self._said: set[str] = set()
+        self._bad: dict[str, VideoError] = {}  # key -> why; not tried a second time
         self._window: dict[str, Future | None] = {}  # key -> frames; None: wanted, not begun
 
     def ahead(self, samples: Iterable[Sample]) -> None:
@@ -321,9 +350,14 @@ class Clips:
         if key in self._window:
             self._window[key] = future
         try:
-            return torch.from_numpy(future.result())
+            frames = torch.from_numpy(future.result())
         except VideoError as error:
-            self.reject(str(error))
+            self._bad[key] = error
+            return self.reject(str(error))
+        if self.workers and sample.video in self.workers.damaged:
+            message = self.workers.damaged[sample.video]
+            self.say_once(f"{sample.video}: damaged, some pictures are the decoder's guess ({message})")
+        return frames
 
     def reject(self, why: str) -> None:
         """A video that is of no use: say so once with skip_bad, raise VideoError otherwise."""
@@ -332,10 +366,9 @@ class Clips:
         self.say_once(f"skipped: {why}")
 
     def say_once(self, text: str) -> None:
-        """To stderr, above the bars."""
         if text not in self._said:
             self._said.add(text)
-            tqdm.write(text, file=sys.stderr)
+            self.say(text)
 
     def close(self) -> None:
         """End the processes. (Python waits for all that was begun where this is not called.)"""
@@ -344,10 +377,12 @@ class Clips:
             self.workers.close()
 
     def _begin(self, key: str, sample: Sample) -> Future:
-        if self.workers:
+        if self.workers and key not in self._bad:
             return self.workers.threads.submit(self._get, key, sample)
         future: Future = Future()
         try:
+            if key in self._bad:
+                raise self._bad[key]
             future.set_result(self._get(key, sample))
         except VideoError as error:
             future.set_exception(error)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import yaml
 
-from files import write_whole
+from files import UserError, write_whole
 from prompts import TextFormat
 from rewards import check_weights
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that cannot be used; the message names the file, the key, the value and the remedy."""
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from files import REMEDY, DataError, get, is_number, positive, positive_integer, read_json, short
+from files import REMEDY, DataError, get, is_number, positive, positive_integer, read_json, run_script, short
 from prompts import Box, TimeGrid, Truth
 
 HCSTVG_SECONDS = 20  # "the duration of all videos is 20 s": their only statement about the frame rate
@@ -492,4 +492,4 @@ def _in_frame(corners: np.ndarray, width: int, height: int) -> tuple[np.ndarray,
 if __name__ == "__main__":
     import check  # which needs this module, and much that this module does not need
 
-    sys.exit(check.main(sys.argv[1:]))
+    run_script(lambda: check.main(sys.argv[1:]), "standard output", "free some space")

@@ -6,11 +6,11 @@
     torchrun --nproc_per_node=8 evaluate.py ...                the same on eight GPUs, with the same answers
     python evaluate.py --predictions FILE --data CONFIG        saved answers; needs neither model nor video
 
-Answers go to predictions.jsonl in RUN, or in a folder beside the config's output_dir whose name is that of
-output_dir and of CHECKPOINT together; --output FILE puts them elsewhere. While it runs, each rank adds its
-own to a file beside that, and when it is started again it decodes only what is missing. Answers made in
-another way (another checkpoint, other settings) are left alone: then the file is predictions.2.jsonl, and so
-on. The metrics are in metrics.py.
+Answers go to predictions.jsonl in RUN (predictions_of_checkpoint_50.jsonl); with a CONFIG to a folder beside
+its output_dir, named after that and the run or the checkpoint; --output FILE puts them elsewhere. While it
+runs, each rank adds its own to a file beside that, and when it is started again it decodes only what is
+missing. Answers made in another way (another checkpoint, other settings or annotations) are left alone: then
+the file is predictions.2.jsonl, and so on. The metrics are in metrics.py.
 """
 
 import argparse
@@ -34,14 +34,13 @@ import distributed
 import toy
 from clips import Clips, open_clips
 from config import Config, ConfigError, load_config
-from data import Sample, check_videos, count_sentences, format_report, load_samples
-from files import DataError, read_jsonl, write_whole
+from data import DROPS, Report, Sample, check_videos, count_sentences, format_report, load_samples
+from files import DataError, read_jsonl, run_script, write_whole
 from metrics import Tube, format_table, score_answers, tube_from_answer
 from model import Completion, Prompt, make_prompt, rollout
-from policy import ModelError, Policy, load_policy
+from policy import Policy, load_policy
 from prompts import Answer, Box, Truth, from_text_box, read_answer
 from rewards import score
-from video import VideoError
 
 # ----------------------------------------------------------------------------------------------------------
 # From a model to predictions
@@ -124,7 +123,7 @@ def decode_split(
     order, on every rank, and leaves them in `output`.
 
     made: how the answers come about (how_made), for the records. Each rank adds its answers to a file of its
-    own beside output, so that a killed run loses a batch at most; the last step puts them together.
+    own beside output, so that a killed run loses a batch at most; gather puts them together.
     """
     rank, ranks = distributed.join()
     done = answered(output)
@@ -138,10 +137,17 @@ def decode_split(
     with contextlib.closing(open_clips(config, policy.size_factor)) as clips:
         for records in decode(policy, todo[rank::ranks], clips, config, output.stem):
             write_jsonl([{**record, "made": made} for record in records], part, append=True)
+    return gather(output, samples)
+
+
+def gather(output: Path, samples: list[Sample]) -> list[dict]:
+    """The records of the samples, in order, when all ranks are here; from then on they are in `output`, and
+    the ranks' files are gone."""
+    rank, _ = distributed.join()
     distributed.wait()
     done = {record["id"]: record for record in saved_answers(output)}
     distributed.wait()  # all ranks must have read before the parts go
-    if rank == 0:
+    if rank == 0 and rank_files(output):
         order = {sample.id: n for n, sample in enumerate(samples)}
         write_jsonl(sorted(done.values(), key=lambda r: order.get(r["id"], len(order))), output)
         for path in rank_files(output):
@@ -157,7 +163,10 @@ def rank_files(output: Path) -> list[Path]:
 def saved_answers(output: Path) -> list[dict]:
     """The records in a file of answers and in the ranks' files beside it. Raises DataError."""
     paths = [output] * output.exists() + rank_files(output)
-    return [record for path in paths for record in read_jsonl(path, "id", "completion", skip_cut=True)]
+    records = [record for path in paths for record in read_jsonl(path, "id", "completion", skip_cut=True)]
+    if not all(isinstance(record["id"], str) for record in records):
+        raise DataError(f'{output}: not every "id" in it is a text; choose another --output')
+    return records
 
 
 def answered(output: Path) -> dict[str, dict]:
@@ -166,13 +175,14 @@ def answered(output: Path) -> dict[str, dict]:
 
 
 def how_made(checkpoint: str, config: Config) -> str:
-    """A short mark of all that an answer depends on: the weights and the settings."""
+    """A short mark of all that an answer depends on: the weights, the annotations and the settings."""
     folder = Path(checkpoint)  # none for a hub id, which is its name
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights] or checkpoint
-    names = ("eval_annotations", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side")
-    settings = [getattr(config, name) for name in (*names, "eval_dtype")]
-    text = json.dumps([state, settings, dataclasses.asdict(config.text_format)], sort_keys=True)
+    asked = hashlib.sha256(Path(config.eval_annotations).read_bytes()).hexdigest()
+    names = ("dataset", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side", "eval_dtype")
+    settings = [getattr(config, name) for name in names]
+    text = json.dumps([state, asked, settings, dataclasses.asdict(config.text_format)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -269,53 +279,67 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", metavar="CONFIG", help="the configuration that they belong to")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the answers go")
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # settings may stand anywhere
     settings = [word for word in options.words if "=" in word]
     places = [word for word in options.words if "=" not in word]
+    rank, _ = distributed.join()
     if options.predictions:
         places += [options.data] if options.data else []
         if len(places) != 1:
             parser.error("--predictions FILE needs one --data CONFIG, and no model")
         config = load_config(places[0], settings)
-        samples = load_split(config, config.eval_annotations)[: config.eval_limit or None]
-        predictions = read_predictions(options.predictions)
-        if len(predictions) < len(samples):
-            print(f"{len(samples) - len(predictions)} sentences have no answer: failures", file=sys.stderr)
+        samples, report = load_split(config, config.eval_annotations)
+        samples = samples[: config.eval_limit or None]
+        dropped = {key for reason in DROPS for key in report.get(reason, [])}
+        given = read_predictions(options.predictions)
+        predictions = [prediction for prediction in given if prediction["id"] not in dropped]
+        notes = {
+            "answers are to sentences that were dropped: left out": len(given) - len(predictions),
+            "sentences have no answer: failures": len(samples) - len(predictions),
+        }
+        for note, count in notes.items():
+            if count > 0 and rank == 0:
+                print(f"{count} {note}", file=sys.stderr)
     else:
         if options.data or not 1 <= len(places) <= 2:
             parser.error("name a run folder of train.py, or a checkpoint and a CONFIG")
-        checkpoint, folder, config = find_checkpoint(places, settings)
-        rank, _ = distributed.join()
+        checkpoint, wanted, config = find_checkpoint(places, settings)
         if config.threads:
             torch.set_num_threads(config.threads)
-        samples = load_split(config, config.eval_annotations)[: config.eval_limit or None]
+        samples = load_split(config, config.eval_annotations)[0][: config.eval_limit or None]
         if config.on_bad_video == "error":
             check_videos(samples)
         made = how_made(checkpoint, config)
-        wanted = options.output or folder / "predictions.jsonl"
-        output = place_for_answers(wanted, made, others=not options.output)
+        output = place_for_answers(options.output or wanted, made, others=not options.output)
         done = answered(output)
         if all(sample.id in done for sample in samples):
-            print(f"all answers are in {output} already", file=sys.stderr)
-            predictions = [done[sample.id] for sample in samples]
+            predictions = gather(output, samples)
         else:
             dtype = getattr(torch, config.eval_dtype)
             policy = load_policy(checkpoint, dtype, distributed.device())
             check_output(output)
             predictions = decode_split(policy, samples, config, output, made)
-        distributed.leave()
-        if rank:
-            return
-        report_answers(predictions, output)
+        if rank == 0:
+            report_answers(predictions, len(done), output)
+    distributed.leave()
+    if rank:
+        return
     rows = score_predictions(predictions, samples, config)
     print(json.dumps(rows) if options.json else format_table(rows))
 
 
 def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, Config]:
-    """RUN, RUN/checkpoint_50, or CHECKPOINT CONFIG -> the checkpoint, where answers go, the settings."""
+    """RUN, RUN/checkpoint_50, or CHECKPOINT CONFIG -> the checkpoint, the file for its answers, the settings.
+
+    A checkpoint with a CONFIG gets a folder beside the config's output_dir, where another run lives, with the
+    name of the run it comes from, or its own.
+    """
     if len(places) == 2:
-        checkpoint, config = places[0], load_config(places[1], settings)
-        return checkpoint, Path(f"{Path(config.output_dir)}_{Path(checkpoint).resolve().name}"), config
+        path, config = Path(places[0]).resolve(), load_config(places[1], settings)
+        name = path.name
+        if (path.parent / "config.yaml").is_file():
+            name = path.parent.name + path.name.removeprefix("checkpoint")
+        return places[0], Path(f"{Path(config.output_dir)}_{name}") / "predictions.jsonl", config
     folder = Path(places[0])  # not output_dir: a run may have been moved
     checkpoint = folder / "checkpoint"
     if not (folder / "config.yaml").is_file():
@@ -325,12 +349,15 @@ def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, 
             f"{places[0]} is no run of train.py, nor a checkpoint in one; for another checkpoint name"
             " a configuration too, such as configs/toy.yaml"
         )
-    return str(checkpoint), folder, load_config(folder / "config.yaml", settings)
+    name = "predictions" if checkpoint.name == "checkpoint" else f"predictions_of_{checkpoint.name}"
+    return str(checkpoint), folder / f"{name}.jsonl", load_config(folder / "config.yaml", settings)
 
 
-def report_answers(predictions: list[dict], output: Path) -> None:
-    """Where the answers are and, to stderr, what stands out."""
+def report_answers(predictions: list[dict], before: int, output: Path) -> None:
+    """Where the answers are, `before` of them already before this start, and what stands out; to stderr."""
     text = f"the answers are in {output}"
+    if before >= len(predictions):
+        text += ", all of them from before"
     rewards = [prediction["rewards"]["total"] for prediction in predictions if "rewards" in prediction]
     if rewards:
         text = f"mean reward {np.mean(rewards):.2f}; {text}"
@@ -340,8 +367,9 @@ def report_answers(predictions: list[dict], output: Path) -> None:
     print(text, file=sys.stderr)
 
 
-def load_split(config: Config, annotations: str) -> list[Sample]:
-    """The samples of a split, made first where it is the toy's; what was found in it is printed to stderr."""
+def load_split(config: Config, annotations: str) -> tuple[list[Sample], Report]:
+    """The samples of a split, made first where it is the toy's, and what was found in it, which is printed to
+    stderr too."""
     rank, _ = distributed.join()
     if config.toy:
         if rank == 0:
@@ -351,7 +379,7 @@ def load_split(config: Config, annotations: str) -> list[Sample]:
     if rank == 0:
         counts = count_sentences(samples, report)
         print(f"{annotations}: {counts}\n{format_report(report)}", file=sys.stderr)
-    return samples
+    return samples, report
 
 
 def check_output(path: Path) -> None:
@@ -363,12 +391,9 @@ def check_output(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError, ModelError, VideoError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: the answers so far are kept; start again to go on")
-    except OSError as error:
-        place = error.filename or "standard output"
-        sys.exit(f"error: {place}: {error.strerror}; free some space, or choose another place with --output")
+    run_script(
+        lambda: main(sys.argv[1:]),
+        "standard output",
+        "free some space, or choose another place with --output",
+        "stopped: the answers so far are kept; start again to go on",
+    )

@@ -1,16 +1,38 @@
-"""Files: written whole or not at all; JSON read with errors that name the file, the place and the value."""
+"""Files: written whole or not at all; JSON read with errors that name the file, the place and the value.
+And how every script ends when something is wrong: in one line."""
 
 import codecs
 import contextlib
 import json
+import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 REMEDY = "correct or remove the record"
 
 
-class DataError(ValueError):
+class UserError(ValueError):
+    """Something that the user can mend; the message is one line that names it, the value and the remedy."""
+
+
+class DataError(UserError):
     """Annotations that cannot be used; the message names the file, the record, the value and the remedy."""
+
+
+def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str = "stopped") -> None:
+    """Run a script's main function; what a user can mend ends it with one line on stderr and exit code 1.
+
+    place: what an OSError is about that names no file. remedy: what to do about any. stopped: said on Ctrl-C.
+    """
+    try:
+        main()
+    except (UserError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(stopped)
+    except OSError as error:
+        sys.exit(f"error: {error.filename or place}: {error.strerror or error}; {remedy}")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -39,7 +61,7 @@ def read_jsonl(path: Path, *keys: str, skip_cut: bool = False) -> list[dict]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     whole = lines[-1] == b""  # what follows the last newline
-    if whole:
+    while lines and not lines[-1].strip():  # editors leave an empty line
         lines.pop()
     records = []
     for number, line in enumerate(lines, 1):
@@ -59,7 +81,7 @@ def read_jsonl(path: Path, *keys: str, skip_cut: bool = False) -> list[dict]:
 def read_json(path: str, unique: bool = True) -> object:
     """unique: refuse an object with the same key twice, which takes five times as long."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file, object_pairs_hook=_unique if unique else None)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error

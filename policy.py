@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
@@ -35,12 +36,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils import cached_file, logging
 
+from files import UserError
 from video import patchify
 
 logging.disable_progress_bar()  # transformers' bars for loading and saving, between ours
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A checkpoint that cannot serve as the policy; the message names the folder and the remedy."""
 
 
@@ -148,6 +150,15 @@ def _loading(checkpoint: str):
         raise ModelError(
             f"model: {checkpoint!r} does not load: {_reason(error)}; fetch its files again"
         ) from error
+
+
+@_quiet()
+def load_tokenizer(checkpoint: str) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of a checkpoint, and its Policy.size_factor, without its weights. Raises ModelError."""
+    with _loading(checkpoint):
+        vision = AutoConfig.from_pretrained(checkpoint).vision_config
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return tokenizer, vision.patch_size * vision.spatial_merge_size
 
 
 @_quiet()

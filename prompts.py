@@ -169,7 +169,9 @@ def _parse_list(items: str) -> tuple[tuple[int, Box], ...]:
 _CLOCK = r"(?<![0-9:.])((?:[0-9]{1,2}:){1,2}[0-9]{2}|[0-9]{1,5})(?:\.[0-9]{1,20})?(?![0-9:])"
 _UNIT = r"\s{0,9}(?:s|secs?|seconds?)?\s{0,9}"
 _INTERVAL = re.compile(
-    rf"start[^0-9]{{1,9}}{_CLOCK}[^0-9]{{1,20}}end[^0-9]{{1,9}}{_CLOCK}|{_CLOCK}{_UNIT}(?:-|,|to|and)\s{{0,9}}{_CLOCK}",
+    rf"start[^0-9]{{1,9}}{_CLOCK}[^0-9]{{1,20}}end[^0-9]{{1,9}}{_CLOCK}"
+    rf"|{_CLOCK}{_UNIT}(?:-|to|and)\s{{0,9}}{_CLOCK}"
+    rf"|[\[(]{_CLOCK}{_UNIT},\s{{0,9}}{_CLOCK}{_UNIT}[\])]",
     re.IGNORECASE,
 )
 _NUMBER_OF_ROW = re.compile(r"-?(?:[0-9]{1,5}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
@@ -182,7 +184,7 @@ def parse_csv_answer(text: str) -> Answer | None:
     (Fig. 8; how the authors parsed it is not in the paper). None where either is missing.
 
     Chat models talk, and write tables: lines that are neither are passed over, brackets, quotes and bars
-    around the numbers too, and so is what stands before "</think>". The interval is the last before the
+    around the numbers too, and so is what stands before "</think>". The interval is the last one before the
     first row. Timestamps are cut to whole seconds; of two boxes in one second the first counts. Never raises
     and takes time linear in the text.
     """
@@ -191,8 +193,8 @@ def parse_csv_answer(text: str) -> Answer | None:
         if row := _csv_row(line):
             second, box = row
             items.setdefault(second, box)
-        elif not items and (found := _INTERVAL.search(line[:1000])):
-            interval = [_seconds(clock) for clock in found.groups() if clock]
+        elif not items and (found := _INTERVAL.findall(line[:1000])):
+            interval = [_seconds(clock) for clock in found[-1] if clock]
     if interval is None or not items:
         return None
     return Answer(*interval, None, tuple(items.items()))

@@ -17,7 +17,6 @@ import functools
 import json
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,9 +29,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import trange
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from files import write_whole
+from files import run_script, write_whole
 from model import Prompt, completion_logprobs, encode_prompt, pack_completions, rollout
-from policy import FORBIDDEN_TOKENS, ModelError, Policy, load_policy, save_policy
+from policy import FORBIDDEN_TOKENS, Policy, load_policy, save_policy
 from prompts import Answer, Box, TextFormat, Truth, build_prompt, format_answer, truth_answer
 from rewards import intersection, score
 
@@ -530,9 +529,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ModelError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}; free some space, or choose another folder")
+    run_script(main, "the folder", "free some space, or choose another folder")

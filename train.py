@@ -42,7 +42,7 @@ from clips import Clips, open_clips
 from config import Config, ConfigError, load_config, save_config
 from data import Sample, check_videos
 from evaluate import answer_record, decode, load_split, score_predictions, write_jsonl
-from files import DataError, write_whole
+from files import run_script, write_whole
 from grpo import group_advantages, loss_normalizer, policy_loss
 from metrics import format_table
 from model import (
@@ -54,7 +54,7 @@ from model import (
     pack_completions,
     rollout,
 )
-from policy import ModelError, Policy, load_policy, save_policy
+from policy import Policy, load_policy, save_policy
 from prompts import Truth, format_answer, truth_answer
 from rewards import TERMS, Score, score
 from video import VideoError
@@ -85,8 +85,8 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"answer_format: {config.answer_format} is to evaluate only; train with boxes")
     if config.threads:
         torch.set_num_threads(config.threads)
-    train_samples = load_split(config, config.train_annotations)
-    eval_samples = load_split(config, config.eval_annotations)[: config.eval_limit or None]
+    train_samples, _ = load_split(config, config.train_annotations)
+    eval_samples = load_split(config, config.eval_annotations)[0][: config.eval_limit or None]
     if config.on_bad_video == "error":
         check_videos(train_samples + eval_samples)
     policy = load_policy(config.model, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -140,7 +140,9 @@ def learn(
             part = samples[first : first + config.rollout_batch]
             keys = [(config.seed, step, first + k) for k in range(len(part))]  # of their random numbers
             groups += sample_and_score(policy, part, keys, clips, config)
-        require(groups, samples)
+        if not groups:
+            pass_over(samples, step, clips)
+            continue
         sampled = time.time()
         write_jsonl(rollout_records(groups, step + 1, config), run / "rollouts.jsonl", append=True)
         metrics = improve(policy, reference, optimizer, groups, config)
@@ -253,12 +255,13 @@ def improve(
     return totals
 
 
-def require(readable: list, samples: list[Sample]) -> None:
-    """Raise VideoError where not one of a batch's videos could be read: nothing to learn from."""
-    if not readable:
-        raise VideoError(
-            f"none of the {len(samples)} videos of a batch can be read, such as {samples[0].video}"
-        )
+def pass_over(samples: list[Sample], step: int, clips: Clips) -> None:
+    """A batch of which no video could be read (on_bad_video: skip) teaches nothing. Raises VideoError if it
+    is the first one: then it is the folder, more likely than each of them."""
+    what = f"none of the {len(samples)} videos of step {step + 1} can be read, such as {samples[0].video}"
+    if step == 0:
+        raise VideoError(f"{what}; is `videos` the right folder?")
+    clips.say_once(f"skipped: {what}")
 
 
 def supervise(policy: Policy, samples: list[Sample], clips: Clips, config: Config, run: Path) -> None:
@@ -270,7 +273,9 @@ def supervise(policy: Policy, samples: list[Sample], clips: Clips, config: Confi
         clips.ahead(batch + following)
         shown = questions(policy, batch, clips, config)
         prompts = [prompt for _, _, prompt in shown]
-        require(shown, batch)
+        if not shown:
+            pass_over(batch, step, clips)
+            continue
         answers = [[true_completion(policy, truth, prompt, config)] for _, truth, prompt in shown]
         tokens, total = sum(len(ids) for (ids,) in answers), 0.0
         for first in range(0, len(prompts), config.rollout_batch):
@@ -442,12 +447,9 @@ if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__.strip())
         sys.exit()
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError, ModelError, VideoError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: what had been logged is in output_dir; this version does not resume")
-    except OSError as error:
-        place = error.filename or "output_dir"
-        sys.exit(f"error: {place}: {error.strerror}; free some space, or choose another output_dir")
+    run_script(
+        lambda: main(sys.argv[1:]),
+        "output_dir",
+        "free some space, or choose another output_dir",
+        "stopped: what had been logged is in output_dir; this version does not resume",
+    )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Sample
+from files import UserError
 
 TIMESTAMP_ERROR = 1e-4  # s; decord's timestamps are float32, so off by up to 1e-5 s in a three-minute video
 SHORTEST = 0.75  # of its annotated duration: a file that holds less is broken, not a little short
@@ -30,7 +31,7 @@ DECORD_ERRORS = (
 REENCODE = "re-encode it: ffmpeg -i OLD -c:v libx264 -crf 18 NEW"
 
 
-class VideoError(ValueError):
+class VideoError(UserError):
     """A video that cannot be shown as asked; the message says which or how, what is wrong, and what to do."""
 
 

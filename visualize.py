@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, ConfigError, load_config
+from config import Config, load_config
 from data import Sample, check_videos, load_samples
 from evaluate import read_predictions, scale_of
-from files import DataError, read_jsonl, write_whole
+from files import DataError, read_jsonl, run_script, write_whole
 from metrics import native_scores, tube_from_answer
 from prompts import Box, Truth
 from rewards import TERMS, Score, boxes_by_step, is_valid, score
-from video import VideoError, read_clip, resize
+from video import read_clip, resize
 
 try:
     from matplotlib.figure import Figure  # used directly: no window, no global state as with pyplot
@@ -326,10 +326,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ConfigError, DataError, VideoError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        place = error.filename or "standard output"
-        sys.exit(f"error: {place}: {error.strerror}; free some space, or make the folder writable")
+    run_script(lambda: main(sys.argv[1:]), "standard output", "free some space, or make the folder writable")

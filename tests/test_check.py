@@ -1,5 +1,6 @@
 """`python data.py --check CONFIG`: what it prints about the toy world, and about what is wrong with one."""
 
+import contextlib
 import json
 import runpy
 import shutil
@@ -14,13 +15,15 @@ import check
 import data
 from config import load_config
 from data import load_samples
+from policy import ModelError
 
 ROOT = Path(__file__).parent.parent
 
 
 def lines_of(arguments, capsys, code=0):
     """What it prints, blank lines left out."""
-    assert check.main(["--check", *arguments]) == code
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext():
+        check.main(["--check", *arguments])
     captured = capsys.readouterr()
     return [line for line in captured.out.splitlines() if line], captured.err
 
@@ -79,11 +82,12 @@ def test_what_is_wrong_is_listed_and_counted(place, broken, capsys, decode):
     settings = [f"videos={broken}", f"eval_annotations={broken}/all.json", "train_annotations="]
     lines, _ = lines_of([place, *settings, *decode], capsys, code=1)
     assert lines[2].split() == ["1", *data.CLIPPED.split(), "5.y4m"]
-    at = next(k for k, line in enumerate(lines) if line.startswith("6 videos, "))
-    problems = dict(zip(lines[at + 1 :: 2], lines[at + 2 :: 2], strict=True))
-    said = ["1.y4m: no such video", "2.y4m: 8 bytes that", "4.y4m: lasts 6.00 s, but its annotation"]
+    at = next(k for k, line in enumerate(lines) if line.startswith("5 videos, "))
+    assert lines[-1].startswith("  1 of 6 videos missing: ") and lines[-1].endswith("1.y4m")
+    problems = dict(zip(lines[at + 1 : -1 : 2], lines[at + 2 : -1 : 2], strict=True))
+    said = ["2.y4m: 8 bytes that", "4.y4m: lasts 6.00 s, but its annotation"]
     if not decode:  # of the sampled frames all are there: the last is held for half a second
-        said.insert(2, "3.y4m: ends at 5.25 s, what exists is used")
+        said.insert(1, "3.y4m: ends at 5.25 s, what exists is used")
     for words, (problem, sentences) in zip(said, problems.items(), strict=True):
         assert words in problem and sentences.startswith("    1 sentences: ")
 
@@ -121,12 +125,26 @@ def test_sentences_of_both_types_and_official_counts(place, tmp_path, world, cap
 
 def test_without_a_tokenizer(place, capsys, tmp_path):
     lines, _ = lines_of([place, f"model={tmp_path}/none"], capsys)
-    assert any(line.startswith("answer lengths: not counted, the tokenizer of ") for line in lines)
+    assert any(line.startswith("true answers: not counted in tokens (model: '") for line in lines)
     assert lines[-1] == "6 videos, by their headers: all good"
+    with pytest.raises(ModelError, match="does not load"):  # how large are the frames of no model?
+        check.main(["--check", place, f"model={tmp_path}/none", "--decode", f"frame_cache={tmp_path}/cache"])
+
+
+def test_closed_models_answer_in_another_form(place, capsys):
+    csv = ["answer_format=csv", "coordinates=relative", "think=false"]
+    assert "true answers: not counted in tokens for answer_format: csv" in lines_of([place, *csv], capsys)[0]
+
+
+def test_a_part_of_a_large_split_is_counted(place, capsys, monkeypatch):
+    monkeypatch.setattr(check, "MOST", 4)
+    lines, _ = lines_of([place], capsys)
+    assert lines[2].startswith("4 true answers, in tokens") and lines[3].split()[:2] == ["all", "4"]
 
 
 def test_lengths_in_tokens_of_the_real_vocabulary(place, capsys, tmp_path):
     qwen_tokenizer().save_pretrained(tmp_path / "qwen")
+    shutil.copy(Path(load_config(place).model) / "config.json", tmp_path / "qwen")
     lines, _ = lines_of([place, f"model={tmp_path}/qwen"], capsys)
     row = next(line for line in lines if line.startswith("all")).split()
     assert float(row[2]) > 40
@@ -146,5 +164,4 @@ def test_command_line(place, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
-        captured = capsys.readouterr()
-        assert caught.value.code == 1 and captured.err.startswith("error: ") and said in captured.err
+        assert caught.value.code.startswith("error: ") and said in caught.value.code

@@ -133,7 +133,7 @@ def test_several_jobs_at_once(workers):
         (os.kill, (0, signal.SIGKILL), r"the decoder crashed \(signal 9, SIGKILL\); .*use fewer workers"),
         (os.abort, (), r"the decoder crashed \(signal 6, SIGABRT\); re-encode"),
         (exec, ("import ctypes; ctypes.string_at(0)",), r"crashed \(signal 11, SIGSEGV\); re-encode"),
-        (os._exit, (3,), r"the worker process ended with code 3"),
+        (os._exit, (3,), r"the process that decodes it ended with code 3"),
     ],
 )
 def test_a_process_that_crashes_costs_its_job_only(lone, function, arguments, said):
@@ -286,6 +286,49 @@ def test_errors_of_a_clip(clips, films, tmp_path, workers):
     assert len(some.frames(make_sample(films[1]))) == 4
     with pytest.raises(VideoError, match="max_side: 27 is less"):
         clips(workers=workers, max_side=27).frames(make_sample(films[0]))
+
+
+def test_pictures_that_the_decoder_guessed_are_reported(clips, tmp_path, capsys):
+    """A few bytes of a film are zero. Depending on which, libav gives up, or guesses and only says so: then
+    the frames are taken, and what it said is passed on, once."""
+    content = Path(write_film(tmp_path / "whole.mp4", 60)).read_bytes()
+    some = clips(workers=2)
+    for k in range(20, 90, 5):
+        path = tmp_path / f"{k}.mp4"
+        at = len(content) * k // 100
+        path.write_bytes(content[:at] + bytes(12) + content[at + 12 :])
+        try:
+            some.frames(make_sample(path))
+        except VideoError:
+            continue
+        said = capsys.readouterr().err
+        if said:
+            break
+    assert (
+        said.startswith(f"{path}: damaged, some pictures are the decoder's guess (") and said.count("\n") == 1
+    )
+    some.frames(make_sample(path))
+    assert capsys.readouterr().err == ""
+
+
+def test_what_decoders_write_is_not_shown(lone, capfd):
+    """Complaints that are no damage are dropped; those that are stay with the file."""
+    lone.submit(os.write, 2, b"[h264] mmco: unref short failure\n").result()
+    assert lone.damaged == {}
+    lone.submit(os.write, 2, b"noise\n[h264] error while decoding MB 0 19, bytestream -5\n").result()
+    assert lone.damaged == {"2": "[h264] error while decoding MB 0 19, bytestream -5"}
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bad_clip_is_not_tried_again(clips, tmp_path, monkeypatch, capsys):
+    """With skip_bad an epoch later it is asked for again; each time could take decode_timeout seconds."""
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    counted, some = Count(monkeypatch), clips(skip_bad=True)
+    for _ in range(3):
+        some.ahead([make_sample(tmp_path / "bad.mp4")])
+        assert some.frames(make_sample(tmp_path / "bad.mp4")) is None
+        some.ahead([])
+    assert len(counted.asked) == 1 and capsys.readouterr().err.count("skipped: ") == 1
 
 
 class Count:
@@ -491,7 +534,9 @@ def test_a_full_disk(clips, films, tmp_path, capsys, full_disk):
         frames = [some.frames(make_sample(path)) for path in films]
     assert all(numbers(one) == [0, 15, 30, 45] for one in frames) and list(tmp_path.iterdir()) == []
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith(f"{tmp_path}: the cache of frames cannot be written (")
+    assert said.count("\n") == 1 and said.startswith(
+        f"{tmp_path}: the cache of frames cannot be written (File too large)"
+    )
 
 
 @pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
@@ -539,11 +584,11 @@ def test_two_processes_write_the_same_entry(tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(file, frames):
-        file.write(b"half")
+    def interrupted(temporary, path):
+        assert Path(temporary).stat().st_size == 128 + 48
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clips.np.save", interrupted)
+    monkeypatch.setattr("clips.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Cache(str(tmp_path), 1.0).save("a", np.zeros((1, 4, 4, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []

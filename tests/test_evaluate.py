@@ -153,7 +153,7 @@ def test_bad_predictions(place, tmp_path, capsys, monkeypatch):
         line + "[1]\n": form,
         line + "5\n": form,
         line + '"id completion"\n': form,
-        line + "\n": form,
+        line + "\n" + line.replace("0.y4m", "1.y4m"): form,  # an empty line is allowed at the end only
         line + '{"id": "1.y4m"}\n': form,
         line + '{"id": 1, "completion": "x"}\n': texts,
         line + '{"id": ["a"], "completion": "x"}\n': texts,
@@ -262,8 +262,8 @@ def test_a_checkpoint_inside_a_run_uses_its_settings_and_folder(taught, tmp_path
     evaluate.main([str(run / "checkpoint_50"), "--json"])
     captured = capsys.readouterr()
     assert json.loads(captured.out)["native"] == json.loads((run / "summary.json").read_text())["after"]
-    assert f"the answers are in {run}/predictions.2.jsonl" in captured.err
-    assert same_answers(run / "predictions.2.jsonl", run / "predictions.jsonl")
+    assert f"the answers are in {run}/predictions_of_checkpoint_50.jsonl" in captured.err
+    assert same_answers(run / "predictions_of_checkpoint_50.jsonl", run / "predictions.jsonl")
 
 
 def test_a_checkpoint_with_a_config_leaves_the_run_of_that_config_alone(
@@ -273,8 +273,8 @@ def test_a_checkpoint_with_a_config_leaves_the_run_of_that_config_alone(
     settings = [f"videos={world}", "think=false", "eval_limit=1"]
     for name, seed in (("predictions.jsonl", 0), ("predictions.2.jsonl", 1)):
         evaluate.main([str(taught / "checkpoint"), place, *settings, f"seed={seed}"])
-        assert f"the answers are in {tmp_path}/run_checkpoint/{name}" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run_checkpoint"]
+        assert f"the answers are in {tmp_path}/run_run/{name}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run_run"]
 
 
 def test_a_toy_world_is_made_first(taught, place, tmp_path, capsys, monkeypatch):
@@ -287,7 +287,7 @@ def test_a_toy_world_is_made_first(taught, place, tmp_path, capsys, monkeypatch)
         if name == "a":
             evaluate.main([str(taught / "checkpoint"), place, *settings, "--json"])
             row = json.loads(capsys.readouterr().out)["native"]
-            predictions = str(tmp_path / "run_checkpoint" / "predictions.jsonl")
+            predictions = str(tmp_path / "run_run" / "predictions.jsonl")
         else:
             assert rescore(capsys, predictions, place, *settings)["native"] == row
         assert row["N"] == 2 and (world / "test" / "0001.y4m").is_file()
@@ -331,7 +331,7 @@ def read(path):
 
 
 def test_what_is_answered_is_not_decoded_again(decoding, tmp_path, capsys):
-    output = tmp_path / "run_checkpoint" / "predictions.jsonl"
+    output = tmp_path / "run_run" / "predictions.jsonl"
     evaluate.main([*decoding, "eval_limit=4"])
     records = read(output)
     assert len(records) == 4
@@ -344,14 +344,14 @@ def test_what_is_answered_is_not_decoded_again(decoding, tmp_path, capsys):
     assert read(output)[:4] == records and [r["id"] for r in read(output)] == [f"{n}.y4m" for n in range(6)]
     before = output.read_bytes()
     evaluate.main(decoding)
-    assert f"all answers are in {output} already" in capsys.readouterr().err
+    assert f"the answers are in {output}, all of them from before" in capsys.readouterr().err
     assert output.read_bytes() == before
 
 
 def test_a_killed_evaluation_goes_on(decoding, tmp_path, capsys):
     """What two ranks have left behind, the last line of one of them cut."""
     evaluate.main(decoding)
-    output = tmp_path / "run_checkpoint" / "predictions.jsonl"
+    output = tmp_path / "run_run" / "predictions.jsonl"
     whole, lines = output.read_bytes(), output.read_bytes().splitlines(keepends=True)
     output.unlink()
     parts = [output.with_name(f"predictions.rank{rank}.jsonl") for rank in (0, 3)]
@@ -415,6 +415,62 @@ def test_videos_that_cannot_be_read(decoding, tmp_path, world, monkeypatch, caps
     for record in read(tmp_path / "all.jsonl"):
         if record["id"] not in ("1.y4m", "4.y4m"):
             assert records[record["id"]]["completion"] == record["completion"]
+
+
+def test_answers_to_other_questions_are_never_taken(decoding, tmp_path, world):
+    """The same file, the same ids, but sentences or truths have changed since."""
+    path = tmp_path / "ann.json"
+    records = json.loads((world / "all.json").read_text())
+    arguments = [*decoding, f"eval_annotations={path}", "eval_limit=2"]
+    for sentence in ("it moves", "it rests"):
+        records["1.y4m"]["caption"] = sentence
+        path.write_text(json.dumps(records))
+        evaluate.main(arguments)
+    files = sorted((tmp_path / "run_run").iterdir())
+    assert [file.name for file in files] == ["predictions.2.jsonl", "predictions.jsonl"]
+    assert [read(file)[1]["sentence"] for file in files] == ["it rests", "it moves"]
+
+
+def test_killed_before_the_answers_were_put_together(decoding, tmp_path, capsys):
+    evaluate.main(decoding)
+    output = tmp_path / "run_run" / "predictions.jsonl"
+    whole = output.read_bytes()
+    output.rename(output.with_name("predictions.rank1.jsonl"))
+    evaluate.main(decoding)
+    assert "all of them from before" in capsys.readouterr().err
+    assert output.read_bytes() == whole and list(output.parent.iterdir()) == [output]
+
+
+def test_ranks_print_saved_answers_once(place, tmp_path):
+    path = write(tmp_path / "oracle.jsonl", oracle(load_config(place)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(ROOT / "evaluate.py"), "--predictions", path, "--data", place, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout)["native"]["N"] == 6 and done.stderr.count("6 sentences") == 1
+
+
+def test_answers_to_dropped_sentences_are_left_out(tmp_path, write_config, capsys):
+    """Whoever asked a chat model all of VidSTG's sentences has answers to those without boxes, too."""
+    box = {"tid": 0, "bbox": {"xmin": 5, "ymin": 5, "xmax": 25, "ymax": 30}}
+    film = {"width": 56, "height": 56, "video_path": "0.y4m", "trajectories": [[box]] * 48}
+    says = [{"description": f"sentence {k}", "type": "object", "target_id": k} for k in range(2)]
+    record = {
+        **{"vid": "0", "fps": 8, "frame_count": 48, "width": 56, "height": 56, "captions": says},
+        **{"used_segment": {"begin_fid": 0, "end_fid": 47}, "temporal_gt": {"begin_fid": 8, "end_fid": 32}},
+        "questions": says[:1],
+    }
+    (tmp_path / "vidor").mkdir()
+    (tmp_path / "vidor" / "0.json").write_text(json.dumps(film))
+    (tmp_path / "val.json").write_text(json.dumps([record]))
+    place = write_config(
+        tmp_path, dataset="vidstg", vidor=f"{tmp_path}/vidor", eval_annotations=f"{tmp_path}/val.json"
+    )
+    answers = dict.fromkeys(("0/captions/0", "0/captions/1", "0/questions/0"), "x")
+    evaluate.main(["--predictions", write(tmp_path / "a.jsonl", answers), "--data", place, "--json"])
+    captured = capsys.readouterr()
+    row = json.loads(captured.out)["stcat"]
+    assert (row["N"], row["declarative"]["N"], row["interrogative"]["failures"]) == (2, 1, 1)
+    assert "1 answers are to sentences that were dropped: left out" in captured.err
 
 
 def test_answers_of_closed_models(place, tmp_path, capsys):

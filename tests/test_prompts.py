@@ -427,6 +427,7 @@ ROWS = PLAIN.split("\n", 2)[2]
         PLAIN + "\n8, 9 - 10",
         "<think>maybe 2 - 4\n2, 0.5, 0.5, 1, 1</think>\n" + PLAIN,
         "Frames 1-10 show a man.\nTwo people (1, 2 visible)\n" + PLAIN,
+        "2, 3 and 4 people appear. 5 - 7\n" + ROWS,
         *(
             f"{interval}\n{ROWS}"
             for interval in (

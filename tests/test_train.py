@@ -502,7 +502,24 @@ def test_a_batch_without_a_video(tmp_path, write_config, monkeypatch):
     (tmp_path / "none").mkdir()
     settings = [f"videos={tmp_path}/none", "on_bad_video=skip", "eval_limit=1", "steps=1"]
     message = error_of([write_config(tmp_path), *settings], monkeypatch)
-    assert message.startswith("error: none of the 2 videos of a batch can be read, such as ")
+    assert message.startswith("error: none of the 2 videos of step 1 can be read, such as ")
+    assert message.endswith("is `videos` the right folder?")
+
+
+def test_a_later_batch_without_a_video_is_passed_over(tmp_path, write_config, world, capsys):
+    """One prompt a step; the order of the first epoch puts the broken one third."""
+    videos = tmp_path / "videos"
+    shutil.copytree(world, videos)
+    path = write_config(tmp_path)
+    config = load_config(path)
+    third = train.batch_of(samples_of(config), 1, 2, config.seed)[0]
+    (videos / third.id).write_bytes(b"no video")
+    settings = [f"videos={videos}", "on_bad_video=skip", "batch_size=1", "steps=4", "eval_limit=1"]
+    train.main([path, *settings, "sft.steps=4", "sft.batch_size=1"])
+    metrics = read_lines(tmp_path / "run/metrics.jsonl")
+    for phase in ("sft", "grpo"):
+        assert [m["step"] for m in metrics if m["phase"] == phase] == [1, 2, 4]
+    assert "skipped: none of the 1 videos of step 3 can be read" in capsys.readouterr().err
 
 
 def test_a_video_that_ends_early(qwen2_5, tmp_path, write_config, world, capsys):
