@@ -2,11 +2,12 @@
 
     python data.py --check configs/vidstg.yaml             annotations, answer lengths, headers of the videos
     python data.py --check configs/vidstg.yaml --decode    and every clip decoded (which fills frame_cache)
+    python data.py --questions configs/closed_model.yaml   what to ask a chat model, one JSON object a line
 
 For each split that the configuration names: sentences in the official file and here, each repair and drop by
 its reason, the true answers' lengths in tokens against max_new_tokens, the best that answers on the grid of
 steps can score, and what is wrong with the videos. Declarative and interrogative sentences of VidSTG are told
-apart. Ends with exit code 1 where a video cannot be used.
+apart. Ends with exit code 1 where a video cannot be used, unless the configuration skips such videos.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import collections
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import sys
 
@@ -34,7 +36,7 @@ from data import (
 )
 from metrics import PROTOCOLS, format_table, grid_ceiling
 from policy import ModelError, load_tokenizer
-from prompts import format_answer, truth_answer
+from prompts import build_prompt, format_answer, truth_answer
 from video import VideoError, check_header, frame_size, probe
 
 MOST = 10_000  # true answers that are counted in tokens; of a larger split so many at random
@@ -44,15 +46,19 @@ PATCH = 28  # pixels of a visual token of Qwen2.5-VL, for the size of frames whe
 
 
 def main(arguments: list[str]) -> None:
-    """Exits with code 1 where a video cannot be used."""
+    """Exits with code 1 where a video cannot be used, unless on_bad_video: skip takes care of it."""
     parser = argparse.ArgumentParser(
         prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", required=True, metavar="CONFIG")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", metavar="CONFIG", help="look at the data of a configuration")
+    what.add_argument("--questions", metavar="CONFIG", help="print what is asked about its held-out split")
     parser.add_argument("--decode", action="store_true", help="decode every clip, not the headers alone")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)  # settings may stand anywhere
-    config = load_config(options.check, options.settings)
+    config = load_config(options.check or options.questions, options.settings)
+    if options.questions:
+        return print_questions(config)
     splits = [path for path in dict.fromkeys((config.train_annotations, config.eval_annotations)) if path]
     if not splits:
         raise ConfigError(f"{options.check}: names neither train_annotations nor eval_annotations")
@@ -64,9 +70,25 @@ def main(arguments: list[str]) -> None:
         if options.decode and config.frame_cache:  # its frames would be of a size that no model asks for
             raise
         model = error
-    bad = [check_split(config, path, options.decode, model) for path in splits]
-    if any(bad):
+    bad = sum([check_split(config, path, options.decode, model) for path in splits])
+    if bad and config.on_bad_video == "error":
         sys.exit(1)
+
+
+def print_questions(config: Config) -> None:
+    """One JSON object for each held-out sentence: what to show a chat model, what to ask it, and the id of
+    its answer for `evaluate.py --predictions`."""
+    samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
+    for sample in samples[: config.eval_limit or None]:
+        begin, end = (
+            frame / sample.fps for frame in (sample.begin_frame, sample.begin_frame + sample.num_frames)
+        )
+        size = (sample.width, sample.height)
+        num_steps = sample.grid(config.text_format.step_seconds).num_steps
+        scale = config.text_format.scale(size, size)
+        prompt = build_prompt(sample.sentence, num_steps, scale, config.text_format)
+        clip = {"video": sample.video, "begin": round(begin, 3), "end": round(end, 3)}  # seconds in the file
+        print(json.dumps({"id": sample.id, **clip, "prompt": prompt}, ensure_ascii=False))
 
 
 def check_split(config: Config, annotations: str, decode: bool, model: tuple | ModelError) -> int:

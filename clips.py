@@ -187,7 +187,8 @@ def serve(pipe: Connection) -> None:
                 answer = False, error
             signal.setitimer(signal.ITIMER_REAL, 0)
             messages.seek(0)
-            said = messages.read().decode(errors="replace").splitlines()
+            said = messages.read().decode(errors="replace")
+            said = re.sub(r"\[(\w+) @ 0x\w+\]", r"[\1]", said).splitlines()  # without addresses
             guessed = next((line.strip() for line in said if GUESSED.search(line)), None)
             try:
                 pipe.send((*answer, guessed))

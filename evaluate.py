@@ -39,7 +39,7 @@ from files import DataError, read_jsonl, run_script, write_whole
 from metrics import Tube, format_table, score_answers, tube_from_answer
 from model import Completion, Prompt, make_prompt, rollout
 from policy import Policy, load_policy
-from prompts import Answer, Box, Truth, from_text_box, read_answer
+from prompts import Answer, Box, Truth, from_text_box, parse_csv_answer, read_answer
 from rewards import score
 
 # ----------------------------------------------------------------------------------------------------------
@@ -117,13 +117,13 @@ def answer_record(
 
 
 def decode_split(
-    policy: Policy, samples: list[Sample], config: Config, output: Path, made: str
+    policy: Policy, samples: list[Sample], config: Config, output: Path, fingerprint: str
 ) -> list[dict]:
     """Decode what `output` does not hold yet, shared among the ranks. Returns all records of the samples, in
     order, on every rank, and leaves them in `output`.
 
-    made: how the answers come about (how_made), for the records. Each rank adds its answers to a file of its
-    own beside output, so that a killed run loses a batch at most; gather puts them together.
+    fingerprint: how the answers come about (fingerprint_of), for the records. Each rank adds its answers to a
+    file of its own beside output, so that a killed run loses a batch at most; gather puts them together.
     """
     rank, ranks = distributed.join()
     done = answered(output)
@@ -136,7 +136,7 @@ def decode_split(
         write_jsonl(read_jsonl(part, "id", skip_cut=True), part)  # without the line that was cut
     with contextlib.closing(open_clips(config, policy.size_factor)) as clips:
         for records in decode(policy, todo[rank::ranks], clips, config, output.stem):
-            write_jsonl([{**record, "made": made} for record in records], part, append=True)
+            write_jsonl([{**record, "fingerprint": fingerprint} for record in records], part, append=True)
     return gather(output, samples)
 
 
@@ -174,11 +174,11 @@ def answered(output: Path) -> dict[str, dict]:
     return {record["id"]: record for record in saved_answers(output) if "unreadable" not in record}
 
 
-def how_made(checkpoint: str, config: Config) -> str:
+def fingerprint_of(checkpoint: str, config: Config) -> str:
     """A short mark of all that an answer depends on: the weights, the annotations and the settings."""
     folder = Path(checkpoint)  # none for a hub id, which is its name
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights] or checkpoint
+    state = [(path.name, _pieces(path)) for path in weights] or checkpoint
     asked = hashlib.sha256(Path(config.eval_annotations).read_bytes()).hexdigest()
     names = ("dataset", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side", "eval_dtype")
     settings = [getattr(config, name) for name in names]
@@ -186,14 +186,26 @@ def how_made(checkpoint: str, config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def place_for_answers(wanted: Path, made: str, others: bool) -> Path:
+def _pieces(path: Path, size: int = 65536) -> str:
+    """A hash of a file's length, middle and end: enough to tell weights apart, which all change in training,
+    and done in no time. (Its date would change with a copy.)"""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        pieces = [str(length).encode()]
+        for place in (length // 2, length - size):
+            file.seek(max(0, place))
+            pieces.append(file.read(size))
+    return hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+def place_for_answers(wanted: Path, fingerprint: str, others: bool) -> Path:
     """Where to put answers: the wanted file, or with `others` the first of its numbered siblings, that does
     not exist or holds answers made in the same way. Raises DataError or OSError where there is none."""
     if wanted.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(wanted))
     numbered = (wanted.with_stem(f"{wanted.stem}.{n}") for n in itertools.count(2))
     for path in itertools.chain([wanted], numbered if others else []):
-        if all(record.get("made") == made for record in saved_answers(path)):
+        if all(record.get("fingerprint") == fingerprint for record in saved_answers(path)):
             return path
     raise DataError(f"{wanted}: holds answers made in another way; choose another --output")
 
@@ -292,10 +304,13 @@ def main(arguments: list[str]) -> None:
         samples = samples[: config.eval_limit or None]
         dropped = {key for reason in DROPS for key in report.get(reason, [])}
         given = read_predictions(options.predictions)
-        predictions = [prediction for prediction in given if prediction["id"] not in dropped]
+        predictions = [p for p in given if p["id"] not in dropped]
         notes = {
             "answers are to sentences that were dropped: left out": len(given) - len(predictions),
             "sentences have no answer: failures": len(samples) - len(predictions),
+            "answers have coordinates above 1, which are taken for 1": sum(
+                config.answer_format == "csv" and above_one(p["completion"]) for p in predictions
+            ),
         }
         for note, count in notes.items():
             if count > 0 and rank == 0:
@@ -309,8 +324,8 @@ def main(arguments: list[str]) -> None:
         samples = load_split(config, config.eval_annotations)[0][: config.eval_limit or None]
         if config.on_bad_video == "error":
             check_videos(samples)
-        made = how_made(checkpoint, config)
-        output = place_for_answers(options.output or wanted, made, others=not options.output)
+        fingerprint = fingerprint_of(checkpoint, config)
+        output = place_for_answers(options.output or wanted, fingerprint, others=not options.output)
         done = answered(output)
         if all(sample.id in done for sample in samples):
             predictions = gather(output, samples)
@@ -318,7 +333,10 @@ def main(arguments: list[str]) -> None:
             dtype = getattr(torch, config.eval_dtype)
             policy = load_policy(checkpoint, dtype, distributed.device())
             check_output(output)
-            predictions = decode_split(policy, samples, config, output, made)
+            if rank == 0:
+                notes = coordinates_note(policy, config) + settings_note(checkpoint, config)
+                print(notes, end="", file=sys.stderr)
+            predictions = decode_split(policy, samples, config, output, fingerprint)
         if rank == 0:
             report_answers(predictions, len(done), output)
     distributed.leave()
@@ -326,6 +344,36 @@ def main(arguments: list[str]) -> None:
         return
     rows = score_predictions(predictions, samples, config)
     print(json.dumps(rows) if options.json else format_table(rows))
+
+
+def above_one(text: str) -> bool:
+    """Whether a CSV answer has a coordinate clearly outside the frame: pixels, or thousandths."""
+    answer = parse_csv_answer(text)
+    return answer is not None and any(max(box) > 1.5 for _, box in answer.pred)
+
+
+def settings_note(checkpoint: str, config: Config) -> str:
+    """A line for each setting in which a run's checkpoint was trained to see or to say something else."""
+    path = Path(checkpoint).resolve().parent / "config.yaml"
+    if not path.is_file():
+        return ""
+    trained, note = load_config(path), ""
+    for key in ("fps", "max_side", "time_unit", "coordinates", "think", "answer_format"):
+        before, now = getattr(trained, key), getattr(config, key)
+        if before != now:
+            note += f"note: {checkpoint} was trained with {key}: {before}, and is asked with {now}\n"
+    return note
+
+
+def coordinates_note(policy: Policy, config: Config) -> str:
+    """A line where a checkpoint's family was pre-trained to write boxes otherwise than it is asked to."""
+    family = policy.family
+    if config.toy or config.coordinates in (family.coordinates, "relative"):
+        return ""
+    return (
+        f"note: {family.name} has learned coordinates: {family.coordinates} in its pre-training, and is asked"
+        f' for {config.coordinates} (README, "Assumptions")\n'
+    )
 
 
 def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, Config]:
@@ -361,6 +409,10 @@ def report_answers(predictions: list[dict], before: int, output: Path) -> None:
     rewards = [prediction["rewards"]["total"] for prediction in predictions if "rewards" in prediction]
     if rewards:
         text = f"mean reward {np.mean(rewards):.2f}; {text}"
+    malformed = [prediction for prediction in predictions if prediction["span"] is None]
+    if malformed:
+        cut = sum(prediction.get("truncated", False) for prediction in malformed)
+        text += f"; {len(malformed)} do not parse, {cut} of them cut off at max_new_tokens"
     unreadable = sum("unreadable" in prediction for prediction in predictions)
     if unreadable:
         text += f"; {unreadable} of them are empty, since their videos cannot be read"

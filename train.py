@@ -41,7 +41,15 @@ from tqdm import trange
 from clips import Clips, open_clips
 from config import Config, ConfigError, load_config, save_config
 from data import Sample, check_videos
-from evaluate import answer_record, decode, load_split, score_predictions, write_jsonl
+from evaluate import (
+    answer_record,
+    coordinates_note,
+    decode,
+    fingerprint_of,
+    load_split,
+    score_predictions,
+    write_jsonl,
+)
 from files import run_script, write_whole
 from grpo import group_advantages, loss_normalizer, policy_loss
 from metrics import format_table
@@ -91,7 +99,7 @@ def main(arguments: list[str]) -> None:
         check_videos(train_samples + eval_samples)
     policy = load_policy(config.model, device="cuda" if torch.cuda.is_available() else "cpu")
     run = start_run(config)
-    print(describe(config, policy, train_samples, eval_samples))
+    print(describe(config, policy, train_samples, eval_samples), end="")
     with contextlib.closing(open_clips(config, policy.size_factor)) as clips:
         before, rewards, after = learn(policy, train_samples, eval_samples, clips, config, run)
     few = max(1, len(rewards) // 10)  # a single step's mean is noise
@@ -148,6 +156,7 @@ def learn(
         metrics = improve(policy, reference, optimizer, groups, config)
 
         metrics = {"phase": "grpo", "step": step + 1, **summarize_groups(groups), **metrics}
+        metrics["prompts"] = len(groups)  # fewer than batch_size where videos cannot be read
         metrics["seconds"] = {"rollout": sampled - clock, "update": time.time() - sampled}
         log(metrics, run)
         progress.append((metrics["reward"], metrics["viou_pred"]))
@@ -162,7 +171,9 @@ def learn(
             save_policy(policy, run / f"checkpoint_{step + 1}")
 
     save_policy(policy, run / "checkpoint")
-    after = evaluate_split(policy, eval_samples, clips, config, run / "predictions.jsonl", "after")
+    fingerprint = fingerprint_of(str(run / "checkpoint"), dataclasses.replace(config, eval_dtype="float32"))
+    path = run / "predictions.jsonl"
+    after = evaluate_split(policy, eval_samples, clips, config, path, "after", fingerprint)
     log({"phase": "eval", "step": config.steps, **after}, run)
     return before, [reward for reward, _ in progress], after
 
@@ -347,11 +358,20 @@ def freeze(policy: Policy) -> Policy:
 
 
 def evaluate_split(
-    policy: Policy, samples: list[Sample], clips: Clips, config: Config, path: Path, name: str
+    policy: Policy,
+    samples: list[Sample],
+    clips: Clips,
+    config: Config,
+    path: Path,
+    name: str,
+    fingerprint: str = "",
 ) -> dict[str, float]:
-    """Decode the held-out split, write the predictions, return the paper's row."""
+    """Decode the held-out split, write the predictions, return the paper's row. fingerprint: by which
+    evaluate.py knows the answers of a checkpoint that is kept."""
     numbered = list(enumerate(samples))
     predictions = [p for records in decode(policy, numbered, clips, config, name) for p in records]
+    if fingerprint:
+        predictions = [{**prediction, "fingerprint": fingerprint} for prediction in predictions]
     write_jsonl(predictions, path)
     return score_predictions(predictions, samples, config)["native"]
 
@@ -412,18 +432,13 @@ def describe(config: Config, policy: Policy, train_samples: list[Sample], eval_s
     parameters = sum(p.numel() for p in policy.model.parameters()) / 1e6
     answers = config.batch_size * config.num_generations
     epochs = config.steps * config.batch_size / len(train_samples)
-    family, note = policy.family, ""
-    if family.coordinates != config.coordinates and not config.toy:
-        note = (
-            f"\n{family.name} has learned to write `coordinates: {family.coordinates}`; here it is to write"
-        )
-        note += f" {config.coordinates}"
     return (
         f"{config.model}: {parameters:.2f} M parameters on {policy.device},"
         f" {torch.get_num_threads()} thread(s)\n"
         f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps of "
-        f"{config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs"
-    ) + note
+        f"{config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs\n"
+        f"{coordinates_note(policy, config)}"
+    )
 
 
 def log(metrics: dict, run: Path) -> None:

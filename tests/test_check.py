@@ -150,6 +150,35 @@ def test_lengths_in_tokens_of_the_real_vocabulary(place, capsys, tmp_path):
     assert float(row[2]) > 40
 
 
+def test_bad_videos_that_are_skipped_are_no_failure(place, broken, capsys):
+    settings = [f"videos={broken}", f"eval_annotations={broken}/all.json", "train_annotations="]
+    lines, _ = lines_of([place, *settings, "on_bad_video=skip"], capsys)
+    assert "1 of 6 videos missing" in lines[-1]
+
+
+def test_questions_for_a_chat_model(place, tmp_path, world, capsys):
+    """A VidSTG clip that begins at frame 8 of 8 a second, in the second second of its file."""
+    box = {"tid": 0, "bbox": {"xmin": 5, "ymin": 5, "xmax": 25, "ymax": 30}}
+    film = {"width": 56, "height": 56, "video_path": "0/0.mp4", "trajectories": [[box]] * 48}
+    (tmp_path / "vidor").mkdir()
+    (tmp_path / "vidor" / "0.json").write_text(json.dumps(film))
+    clip, truth = {"begin_fid": 8, "end_fid": 43}, {"begin_fid": 10, "end_fid": 20}
+    record = {"vid": "0", "fps": 8, "frame_count": 48, "width": 56, "height": 56}
+    record |= {"used_segment": clip, "temporal_gt": truth, "captions": []}
+    record |= {"questions": [{"description": "谁在动?", "type": "person", "target_id": 0}]}
+    (tmp_path / "val.json").write_text(json.dumps([record]))
+    settings = ["dataset=vidstg", f"vidor={tmp_path}/vidor", f"eval_annotations={tmp_path}/val.json"]
+    settings += ["answer_format=csv", "coordinates=relative", "think=false", "videos=films"]
+    check.main(["--questions", place, *settings])
+    (line,) = capsys.readouterr().out.splitlines()
+    question = json.loads(line)
+    assert (
+        question["prompt"].endswith("\nEvent: 谁在动?") and "timestamp, x1, y1, x2, y2" in question["prompt"]
+    )
+    del question["prompt"]
+    assert question == {"id": "0/questions/0", "video": "films/0/0.mp4", "begin": 1.0, "end": 5.5}
+
+
 def test_command_line(place, tmp_path, capsys, monkeypatch):
     command = [sys.executable, str(ROOT / "data.py"), "--check", place]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

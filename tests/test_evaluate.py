@@ -216,18 +216,35 @@ def test_settings_that_are_wrong(place, tmp_path, monkeypatch, capsys):
 
 
 def test_run_folder_reproduces_its_summary(taught, tmp_path, capsys):
-    """Also after it was moved: the new answers go into the folder that was named, beside the old ones."""
+    """Also after it was moved. train.py's own answers are taken; without them they are decoded, the same."""
     run = tmp_path / "moved"
     shutil.copytree(taught, run)
     after = json.loads((run / "summary.json").read_text())["after"]
     assert after["m_vIoU"] > 5  # not the trivial 0
     evaluate.main([str(run), "--json"])
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["native"] == after
-    assert f"the answers are in {run}/predictions.2.jsonl" in captured.err
-    assert same_answers(run / "predictions.jsonl", run / "predictions.2.jsonl")
-    rows = rescore(capsys, str(run / "predictions.jsonl"), "--data", str(run / "config.yaml"))
-    assert rows["native"] == after
+    rows = json.loads(captured.out)
+    assert rows["native"] == after and rows.keys() == PROTOCOLS
+    assert f"the answers are in {run}/predictions.jsonl, all of them from before" in captured.err
+    (run / "predictions.jsonl").rename(run / "old.jsonl")
+    evaluate.main([str(run), "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == rows and "from before" not in captured.err
+    assert (run / "predictions.jsonl").read_bytes() == (run / "old.jsonl").read_bytes()
+    assert rescore(capsys, str(run / "old.jsonl"), "--data", str(run / "config.yaml")) == rows
+
+
+def test_notes_about_what_a_checkpoint_was_taught(taught, place, world, capsys):
+    """It has learned pixels in its pre-training, and seconds and norm1000 in ours; here it is asked otherwise."""
+    settings = [f"videos={world}", "think=false", "max_new_tokens=8", "eval_limit=2"]
+    evaluate.main([str(taught / "checkpoint"), place, *settings, "coordinates=original", "time_unit=frame"])
+    err = capsys.readouterr().err
+    assert (
+        "note: Qwen2.5-VL has learned coordinates: resized in its pre-training, and is asked for orig" in err
+    )
+    assert "was trained with time_unit: second, and is asked with frame\n" in err
+    assert "was trained with coordinates: norm1000, and is asked with original\n" in err
+    assert "was trained with think" not in err and "2 do not parse, 2 of them cut off at max_new" in err
 
 
 def test_checkpoint_with_a_config(taught, place, tmp_path, capsys, world):
@@ -489,6 +506,16 @@ def test_answers_of_closed_models(place, tmp_path, capsys):
     assert row["failures"] == 0 and row["m_tIoU"] == row["ceiling_m_tIoU"]
     assert row["m_vIoU"] == pytest.approx(row["ceiling_m_vIoU"], abs=0.5)
     assert rescore(capsys, path, "--data", place)["native"]["failures"] == 6
+
+
+def test_csv_in_pixels_is_noticed(place, tmp_path, capsys):
+    """Clamped to the frame it scores 0 like a bad model; that it is another unit must be said."""
+    csv = ["answer_format=csv", "coordinates=relative", "think=false"]
+    path = write(
+        tmp_path / "csv.jsonl", {"0.y4m": "1 - 2\n1, 10, 10, 40, 40", "1.y4m": "1 - 2\n1, 0, 0, 1.1, 1"}
+    )
+    evaluate.main(["--predictions", path, "--data", place, *csv])
+    assert "1 answers have coordinates above 1, which are taken for 1\n" in capsys.readouterr().err
 
 
 def test_an_open_model_is_asked_for_csv(decoding, tmp_path, capsys):
