@@ -302,7 +302,11 @@ def open_clips(config: Config, size_factor: int, **more) -> "Clips":
 
 
 class Clips:
-    """The frames of samples as the model sees them, decoded ahead and cached. For one thread to use."""
+    """The frames of samples as the model sees them, decoded ahead and cached. For one thread to use.
+
+    Whoever reads samples in an order says so with ahead(): train.py names the batch at hand and the next one,
+    evaluate.py its next few batches. That window, and no more, is in memory.
+    """
 
     def __init__(
         self,

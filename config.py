@@ -49,7 +49,8 @@ class Config:
     fps: float = 2.0  # frames per second
     max_side: int = 336  # pixels: the longer side of a frame is at most this
     time_unit: str = "frame"  # a step of the answer: frame (1 / fps seconds) | second. Not in the paper
-    coordinates: str = "norm1000"  # of the boxes in the text: norm1000 | resized | original. Not in the paper
+    # of the boxes in the text: norm1000 | resized | original (relative: in csv only). Not in the paper
+    coordinates: str = "norm1000"
     answer_format: str = "boxes"  # boxes | csv: the paper's for closed models (Fig. 8), to evaluate only
     think: bool = True  # False: no <think_bbox>, the row "RFT" of Table 5
 

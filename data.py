@@ -102,7 +102,7 @@ Report = dict[str, list[str]]
 CLIPPED = "box partly outside the image: clipped"
 SORTED = "box with a negative side: corners sorted"
 EMPTY = "box without area: frame left without a box"
-OUTSIDE = "box outside the image: frame left without a box"
+OUTSIDE = "box outside the image: frame left without a box"  # of VidSTG; of HC-STVG it is an error
 CUT = "span leaves the clip: cut"
 CUT_SEGMENT = "segment leaves the video: cut"
 OTHER_SIZE = "size is not VidOR's, in which the boxes are measured"
@@ -328,6 +328,8 @@ def _vidstg_samples(
         positive_integer(where, record, name) for name in ("width", "height", "frame_count")
     )
     fps = positive(where, record, "fps")
+    # In the official files used_segment.end_fid never exceeds frame_count - 1, and temporal_gt.end_fid reaches
+    # frame_count: one is the last frame, the other the one after.
     begin, last = _frames(where, record, "used_segment")
     stop_of_clip = min(last + 1, file_frames)  # used_segment.end_fid is the clip's last frame
     first, stop = _frames(where, record, "temporal_gt")  # temporal_gt.end_fid is exclusive

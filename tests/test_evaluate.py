@@ -235,7 +235,7 @@ def test_run_folder_reproduces_its_summary(taught, tmp_path, capsys):
 
 
 def test_notes_about_what_a_checkpoint_was_taught(taught, place, world, capsys):
-    """It has learned pixels in its pre-training, and seconds and norm1000 in ours; here it is asked otherwise."""
+    """Pixels in its pre-training, seconds and norm1000 in ours; here it is asked otherwise."""
     settings = [f"videos={world}", "think=false", "max_new_tokens=8", "eval_limit=2"]
     evaluate.main([str(taught / "checkpoint"), place, *settings, "coordinates=original", "time_unit=frame"])
     err = capsys.readouterr().err
