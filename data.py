@@ -328,7 +328,7 @@ def _vidstg_samples(
         positive_integer(where, record, name) for name in ("width", "height", "frame_count")
     )
     fps = positive(where, record, "fps")
-    # In the official files used_segment.end_fid never exceeds frame_count - 1, and temporal_gt.end_fid reaches
+    # In the official files used_segment.end_fid never exceeds frame_count - 1 and temporal_gt.end_fid reaches
     # frame_count: one is the last frame, the other the one after.
     begin, last = _frames(where, record, "used_segment")
     stop_of_clip = min(last + 1, file_frames)  # used_segment.end_fid is the clip's last frame

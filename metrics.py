@@ -17,8 +17,8 @@ Published tables disagree about G and F. A protocol is one choice of the two:
                cites for its metrics
 
 In all of them vIoU leaves out the frames of the truth without a box, which still count in tIoU (the published
-code drops such sentences or stops), a failed answer scores 0 and is counted like any other, and vIoU@R is the share of answers strictly
-above R.
+code drops such sentences or stops); a failed answer scores 0 and is counted like any other; and vIoU@R is the
+share of answers strictly above R.
 """
 
 from collections.abc import Callable, Iterable, Iterator
