@@ -13,6 +13,7 @@ clip and not the run. (video.py describes what is decoded, and how; this file on
 import concurrent.futures
 import contextlib
 import functools
+import glob
 import hashlib
 import io
 import os
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import tokenize
 import uuid
 import zipfile
@@ -216,8 +218,16 @@ class Cache:
         self._lock = threading.Lock()
         try:
             os.makedirs(folder, exist_ok=True)
+            self._clean()
         except OSError as error:
             self._stop(f"cannot be made ({_reason(error)})")
+
+    def _clean(self) -> None:
+        """Remove what processes that were killed while they wrote, a day ago or more, have left behind."""
+        for path in glob.glob(os.path.join(glob.escape(self.folder), "*.tmp")):
+            with contextlib.suppress(FileNotFoundError):  # another process cleans, too
+                if os.path.getmtime(path) < time.time() - 86400:
+                    os.remove(path)
 
     def load(self, key: str, like: tuple[int, int, int]) -> np.ndarray | None:
         """The array of a key; None where there is none that can be read. like: (T, h, w) of the frames; there

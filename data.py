@@ -291,12 +291,12 @@ def load_vidstg(annotations: str, videos: str, vidor: str) -> tuple[list[Sample]
         if not isinstance(vid, str) or not vid:
             raise DataError(f"{where}: vid {short(vid)} is not the name of a video; {REMEDY}")
         targets.setdefault(vid, set()).update(tids)
-    films = _read_vidor(vidor, targets)
+    known = _read_vidor(vidor, targets)
 
     report: Report = {}
     samples = []
     for n, record in enumerate(records):
-        samples += _vidstg_samples(annotations, n, record, films[record["vid"]], videos, report)
+        samples += _vidstg_samples(annotations, n, record, known[record["vid"]], videos, report)
     if not samples:
         why = "; ".join(f"{finding} ({len(report[finding])})" for finding in DROPS if finding in report)
         raise DataError(f"{annotations}: holds no sentence that can be used: {why or 'none at all'}")
@@ -321,7 +321,7 @@ def _vidstg_sentences(where: str, record: dict) -> list[tuple[str, str, int]]:
 
 
 def _vidstg_samples(
-    annotations: str, n: int, record: dict, film: "Film", videos: str, report: Report
+    annotations: str, n: int, record: dict, known: "VidorVideo", videos: str, report: Report
 ) -> list[Sample]:
     where = f"{annotations}: record {n}"
     width, height, file_frames = (
@@ -336,7 +336,7 @@ def _vidstg_samples(
     of_record = {
         CUT_SEGMENT: last >= file_frames,
         CUT: first < begin or stop > stop_of_clip,
-        OTHER_SIZE: (width, height) != (film.width, film.height),
+        OTHER_SIZE: (width, height) != (known.width, known.height),
     }
     first, stop = max(first, begin), min(stop, stop_of_clip)
 
@@ -347,7 +347,7 @@ def _vidstg_samples(
         if first >= stop:
             report.setdefault(NO_SPAN, []).append(key)
             continue
-        boxes, found = film.tracks[target]
+        boxes, found = known.tracks[target]
         findings |= {finding for finding, frames in found.items() if frames[first:stop].any()}
         track = Track(first - begin, boxes[first:stop])  # a view: the file's sentences share its boxes
         if not track:
@@ -361,7 +361,7 @@ def _vidstg_samples(
         samples.append(
             Sample(
                 id=key,
-                video=os.path.join(videos, film.path),
+                video=os.path.join(videos, known.path),
                 sentence=sentence,
                 width=width,
                 height=height,
@@ -379,7 +379,7 @@ def _vidstg_samples(
 
 
 @dataclass(frozen=True)
-class Film:
+class VidorVideo:
     """What a VidOR file says of one video."""
 
     path: str  # of the video, from the folder of all videos
@@ -389,7 +389,7 @@ class Film:
     tracks: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
-def _read_vidor(vidor: str, targets: dict[str, set[int]]) -> dict[str, Film]:
+def _read_vidor(vidor: str, targets: dict[str, set[int]]) -> dict[str, VidorVideo]:
     """VidOR's files of some videos: video -> its tracks, those that are asked for. Raises DataError."""
     paths: dict[str, str] = {}
     for folder, _, names in os.walk(vidor, followlinks=True):
@@ -408,15 +408,15 @@ def _read_vidor(vidor: str, targets: dict[str, set[int]]) -> dict[str, Film]:
             " folder of VidOR's annotations (training for VidSTG's train and val, validation for its test)"
         )
     bar = tqdm(targets.items(), desc="VidOR tracks", unit="video", delay=2, leave=False)
-    return {vid: _read_film(paths[vid], vid, tids) for vid, tids in bar}
+    return {vid: _read_vidor_file(paths[vid], vid, tids) for vid, tids in bar}
 
 
-def _read_film(path: str, vid: str, tids: set[int]) -> Film:
-    film = read_json(path, unique=False)  # a hundred times the size of all other files together
-    if not isinstance(film, dict):
+def _read_vidor_file(path: str, vid: str, tids: set[int]) -> VidorVideo:
+    content = read_json(path, unique=False)  # thousands of large files: the check would take minutes
+    if not isinstance(content, dict):
         raise DataError(f"{path}: is not a JSON object; fetch VidOR's file again")
-    width, height = (positive_integer(path, film, name) for name in ("width", "height"))
-    frames = get(path, film, "trajectories")
+    width, height = (positive_integer(path, content, name) for name in ("width", "height"))
+    frames = get(path, content, "trajectories")
     if not isinstance(frames, list):
         raise DataError(f"{path}: trajectories is not a list with the boxes of each frame; fetch it again")
     tracks = {tid: np.full((len(frames), 4), np.nan) for tid in tids}
@@ -433,10 +433,11 @@ def _read_film(path: str, vid: str, tids: set[int]) -> Film:
                 f"{path}: trajectories[{k}] is not a list of"
                 " {tid, bbox: {xmin, ymin, xmax, ymax}} in numbers; correct or fetch the file again"
             ) from None
-    video = film.get("video_path", f"{os.path.basename(os.path.dirname(path))}/{vid}.mp4")
-    if not isinstance(video, str) or not video:
+    video = content.get("video_path", f"{os.path.basename(os.path.dirname(path))}/{vid}.mp4")
+    parts = video.split("/") if isinstance(video, str) else [""]
+    if "" in parts or ".." in parts:  # nothing outside the folder of videos
         raise DataError(f"{path}: video_path {short(video)} is not FOLDER/VID.mp4; fetch VidOR's file again")
-    return Film(
+    return VidorVideo(
         video, width, height, {tid: _in_frame(corners, width, height) for tid, corners in tracks.items()}
     )
 

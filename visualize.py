@@ -11,7 +11,6 @@ Reads what train.py wrote (metrics.jsonl, predictions.jsonl, config.yaml) and th
 
 import io
 import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,7 +248,8 @@ def draw_block(sample: Sample, rows: list[Row], step_seconds: float) -> Block:
     image = np.pad(np.concatenate(strips), ((LINE, LINE), (MARGIN, 0), (0, 0)), constant_values=255)
     width = image.shape[1] - MARGIN
     words = f"{sample.sentence} ({sample.question_type})" if sample.question_type else sample.sentence
-    title = textwrap.shorten(words, max(width // 11, 20), placeholder=" ...")
+    most = max(width // 11, 20)
+    title = words if len(words) <= most else f"{words[: most - 4]} ..."
     texts.append((MARGIN, LINE / 2, title, {"va": "center", "weight": "bold"}))
     for k, step in enumerate(steps):
         x = MARGIN + (k + 0.5) * width / len(steps) - GAP / 2

@@ -583,6 +583,15 @@ def test_two_processes_write_the_same_entry(tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["a.npy"]
 
 
+def test_old_remains_are_removed(tmp_path):
+    """A writer that was killed leaves its temporary file, which would count against the bound for ever."""
+    for name, age in (("old.1.tmp", 90_000), ("new.2.tmp", 60), ("old.npy", 90_000)):
+        (tmp_path / name).write_bytes(b"x")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    Cache(str(tmp_path), 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.2.tmp", "old.npy"]
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(temporary, path):
         assert Path(temporary).stat().st_size == 128 + 48

@@ -565,6 +565,8 @@ FRAME = r"trajectories\[12\] is not a list of \{tid, bbox: \{xmin, ymin, xmax, y
         ),
         ({"video_path": None}, "video_path null is not"),
         ({"video_path": 5}, "video_path 5 is not"),
+        ({"video_path": "/etc/passwd"}, 'video_path "/etc/passwd" is not'),
+        ({"video_path": "../a.mp4"}, 'video_path "../a.mp4" is not'),
         ({"video_path": ""}, 'video_path "" is not'),
     ],
 )
