@@ -380,6 +380,21 @@ def test_a_killed_evaluation_goes_on(decoding, tmp_path, capsys):
     assert output.read_bytes() == whole and sorted(output.parent.iterdir()) == [output]
 
 
+def test_answers_of_other_weights_are_left_alone(decoding, taught, tmp_path, monkeypatch):
+    """Weights of the same names and lengths, one number changed in the middle; a mere copy is the same."""
+    output = str(tmp_path / "mine.jsonl")
+    evaluate.main([*decoding, "eval_limit=1", "--output", output])
+    other = tmp_path / "other" / "checkpoint"
+    shutil.copytree(taught / "checkpoint", other)
+    evaluate.main([str(other), *decoding[1:], "eval_limit=2", "--output", output])
+    assert len(read(tmp_path / "mine.jsonl")) == 2
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[len(weights) // 2 + 8] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    message = error_of([str(other), *decoding[1:], "eval_limit=2", "--output", output], monkeypatch)
+    assert "holds answers made in another way" in message
+
+
 def test_answers_of_other_settings_are_left_alone(decoding, tmp_path, monkeypatch):
     output = str(tmp_path / "mine.jsonl")
     evaluate.main([*decoding, "eval_limit=1", "--output", output])
@@ -402,6 +417,8 @@ def test_any_number_of_ranks_gives_the_same_answers(decoding, tmp_path, ranks):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         scores.append(json.loads(done.stdout))
         assert done.stderr.count("5 sentences") <= 1 and done.stderr.count("annotations: ") == 1
+        share = 5 if output is outputs[0] else -(-5 // ranks)  # of the first rank, which shows its bar
+        assert f" {share}/{share} [" in done.stderr
     assert scores[0] == scores[1] and outputs[0].read_bytes() == outputs[1].read_bytes()
     assert len({record["completion"] for record in read(outputs[0])}) > 1
     assert [path.name for path in outputs[1].parent.iterdir()] == ["answers.jsonl"]
