@@ -405,6 +405,21 @@ def test_answers_of_other_settings_are_left_alone(decoding, tmp_path, monkeypatc
         assert "mine.jsonl: holds answers made in another way; choose another --output" in message
 
 
+def test_each_sentence_has_its_own_random_numbers(decoding, tmp_path, world):
+    """The same question twice; greedily the same answer, at temperature 3 another."""
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    record = json.loads((world / "all.json").read_text())["0.y4m"]
+    for name in ("a.y4m", "b.y4m"):
+        shutil.copy(world / "0.y4m", folder / name)
+    (folder / "all.json").write_text(json.dumps({"a.y4m": record, "b.y4m": record}))
+    arguments = [*decoding, f"videos={folder}", f"eval_annotations={folder}/all.json"]
+    for temperature, count in ((0, 1), (3, 2)):
+        output = tmp_path / f"{temperature}.jsonl"
+        evaluate.main([*arguments, f"eval_temperature={temperature}", "--output", str(output)])
+        assert len({answer["completion"] for answer in read(output)}) == count
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_gives_the_same_answers(decoding, tmp_path, ranks):
     """Sampled, so that the random numbers count as well; three ranks also share five sentences unevenly."""
