@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{options.check}: names neither train_annotations nor eval_annotations")
     if config.toy:
         toy.make_world(config.videos)
+    print(f"loading the tokenizer of {config.model}", file=sys.stderr)  # the hub, or that it is out of reach
     try:
         model = load_tokenizer(config.model)
     except ModelError as error:
