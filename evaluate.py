@@ -300,45 +300,12 @@ def main(arguments: list[str]) -> None:
         if len(places) != 1:
             parser.error("--predictions FILE needs one --data CONFIG, and no model")
         config = load_config(places[0], settings)
-        samples, report = load_split(config, config.eval_annotations)
-        samples = samples[: config.eval_limit or None]
-        dropped = {key for reason in DROPS for key in report.get(reason, [])}
-        given = read_predictions(options.predictions)
-        predictions = [p for p in given if p["id"] not in dropped]
-        notes = {
-            "answers are to sentences that were dropped: left out": len(given) - len(predictions),
-            "sentences have no answer: failures": len(samples) - len(predictions),
-            "answers have coordinates above 1, which are taken for 1": sum(
-                config.answer_format == "csv" and above_one(p["completion"]) for p in predictions
-            ),
-        }
-        for note, count in notes.items():
-            if count > 0 and rank == 0:
-                print(f"{count} {note}", file=sys.stderr)
+        samples, predictions = answers_from_file(options.predictions, config)
     else:
         if options.data or not 1 <= len(places) <= 2:
             parser.error("name a run folder of train.py, or a checkpoint and a CONFIG")
         checkpoint, wanted, config = find_checkpoint(places, settings)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        samples = load_split(config, config.eval_annotations)[0][: config.eval_limit or None]
-        if config.on_bad_video == "error":
-            check_videos(samples)
-        fingerprint = fingerprint_of(checkpoint, config)
-        output = place_for_answers(options.output or wanted, fingerprint, others=not options.output)
-        done = answered(output)
-        if all(sample.id in done for sample in samples):
-            predictions = gather(output, samples)
-        else:
-            dtype = getattr(torch, config.eval_dtype)
-            policy = load_policy(checkpoint, dtype, distributed.device())
-            check_output(output)
-            if rank == 0:
-                notes = coordinates_note(policy, config) + settings_note(checkpoint, config)
-                print(notes, end="", file=sys.stderr)
-            predictions = decode_split(policy, samples, config, output, fingerprint)
-        if rank == 0:
-            report_answers(predictions, len(done), output)
+        samples, predictions = answers_of_checkpoint(checkpoint, config, wanted, options.output)
     distributed.leave()
     if rank:
         return
@@ -374,6 +341,54 @@ def coordinates_note(policy: Policy, config: Config) -> str:
         f"note: {family.name} has learned coordinates: {family.coordinates} in its pre-training, and is asked"
         f' for {config.coordinates} (README, "Assumptions")\n'
     )
+
+
+def answers_from_file(path: Path, config: Config) -> tuple[list[Sample], list[dict]]:
+    """The samples of the held-out split and the saved answers to them; what stands out, to stderr."""
+    samples, report = load_split(config, config.eval_annotations)
+    samples = samples[: config.eval_limit or None]
+    dropped = {key for reason in DROPS for key in report.get(reason, [])}
+    saved = read_predictions(path)
+    predictions = [p for p in saved if p["id"] not in dropped]
+    beyond = sum(config.answer_format == "csv" and above_one(p["completion"]) for p in predictions)
+    notes = {
+        "answers are to sentences that were dropped: left out": len(saved) - len(predictions),
+        "sentences have no answer: failures": len(samples) - len(predictions),
+        "answers have coordinates above 1, which are taken for 1": beyond,
+    }
+    rank, _ = distributed.join()
+    for note, count in notes.items():
+        if count > 0 and rank == 0:
+            print(f"{count} {note}", file=sys.stderr)
+    return samples, predictions
+
+
+def answers_of_checkpoint(
+    checkpoint: str, config: Config, wanted: Path, output: Path | None
+) -> tuple[list[Sample], list[dict]]:
+    """The samples of the held-out split and the model's answers to them, decoded where they are not saved
+    yet; on every rank. output: the file for them; without one `wanted` or a sibling of it."""
+    rank, _ = distributed.join()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    samples = load_split(config, config.eval_annotations)[0][: config.eval_limit or None]
+    fingerprint = fingerprint_of(checkpoint, config)
+    path = place_for_answers(output or wanted, fingerprint, others=output is None)
+    done = answered(path)
+    if all(sample.id in done for sample in samples):
+        predictions = gather(path, samples)
+    else:
+        if config.on_bad_video == "error":
+            check_videos(samples)
+        policy = load_policy(checkpoint, getattr(torch, config.eval_dtype), distributed.device())
+        check_output(path)
+        if rank == 0:
+            notes = coordinates_note(policy, config) + settings_note(checkpoint, config)
+            print(notes, end="", file=sys.stderr)
+        predictions = decode_split(policy, samples, config, path, fingerprint)
+    if rank == 0:
+        report_answers(predictions, len(done), path)
+    return samples, predictions
 
 
 def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, Config]:
