@@ -4,6 +4,7 @@ And how every script ends when something is wrong: in one line."""
 import codecs
 import contextlib
 import json
+import os
 import sys
 import uuid
 from collections.abc import Callable
@@ -31,6 +32,9 @@ def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str =
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(stopped)
+    except BrokenPipeError:  # whoever reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         sys.exit(f"error: {error.filename or place}: {error.strerror or error}; {remedy}")
 

@@ -2,10 +2,15 @@
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from files import DataError, read_jsonl, write_whole
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_files_are_written_whole(tmp_path):
@@ -68,3 +73,32 @@ def test_lines_that_cannot_be_read(tmp_path):
         with pytest.raises(DataError, match=r"cannot be read \(.*\); check the path") as caught:
             read_jsonl(path, "a")
         assert str(caught.value).startswith(f"{path}: ")
+
+
+def script(tmp_path, body):
+    """A script that run_script runs: its process, done."""
+    path = tmp_path / "script.py"
+    head = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom files import DataError, run_script\n"
+    end = "\nrun_script(main, 'the output', 'free some space', 'stopped: go on')\n"
+    path.write_text(f"{head}def main():\n    {body}{end}", encoding="utf-8")
+    return subprocess.run(
+        f"{sys.executable} {path} | head -1", shell=True, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise DataError('a.json: is empty; fetch it')", "error: a.json: is empty; fetch it\n"),
+        ("open('/none/a')", "error: /none/a: No such file or directory; free some space\n"),
+        (
+            "raise OSError(28, 'No space left on device')",
+            "error: the output: No space left on device; free s",
+        ),
+        ("raise KeyboardInterrupt", "stopped: go on\n"),
+        ("print('a\\n' * 1_000_000)", ""),  # head has read enough
+    ],
+)
+def test_scripts_end_in_one_line(tmp_path, body, said):
+    done = script(tmp_path, body)
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == (1 if said else 0)
