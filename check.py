@@ -34,6 +34,7 @@ from data import (
     load_samples,
     missing_videos,
 )
+from files import few
 from metrics import PROTOCOLS, format_table, grid_ceiling
 from policy import ModelError, load_tokenizer
 from prompts import build_prompt, format_answer, truth_answer
@@ -116,16 +117,11 @@ def check_split(config: Config, annotations: str, decode: bool, model: tuple | M
     print(f"{films} videos, {how}: {'' if problems or missing else 'all good'}")
     for problem, ids in problems.items():
         print(f"  {problem}")
-        print(f"    {len(ids)} sentences: {names(ids)}")
+        print(f"    {len(ids)} sentences: {few(ids)}")
     if missing:
-        print(f"  {len(missing)} of {films + len(missing)} videos missing: {names(missing)}")
+        print(f"  {len(missing)} of {films + len(missing)} videos missing: {few(missing)}")
     print()
     return len(missing) + sum(not problem.startswith(NOTE) for problem in problems)
-
-
-def names(many: list[str]) -> str:
-    """The first few."""
-    return ", ".join(many[:3]) + (", ..." if len(many) > 3 else "")
 
 
 def kinds_of(samples: list[Sample]) -> dict[str, list[Sample]]:

@@ -17,7 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from files import REMEDY, DataError, get, is_number, positive, positive_integer, read_json, run_script, short
+from files import (
+    REMEDY,
+    DataError,
+    few,
+    get,
+    is_number,
+    positive,
+    positive_integer,
+    read_json,
+    run_script,
+    short,
+)
 from prompts import Box, TimeGrid, Truth
 
 HCSTVG_SECONDS = 20  # "the duration of all videos is 20 s": their only statement about the frame rate
@@ -120,9 +131,8 @@ def format_report(report: Report, whole: bool = False) -> str:
     width = max(map(len, report))
     rows = [f"{'samples':>9}  {'finding':<{width}}  ids"]
     for reason, ids in report.items():
-        shown = ids if whole and reason in DROPS else ids[:3]
-        more = ", ..." if len(ids) > len(shown) else ""
-        rows.append(f"{len(ids):>9}  {reason:<{width}}  {', '.join(shown)}{more}")
+        shown = ", ".join(ids) if whole and reason in DROPS else few(ids)
+        rows.append(f"{len(ids):>9}  {reason:<{width}}  {shown}")
     return "\n".join(rows)
 
 
@@ -164,7 +174,7 @@ def check_videos(samples: list[Sample]) -> None:
     missing = missing_videos(samples)
     if missing:
         paths = len({sample.video for sample in samples})
-        names = ", ".join(map(os.path.basename, missing[:3])) + (", ..." if len(missing) > 3 else "")
+        names = few([os.path.basename(path) for path in missing])
         raise DataError(
             f"{os.path.dirname(missing[0]) or '.'}: {len(missing)} of {paths} videos missing: {names};"
             " set `videos` to the folder that holds them, remove their records, or write on_bad_video: skip"
@@ -402,10 +412,9 @@ def _read_vidor(vidor: str, targets: dict[str, set[int]]) -> dict[str, VidorVide
                 paths[vid] = path
     missing = [f"{vid}.json" for vid in targets if vid not in paths]
     if missing:
-        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise DataError(
-            f"{vidor}: {len(missing)} of {len(targets)} VidOR files missing: {names}; set `vidor` to the"
-            " folder of VidOR's annotations (training for VidSTG's train and val, validation for its test)"
+            f"{vidor}: {len(missing)} of {len(targets)} VidOR files missing: {few(missing)}; set `vidor` to"
+            " the folder of VidOR's annotations (training for VidSTG's train and val, validation for test)"
         )
     bar = tqdm(targets.items(), desc="VidOR tracks", unit="video", delay=2, leave=False)
     return {vid: _read_vidor_file(paths[vid], vid, tids) for vid, tids in bar}

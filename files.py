@@ -134,3 +134,8 @@ def short(value: object) -> str:
     """A value as an error message quotes it."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def few(names: list[str]) -> str:
+    """The first three of many names, as a message lists them."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
