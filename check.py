@@ -67,12 +67,13 @@ def main(arguments: list[str]) -> None:
         toy.make_world(config.videos)
     print(f"loading the tokenizer of {config.model}", file=sys.stderr)  # the hub, or that it is out of reach
     try:
-        model = load_tokenizer(config.model)
+        tokenizer, factor = load_tokenizer(config.model)
     except ModelError as error:
         if options.decode and config.frame_cache:  # its frames would be of a size that no model asks for
             raise
-        model = error
-    bad = sum([check_split(config, path, options.decode, model) for path in splits])
+        tokenizer, factor = None, PATCH
+        print(f"true answers: not counted in tokens ({error})\n")
+    bad = sum([check_split(config, path, options.decode, tokenizer, factor) for path in splits])
     if bad and config.on_bad_video == "error":
         sys.exit(1)
 
@@ -93,33 +94,30 @@ def print_questions(config: Config) -> None:
         print(json.dumps({"id": sample.id, **clip, "prompt": prompt}, ensure_ascii=False))
 
 
-def check_split(config: Config, annotations: str, decode: bool, model: tuple | ModelError) -> int:
-    """Print all about one split; returns the number of videos that cannot be used. model: the tokenizer and
-    the pixels of a visual token, or why they cannot be had."""
+def check_split(config: Config, annotations: str, decode: bool, tokenizer, factor: int) -> int:
+    """Print all about one split; returns the number of videos that cannot be used. tokenizer: of the model;
+    None where it does not load. factor: pixels of a visual token."""
     samples, report = load_samples(config.dataset, annotations, config.videos, config.vidor)
     official = OFFICIAL_COUNTS.get((config.dataset, os.path.basename(annotations)))
     known = f"; the official file of this name has {official}" if official and not config.toy else ""
     print(f"{annotations}: {count_sentences(samples, report)}{known}")
     print(format_report(report, whole=True) + "\n")
-    factor = PATCH if isinstance(model, ModelError) else model[1]
     if config.answer_format != "boxes":
         print(f"true answers: not counted in tokens for answer_format: {config.answer_format}\n")
-    elif isinstance(model, ModelError):
-        print(f"true answers: not counted in tokens ({model})\n")
-    else:
-        print(answer_lengths(config, samples, *model) + "\n")
+    elif tokenizer is not None:
+        print(answer_lengths(config, samples, tokenizer, factor) + "\n")
     print(ceilings(config, samples) + "\n")
     missing = missing_videos(samples)
     gone = set(missing)
     present = [sample for sample in samples if sample.video not in gone]
-    problems, films = check_clips(config, present, factor) if decode else check_headers(config, present)
+    problems, count = check_clips(config, present, factor) if decode else check_headers(config, present)
     how = "decoded" if decode else "by their headers"
-    print(f"{films} videos, {how}: {'' if problems or missing else 'all good'}")
+    print(f"{count} videos, {how}: {'' if problems or missing else 'all good'}")
     for problem, ids in problems.items():
         print(f"  {problem}")
         print(f"    {len(ids)} sentences: {few(ids)}")
     if missing:
-        print(f"  {len(missing)} of {films + len(missing)} videos missing: {few(missing)}")
+        print(f"  {len(missing)} of {count + len(missing)} videos missing: {few(missing)}")
     print()
     return len(missing) + sum(not problem.startswith(NOTE) for problem in problems)
 

@@ -15,7 +15,8 @@ import check
 import data
 from config import load_config
 from data import load_samples
-from policy import ModelError
+from policy import ModelError, load_policy
+from prompts import format_answer, truth_answer
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +40,8 @@ def test_a_split_that_is_all_right(place, capsys):
     row = lines[3].split()
     heads = "true answers, in tokens N mean 50 % 90 % 95 % 99 % 100 % above max_new_tokens 60"
     assert " ".join(lines[2].split()) == heads
-    lengths = answer_lengths(load_config(place))
+    config = load_config(place)
+    lengths = answer_lengths(config, load_policy(config.model).tokenizer)
     assert row[:3] == ["all", "6", f"{sum(lengths) / 6:.0f}"]
     assert row[3:8] == [str(sorted(lengths)[k]) for k in (2, 5, 5, 5, 5)]
     assert row[8] == f"{sum(n > 60 for n in lengths) / 6:.1%}" != "0.0%"
@@ -49,15 +51,11 @@ def test_a_split_that_is_all_right(place, capsys):
     assert lines_of([place, "--decode"], capsys)[0][-1] == "6 videos, decoded: all good"
 
 
-def answer_lengths(config):
-    """Counted character by character: the test's tokenizer has no longer tokens in answers."""
-    from policy import load_policy
-    from prompts import format_answer, truth_answer
-
-    tokenizer = load_policy(config.model).tokenizer
+def answer_lengths(config, tokenizer):
+    """Of all true answers in thousandths, and the token that ends each."""
     samples, _ = load_samples("hcstvg", config.eval_annotations, config.videos)
     texts = [format_answer(truth_answer(s.truth(1.0), (1000, 1000))) for s in samples]
-    return [len(tokenizer.encode(text)) + 1 for text in texts]
+    return [len(tokenizer.tokenize(text)) + 1 for text in texts]
 
 
 @pytest.fixture
@@ -147,7 +145,8 @@ def test_lengths_in_tokens_of_the_real_vocabulary(place, capsys, tmp_path):
     shutil.copy(Path(load_config(place).model) / "config.json", tmp_path / "qwen")
     lines, _ = lines_of([place, f"model={tmp_path}/qwen"], capsys)
     row = next(line for line in lines if line.startswith("all")).split()
-    assert float(row[2]) > 40
+    lengths = answer_lengths(load_config(place), qwen_tokenizer())
+    assert (row[2], row[7]) == (f"{sum(lengths) / 6:.0f}", str(max(lengths)))
 
 
 def test_bad_videos_that_are_skipped_are_no_failure(place, broken, capsys):
