@@ -327,7 +327,7 @@ class Clips:
         workers: int = 0,
         timeout: float = 60.0,
         cache: str = "",
-        cache_gb: float = 20.0,
+        cache_gb: float = 50.0,
         skip_bad: bool = False,
         say: Callable[[str], None] | None = None,
     ):
@@ -381,6 +381,7 @@ class Clips:
         self.say_once(f"skipped: {why}")
 
     def say_once(self, text: str) -> None:
+        """Pass a text on, if it was not yet: a clip comes again every epoch."""
         if text not in self._said:
             self._said.add(text)
             self.say(text)

@@ -301,12 +301,12 @@ def load_vidstg(annotations: str, videos: str, vidor: str) -> tuple[list[Sample]
         if not isinstance(vid, str) or not vid:
             raise DataError(f"{where}: vid {short(vid)} is not the name of a video; {REMEDY}")
         targets.setdefault(vid, set()).update(tids)
-    known = _read_vidor(vidor, targets)
+    vidor_videos = _read_vidor(vidor, targets)
 
     report: Report = {}
     samples = []
     for n, record in enumerate(records):
-        samples += _vidstg_samples(annotations, n, record, known[record["vid"]], videos, report)
+        samples += _vidstg_samples(annotations, n, record, vidor_videos[record["vid"]], videos, report)
     if not samples:
         why = "; ".join(f"{finding} ({len(report[finding])})" for finding in DROPS if finding in report)
         raise DataError(f"{annotations}: holds no sentence that can be used: {why or 'none at all'}")
@@ -331,7 +331,7 @@ def _vidstg_sentences(where: str, record: dict) -> list[tuple[str, str, int]]:
 
 
 def _vidstg_samples(
-    annotations: str, n: int, record: dict, known: "VidorVideo", videos: str, report: Report
+    annotations: str, n: int, record: dict, vidor_video: "VidorVideo", videos: str, report: Report
 ) -> list[Sample]:
     where = f"{annotations}: record {n}"
     width, height, file_frames = (
@@ -346,7 +346,7 @@ def _vidstg_samples(
     of_record = {
         CUT_SEGMENT: last >= file_frames,
         CUT: first < begin or stop > stop_of_clip,
-        OTHER_SIZE: (width, height) != (known.width, known.height),
+        OTHER_SIZE: (width, height) != (vidor_video.width, vidor_video.height),
     }
     first, stop = max(first, begin), min(stop, stop_of_clip)
 
@@ -357,7 +357,7 @@ def _vidstg_samples(
         if first >= stop:
             report.setdefault(NO_SPAN, []).append(key)
             continue
-        boxes, found = known.tracks[target]
+        boxes, found = vidor_video.tracks[target]
         findings |= {finding for finding, frames in found.items() if frames[first:stop].any()}
         track = Track(first - begin, boxes[first:stop])  # a view: the file's sentences share its boxes
         if not track:
@@ -371,7 +371,7 @@ def _vidstg_samples(
         samples.append(
             Sample(
                 id=key,
-                video=os.path.join(videos, known.path),
+                video=os.path.join(videos, vidor_video.path),
                 sentence=sentence,
                 width=width,
                 height=height,

@@ -25,6 +25,7 @@ def wait() -> None:
 
 
 def leave() -> None:
+    """Part from the other processes: nobody waits any more."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

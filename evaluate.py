@@ -157,6 +157,7 @@ def gather(output: Path, samples: list[Sample]) -> list[dict]:
 
 
 def rank_files(output: Path) -> list[Path]:
+    """What the ranks of this run, or of one that was stopped, have put beside a file of answers."""
     return sorted(output.parent.glob(f"{glob.escape(output.stem)}.rank*{output.suffix}"))
 
 
