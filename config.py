@@ -33,6 +33,18 @@ class Sft:
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters instead of all weights: needs peft. Not in the paper, which trains all weights."""
+
+    rank: int = 0  # 0: none, all weights are trained
+    alpha: float = 32.0  # their product is scaled by alpha / rank
+    # linear layers of the language model, by name, that get one
+    targets: list = field(
+        default_factory=lambda: "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    )
+
+
+@dataclass
 class Config:
     # --- what is trained, on what, into where
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # checkpoint folder or hub id (section 4)
@@ -79,18 +91,26 @@ class Config:
     warmup_steps: int = 0  # of linear warm-up, then constant. Not in the paper
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0  # not in the paper
+    freeze_vision: bool = False  # leave the vision tower as it is; each video is then encoded once
+    lora: Lora = field(default_factory=Lora)
     sft: Sft = field(default_factory=Sft)
+    precision: str = "bf16"  # of the arithmetic: bf16 | fp32. Weights that are trained are kept in fp32
 
     # --- how it runs; none of these changes what is computed
     rollout_batch: int = 1  # prompts whose answers are decoded, and scored, in one batch
+    # of a step's backward passes, how many exchange gradients among ranks: the last | each. The last alone
+    # communicates less and takes 4 bytes a parameter more on every GPU
+    reduce_gradients: str = "last"
     gradient_checkpointing: bool = True  # recompute activations: a third slower, a sixth of the memory
     threads: int = 0  # CPU threads; 0 leaves the choice to torch
     eval_every: int = 0  # steps between evaluations on the held-out split; 0: only before and after
     eval_batch: int = 1  # sentences that are decoded in one batch
     eval_temperature: float = 0.0  # 0: greedy, as in every table
     eval_limit: int = 0  # evaluate at most this many sentences; 0: all
-    eval_dtype: str = "float32"  # of the weights in evaluate.py: float32 | bfloat16
     save_every: int = 0  # steps between checkpoints; 0: only the last
+    keep: int = 2  # of these checkpoints the last so many stay; the best by m_vIoU (eval_every) stays, too
+    resume: str = "never"  # never | auto: go on from the last checkpoint in output_dir, if there is one
+    log_to: list = field(default_factory=list)  # of tensorboard, wandb: beside metrics.jsonl
 
     @property
     def text_format(self) -> TextFormat:
@@ -168,8 +188,13 @@ def _fill(kind: type, settings: dict, where: str, prefix: str = ""):
 
 
 def _typed(key: str, value, kind: type, where: str):
-    if kind is Sft and isinstance(value, dict):
-        return _fill(Sft, value, where, prefix=f"{key}.")
+    if kind in (Sft, Lora) and isinstance(value, dict):
+        return _fill(kind, value, where, prefix=f"{key}.")
+    if kind is list:
+        names = value if isinstance(value, list) else [value]
+        if not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"{where}: {key}: {value!r} must be a list of names, such as [a, b]")
+        return names
     if kind is dict and isinstance(value, dict):
         try:
             return check_weights(value)
@@ -190,10 +215,13 @@ def _typed(key: str, value, kind: type, where: str):
     return value
 
 
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}  # precision -> its name in torch
 CHOICES = {
     "dataset": ("hcstvg", "vidstg"),
     "on_bad_video": ("error", "skip"),
-    "eval_dtype": ("float32", "bfloat16"),
+    "precision": tuple(DTYPES),
+    "resume": ("never", "auto"),
+    "reduce_gradients": ("last", "each"),
     "loss_aggregation": ("token-mean", "sequence-mean", "constant"),
 }
 AT_LEAST = {
@@ -206,6 +234,7 @@ AT_LEAST = {
     **dict.fromkeys(("kl_beta", "clip_eps", "learning_rate", "weight_decay", "eval_temperature"), 0),
     **dict.fromkeys(("decode_workers", "frame_cache_gb"), 0),
     "num_generations": 2,
+    "keep": 1,
 }
 
 
@@ -222,6 +251,11 @@ def _check(config: Config, where: str) -> None:
             raise ConfigError(f"{where}: {key}: {getattr(config, key)!r} must be above 0")
     if config.sft.steps < 0 or config.sft.batch_size < 1 or config.sft.learning_rate < 0:
         raise ConfigError(f"{where}: sft: {config.sft} needs steps >= 0, batch_size >= 1, learning_rate >= 0")
+    if config.lora.rank < 0 or not config.lora.alpha > 0 or not config.lora.targets:
+        raise ConfigError(f"{where}: lora: {config.lora} needs rank >= 0, alpha > 0 and targets")
+    unknown = [name for name in config.log_to if name not in ("tensorboard", "wandb")]
+    if unknown:
+        raise ConfigError(f"{where}: log_to: {unknown[0]!r} is not one of tensorboard, wandb")
     annotations = (config.train_annotations, config.eval_annotations)
     if config.toy and any(Path(path).parent != Path(config.videos) for path in annotations):
         raise ConfigError(

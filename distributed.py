@@ -1,27 +1,56 @@
-"""Ranks: the processes that `torchrun --nproc_per_node=N` starts. Without torchrun there is one, rank 0."""
+"""Ranks: the processes that `torchrun --nproc_per_node=N` starts, and a model that is shared out among them.
 
+Without torchrun there is one rank, 0, and nothing here does anything: a world of one trains the plain module.
+
+With more, each decoder layer, each vision block, and what is left over (the root: embeddings and head) is a
+group of FSDP2 (`fully_shard`): every rank keeps its part of the group's fp32 weights, gradients and Adam
+states, and the whole group exists, in the compute dtype, only while it computes. A sharded model may only be
+entered by its forward or by `policy.Policy.run`, which gather the root; sampling gathers everything once.
+"""
+
+import contextlib
 import datetime
 import os
+import signal
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 
-# A rank may wait hours for one with longer answers; torchrun, not this, ends the job of a rank that died.
-PATIENCE = datetime.timedelta(days=7)
+# For the slowest rank: its answers may be longer, its disk slower. One that died is noticed at once, by
+# torchrun and by whoever talks to it; this is for one that hangs.
+PATIENCE = datetime.timedelta(hours=1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Ranks
 
 
 def join() -> tuple[int, int]:
     """Meet the other processes. Returns this one's rank and their number."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
     return rank, size
 
 
 def wait() -> None:
     """Until all ranks are here."""
     if dist.is_initialized():
-        dist.barrier()
+        total(0)  # by gloo, as all below: a barrier of NCCL would occupy the GPU
 
 
 def leave() -> None:
@@ -35,3 +64,123 @@ def device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+def total(value: float) -> float:
+    """The sum of a number over all ranks: on every rank the same, to the last bit."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return tensor.item()
+
+
+def most(value: float) -> float:
+    """The largest over all ranks; NaN if one is."""
+    return max(gather(value), key=lambda v: (v != v, v))
+
+
+def gather(value: object) -> list:
+    """What each rank has, in the order of the ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def share(value: object, source: int) -> object:
+    """What the rank `source` has, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=source)
+    return values[0]
+
+
+class Stop:
+    """Within it SIGTERM and Ctrl-C only ask for an end, so that what is at hand is finished first. A second
+    one is obeyed at once."""
+
+    def __init__(self):
+        self.asked = False  # of this rank; the signal comes to each at another moment
+
+    def __enter__(self) -> "Stop":
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+        self.__exit__()
+        if join()[0] == 0:  # print may be in the midst of something
+            os.write(2, b"\nstopping after this step (a second signal stops at once)\n")
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked: for all ranks to call, who then stop together."""
+        return bool(most(self.asked))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sharding
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], compute: torch.dtype) -> None:
+    """Move a model to this rank's device, in place: parameters that are trained in fp32, others in the dtype
+    `compute`; where there are more ranks, only this rank's part of them. blocks: its layers, each a group of
+    FSDP2, which compute in `compute`.
+
+    A group is converted, moved and cut before the next one is touched, so that a checkpoint that is mapped
+    from its files takes the memory of one group, and never all of it on each rank.
+    """
+    _, size = join()
+    if size > 1:
+        mesh = init_device_mesh(torch.device(device()).type, (size,))
+        precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for module in [*blocks, model]:
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor):  # the root's: those of the blocks are done already
+                parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute)
+        if size == 1:
+            module.to(device())
+        else:  # not resharded, the root would be kept after its forward, and be stale after the step
+            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    if size > 1:
+        register_fsdp_forward_method(model, "run")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Within it every rank has all weights of a sharded model, in the compute dtype, gathered once: ranks may
+    then sample answers of any length, for nothing has to be exchanged."""
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for group in groups:
+        group.set_reshard_after_forward(False, recurse=False)
+        group.unshard()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(True, recurse=False)
+            group.reshard()
+
+
+def reduce_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward passes exchange gradients among the ranks; where not, they add up on each."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(now)
+
+
+def full_state(model: nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
+    """name -> the whole tensor, on the CPU of rank 0; {} on the others. All ranks must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    return get_model_state_dict(model, options=options)

@@ -33,9 +33,9 @@ from tqdm import tqdm
 import distributed
 import toy
 from clips import Clips, open_clips
-from config import Config, ConfigError, load_config
+from config import DTYPES, Config, ConfigError, load_config
 from data import DROPS, Report, Sample, check_videos, count_sentences, format_report, load_samples
-from files import DataError, read_jsonl, run_script, write_whole
+from files import DataError, read_jsonl, run_script, write_jsonl
 from metrics import Tube, format_table, score_answers, tube_from_answer
 from model import Completion, Prompt, make_prompt, rollout
 from policy import Policy, load_policy
@@ -117,16 +117,23 @@ def answer_record(
 
 
 def decode_split(
-    policy: Policy, samples: list[Sample], config: Config, output: Path, fingerprint: str
-) -> list[dict]:
+    policy: Policy,
+    samples: list[Sample],
+    clips: Clips,
+    config: Config,
+    output: Path,
+    fingerprint: str,
+    stop: distributed.Stop | None = None,
+) -> list[dict] | None:
     """Decode what `output` does not hold yet, shared among the ranks. Returns all records of the samples, in
-    order, on every rank, and leaves them in `output`.
+    order, on every rank, and leaves them in `output`; None where it was stopped before that.
 
-    fingerprint: how the answers come about (fingerprint_of), for the records. Each rank adds its answers to a
-    file of its own beside output, so that a killed run loses a batch at most; gather puts them together.
+    fingerprint: how the answers come about (fingerprint_of), for the records; those of others do not count.
+    Each rank adds its answers to a file of its own beside output, so that a killed run loses a batch at most;
+    gather puts them together.
     """
     rank, ranks = distributed.join()
-    done = answered(output)
+    done = answered(output, fingerprint)
     distributed.wait()  # all ranks must have read the same before one of them writes
     todo = [(n, sample) for n, sample in enumerate(samples) if sample.id not in done]
     if len(todo) < len(samples) and rank == 0:
@@ -134,18 +141,21 @@ def decode_split(
     part = output.with_name(f"{output.stem}.rank{rank}{output.suffix}")
     if part.exists():
         write_jsonl(read_jsonl(part, "id", skip_cut=True), part)  # without the line that was cut
-    with contextlib.closing(open_clips(config, policy.size_factor)) as clips:
-        for records in decode(policy, todo[rank::ranks], clips, config, output.stem):
-            write_jsonl([{**record, "fingerprint": fingerprint} for record in records], part, append=True)
-    return gather(output, samples)
+    for records in decode(policy, todo[rank::ranks], clips, config, output.stem):
+        write_jsonl([{**record, "fingerprint": fingerprint} for record in records], part, append=True)
+        if stop and stop.asked:
+            break
+    if stop and stop.agreed():
+        return None
+    return gather(output, samples, fingerprint)
 
 
-def gather(output: Path, samples: list[Sample]) -> list[dict]:
+def gather(output: Path, samples: list[Sample], fingerprint: str) -> list[dict]:
     """The records of the samples, in order, when all ranks are here; from then on they are in `output`, and
     the ranks' files are gone."""
     rank, _ = distributed.join()
     distributed.wait()
-    done = {record["id"]: record for record in saved_answers(output)}
+    done = {r["id"]: r for r in saved_answers(output) if r.get("fingerprint") == fingerprint}
     distributed.wait()  # all ranks must have read before the parts go
     if rank == 0 and rank_files(output):
         order = {sample.id: n for n, sample in enumerate(samples)}
@@ -170,9 +180,10 @@ def saved_answers(output: Path) -> list[dict]:
     return records
 
 
-def answered(output: Path) -> dict[str, dict]:
+def answered(output: Path, fingerprint: str) -> dict[str, dict]:
     """id -> record of what need not be decoded again; a video that could not be read may be there by now."""
-    return {record["id"]: record for record in saved_answers(output) if "unreadable" not in record}
+    records = [r for r in saved_answers(output) if r.get("fingerprint") == fingerprint]
+    return {record["id"]: record for record in records if "unreadable" not in record}
 
 
 def fingerprint_of(checkpoint: str, config: Config) -> str:
@@ -181,7 +192,7 @@ def fingerprint_of(checkpoint: str, config: Config) -> str:
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     state = [(path.name, _pieces(path)) for path in weights] or checkpoint
     asked = hashlib.sha256(Path(config.eval_annotations).read_bytes()).hexdigest()
-    names = ("dataset", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side", "eval_dtype")
+    names = ("dataset", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side", "precision")
     settings = [getattr(config, name) for name in names]
     text = json.dumps([state, asked, settings, dataclasses.asdict(config.text_format)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -249,20 +260,6 @@ def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int
         f'prediction {sample.id!r}: with coordinates: resized each needs "scale": [width, height], the'
         " size in pixels of the frames that the model saw"
     )
-
-
-def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
-    """One JSON object a line. A new file appears whole or not at all; with append, all lines are added at the
-    end, or none."""
-    text = "".join(json.dumps(record) + "\n" for record in records).encode()
-    if append:
-        with path.open("ab", buffering=0) as file:
-            end = file.tell()
-            if file.write(text) < len(text):  # the disk is full
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    else:
-        write_whole(path, text)
 
 
 def read_predictions(path: Path) -> list[dict]:
@@ -375,18 +372,19 @@ def answers_of_checkpoint(
     samples = load_split(config, config.eval_annotations)[0][: config.eval_limit or None]
     fingerprint = fingerprint_of(checkpoint, config)
     path = place_for_answers(output or wanted, fingerprint, others=output is None)
-    done = answered(path)
+    done = answered(path, fingerprint)
     if all(sample.id in done for sample in samples):
-        predictions = gather(path, samples)
+        predictions = gather(path, samples, fingerprint)
     else:
         if config.on_bad_video == "error":
             check_videos(samples)
-        policy = load_policy(checkpoint, getattr(torch, config.eval_dtype), distributed.device())
+        policy = load_policy(checkpoint, getattr(torch, DTYPES[config.precision]), distributed.device())
         check_output(path)
         if rank == 0:
             notes = coordinates_note(policy, config) + settings_note(checkpoint, config)
             print(notes, end="", file=sys.stderr)
-        predictions = decode_split(policy, samples, config, path, fingerprint)
+        with contextlib.closing(open_clips(config, policy.size_factor)) as clips:
+            predictions = decode_split(policy, samples, clips, config, path, fingerprint)
     if rank == 0:
         report_answers(predictions, len(done), path)
     return samples, predictions

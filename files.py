@@ -3,9 +3,12 @@ And how every script ends when something is wrong: in one line."""
 
 import codecs
 import contextlib
+import errno
 import json
 import os
+import re
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -29,14 +32,30 @@ def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str =
     try:
         main()
     except (UserError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        _end(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(stopped)
+        _end(stopped)
     except BrokenPipeError:  # whoever reads the output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        sys.exit(f"error: {error.filename or place}: {error.strerror or error}; {remedy}")
+        _end(f"error: {error.filename or place}: {error.strerror or error}; {remedy}")
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        _end("error: another process of this job has ended; its own message says why", first=False)
+
+
+# What gloo and NCCL say when the other end is gone.
+LOST = re.compile(r"gloo.*(closed|reset|refused|timed out)|Connection (closed|reset)|NCCL|ncclRemote", re.S)
+
+
+def _end(message: str, first: bool = int(os.environ.get("RANK", "0")) == 0) -> None:
+    """Exit with a message. What is wrong with a setting all ranks find at once: the first one says it; the
+    others wait to be ended by torchrun, and speak only where that does not come."""
+    if not first and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(3)
+    sys.exit(message)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -50,6 +69,20 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):  # it may not even have come into being
             temporary.unlink()
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
+    """One JSON object a line. A new file appears whole or not at all; with append, all lines are added at the
+    end, or none."""
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
+    if append:
+        with path.open("ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(text) < len(text):  # the disk is full
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    else:
+        write_whole(path, text)
 
 
 def read_jsonl(path: Path, *keys: str, skip_cut: bool = False) -> list[dict]:

@@ -8,12 +8,14 @@ Nothing in the network is changed. Three things are done our way, since the obvi
     (completion_logprobs).
 """
 
+import types
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 from data import Sample
 from policy import VIDEO_BLOCK, ModelError, Policy, render_chat
@@ -31,6 +33,8 @@ class Prompt:
     positions: torch.Tensor  # (3, P) long: rotary positions in time, height and width
     frames: torch.Tensor  # (T, h, w, 3) uint8; cut into patches when they are needed, a 16th of the memory
     scale: tuple[int, int]  # (width, height) that the boxes of its answers are measured in
+    # (1 + D, n, H) what a frozen vision tower made of the frames (see); None: it has to run each time
+    features: torch.Tensor | None = None
 
     @property
     def next_position(self) -> int:
@@ -131,8 +135,34 @@ def rope_positions(
     return positions
 
 
-def _visual_inputs(policy: Policy, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
-    """The patches of all prompts, one after the other, and the (t, h, w) of each."""
+def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts with what the vision tower makes of their frames, where it is frozen: then it runs once
+    for the samples, the scores and the reference. Where it is trained, the prompts as they are.
+
+    On a sharded model all ranks must call it together, or each within distributed.whole.
+    """
+    if not prompts or any(p.requires_grad for p in policy.model.model.visual.parameters()):
+        return prompts
+    inputs = _visual_inputs(policy, prompts)
+
+    def encode(model: torch.nn.Module) -> list[torch.Tensor]:
+        out = model.model.get_video_features(*inputs.values(), return_dict=True)
+        # Qwen3-VL's first D decoder layers get features of their own.
+        levels = [out.pooler_output, *getattr(out, "deepstack_features", [])]
+        return [torch.stack(features).cpu() for features in zip(*levels, strict=True)]
+
+    with torch.no_grad():
+        features = policy.run(encode)
+    return [replace(prompt, features=f) for prompt, f in zip(prompts, features, strict=True)]
+
+
+def _visual_inputs(policy: Policy, prompts: list[Prompt]) -> dict:
+    """The patches of all prompts, one after the other, and the (t, h, w) of each; or the features of each."""
+    if all(prompt.features is not None for prompt in prompts):
+        levels = zip(*(prompt.features.to(policy.device) for prompt in prompts), strict=True)
+        pooled, *deep = levels  # each of B tensors (n, H)
+        video = types.SimpleNamespace(pooler_output=pooled, deepstack_features=deep)
+        return {"mm_encoder_outputs": {"video": video}}
     patches = [policy.patches(prompt.frames) for prompt in prompts]
     return {
         "pixel_values_videos": torch.cat([values for values, _ in patches]).to(policy.device),
@@ -183,14 +213,10 @@ def rollout(
     for b, prompt in enumerate(prompts):
         ids[b, : lengths[b]], positions[:, b, : lengths[b]] = prompt.ids, prompt.positions
         real[b, lengths[b] : P] = False
-    out = model.model(
-        input_ids=ids.to(device),
-        position_ids=positions.to(device),
-        use_cache=True,
-        **_visual_inputs(policy, prompts),
-    )
-    last = out.last_hidden_state[torch.arange(len(prompts)), torch.tensor(lengths) - 1]  # (B, H)
-    logits, cache = model.lm_head(last).repeat_interleave(G, 0), out.past_key_values  # (B * G, V)
+    inputs = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+    inputs |= _visual_inputs(policy, prompts)
+    logits, cache = policy.run(_prefill, inputs, torch.tensor(lengths) - 1)
+    logits = logits.repeat_interleave(G, 0)  # (B * G, V)
     cache.batch_repeat_interleave(G)
     real = real.repeat_interleave(G, 0).to(device)
     position = torch.tensor([p.next_position for p in prompts], device=device)
@@ -218,13 +244,14 @@ def rollout(
             cache.batch_select_indices(keep)
         if t + 1 == max_new_tokens:
             break
-        out = model(
-            input_ids=sampled[:, None],
-            position_ids=(position[alive] + t).expand(3, -1)[..., None],
-            attention_mask=real[alive, None, None, : P + t + 1],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with policy.arithmetic():
+            out = model(
+                input_ids=sampled[:, None],
+                position_ids=(position[alive] + t).expand(3, -1)[..., None],
+                attention_mask=real[alive, None, None, : P + t + 1],
+                past_key_values=cache,
+                use_cache=True,
+            )
         logits = out.logits[:, -1]
     model.train(was_training)
 
@@ -236,6 +263,13 @@ def rollout(
         text = policy.tokenizer.decode(row_ids[:-1] if whole else row_ids, clean_up_tokenization_spaces=False)
         done.append(Completion(row_ids, text, truncated=not whole))
     return [done[b * G : (b + 1) * G] for b in range(len(prompts))]
+
+
+def _prefill(model: torch.nn.Module, inputs: dict, last: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+    """Logits (B, V) of the first token of each answer, and the keys and values of the B prompts. last: (B,)
+    index of each prompt's last token."""
+    out = model.model(**inputs, use_cache=True)
+    return model.lm_head(out.last_hidden_state[torch.arange(len(last)), last]), out.past_key_values
 
 
 def _policy_logits(logits: torch.Tensor, temperature: float, policy: Policy) -> torch.Tensor:
@@ -315,16 +349,19 @@ def completion_logprobs(
     One forward over the packed rows. Each prompt is encoded once for its G answers, and the (M, V) table of
     logits exists only a chunk of tokens at a time, in the backward pass too.
     """
-    hidden = policy.model.model(**batch.inputs, use_cache=False).last_hidden_state  # (B, N, H)
-    hidden = hidden.flatten(0, 1)[batch.source]  # (M, H)
 
-    def chunk_logprobs(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        logits = _policy_logits(policy.model.lm_head(states), temperature, policy)  # (chunk, V)
-        return logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1)
+    def logprobs_of(model: torch.nn.Module) -> torch.Tensor:  # (M,)
+        hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state  # (B, N, H)
+        hidden = hidden.flatten(0, 1)[batch.source]  # (M, H)
 
-    chunks = zip(hidden.split(chunk), batch.target.split(chunk), strict=True)
-    if torch.is_grad_enabled():
-        logprobs = torch.cat([checkpoint(chunk_logprobs, s, t, use_reentrant=False) for s, t in chunks])
-    else:
-        logprobs = torch.cat([chunk_logprobs(s, t) for s, t in chunks])
-    return torch.zeros(batch.mask.shape, device=hidden.device).masked_scatter(batch.mask, logprobs)
+        def chunk_logprobs(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            logits = _policy_logits(model.lm_head(states), temperature, policy)  # (chunk, V)
+            return logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1)
+
+        chunks = zip(hidden.split(chunk), batch.target.split(chunk), strict=True)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(chunk_logprobs, *c, use_reentrant=False) for c in chunks])
+        return torch.cat([chunk_logprobs(*c) for c in chunks])
+
+    logprobs = policy.run(logprobs_of)
+    return torch.zeros(batch.mask.shape, device=logprobs.device).masked_scatter(batch.mask, logprobs)

@@ -5,12 +5,13 @@ where they contradict one another, or are of another model, load_policy says so 
 """
 
 import contextlib
+import copy
 import json
 import math
 import pickle
 import shutil
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +37,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils import cached_file, logging
 
-from files import UserError
+import distributed
+from adapters import ModelError, base_of, has_adapters, load_adapters, write_adapters
 from video import patchify
 
 logging.disable_progress_bar()  # transformers' bars for loading and saving, between ours
-
-
-class ModelError(UserError):
-    """A checkpoint that cannot serve as the policy; the message names the folder and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,23 @@ class Policy:
     end_id: int  # the one of them that the true answers of supervised fine-tuning end with: <|im_end|>
     forbidden_ids: list[int]
     video_id: int  # <|video_pad|>
+    compute: torch.dtype  # in which it computes, and is saved; weights that are trained may be in float32
+    autocast: bool = False  # compute in bf16 with fp32 weights (FSDP2 does that by itself)
+
+    def run(self, function: Callable, *arguments):
+        """function(model, *arguments), for whatever enters the model otherwise than by its forward: a sharded
+        one is only then whole at its root."""
+        with self.arithmetic():
+            return self.model.run(function, *arguments)
+
+    def arithmetic(self) -> contextlib.AbstractContextManager:
+        """In which everything that the model computes must be computed."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """The layers, in which nearly all weights are."""
+        return [*self.model.model.visual.blocks, *self.model.model.language_model.layers]
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +161,8 @@ def _quiet():
 def _loading(checkpoint: str):
     try:
         yield
+    except ModelError:
+        raise
     except BROKEN as error:
         raise ModelError(
             f"model: {checkpoint!r} does not load: {_reason(error)}; fetch its files again"
@@ -155,16 +172,36 @@ def _loading(checkpoint: str):
 @_quiet()
 def load_tokenizer(checkpoint: str) -> tuple[PreTrainedTokenizerBase, int]:
     """The tokenizer of a checkpoint, and its Policy.size_factor, without its weights. Raises ModelError."""
+    checkpoint = base_of(checkpoint)
     with _loading(checkpoint):
         vision = AutoConfig.from_pretrained(checkpoint).vision_config
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     return tokenizer, vision.patch_size * vision.spatial_merge_size
 
 
+def load_policy(checkpoint: str, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> Policy:
+    """A policy from a local folder or a hub id, or from a folder of adapters (adapters.py) and their base.
+
+    dtype: of its weights; "auto": as in the files. Raises ModelError where it is no Qwen-VL that we can train,
+    where its files contradict one another, or where it does not load.
+    """
+    base = base_of(checkpoint)
+    if base == checkpoint:
+        return _load_whole(checkpoint, dtype, device)
+    try:
+        policy = _load_whole(base, dtype, device)
+    except ModelError as error:
+        raise ModelError(
+            f"{error} (the base of the adapters in {checkpoint!r}: base_model_name_or_path in their"
+            " adapter_config.json)"
+        ) from error
+    with _loading(checkpoint):
+        load_adapters(policy, checkpoint)
+    return policy
+
+
 @_quiet()
-def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Policy:
-    """A policy from a local folder or a hub id. Raises ModelError where it is no Qwen-VL that we can train,
-    where its files contradict one another, or where it does not load."""
+def _load_whole(checkpoint: str, dtype: torch.dtype | str, device: str) -> Policy:
     try:
         config = AutoConfig.from_pretrained(checkpoint)
     except BROKEN as error:
@@ -209,6 +246,7 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
             f" random, such as {random[0]}; fetch its files again"
         )
     speed_up_vision(model)
+    model.run = types.MethodType(_run, model)
     vision, vocabulary = config.vision_config, tokenizer.get_vocab()
     return Policy(
         model=model.to(device),
@@ -225,7 +263,13 @@ def load_policy(checkpoint: str, dtype: torch.dtype = torch.float32, device: str
         end_id=vocabulary["<|im_end|>"],
         forbidden_ids=[vocabulary[token] for token in FORBIDDEN_TOKENS if token in vocabulary],
         video_id=vocabulary["<|video_pad|>"],
+        compute=model.dtype,
     )
+
+
+def _run(self, function: Callable, *arguments):
+    """A method of the model, so that FSDP2 can treat it as its forward (distributed.shard)."""
+    return function(self, *arguments)
 
 
 def speed_up_vision(model: torch.nn.Module) -> None:
@@ -260,22 +304,66 @@ def _embed_patches(self, hidden_states):
     return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Saving: all ranks call these together, and the first one writes
+
+
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Write a checkpoint folder that from_pretrained reads; whole or not at all. Raises ModelError where it
-    cannot be written."""
+    """write_policy into a folder that appears whole or not at all."""
     temporary = folder.with_name(folder.name + ".tmp")
-    try:
-        policy.model.save_pretrained(temporary)
-        policy.tokenizer.save_pretrained(temporary)
-        for name, content in policy.preprocessors.items():
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"{folder}: cannot be written ({reason}); free some space, or save elsewhere"
-        ) from error
+    state = distributed.full_state(policy.model, trained_only=has_adapters(policy))
+
+    def write() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
+        try:
+            _write_files(policy, state, temporary)
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    _on_first_rank(write, folder)
+
+
+def write_policy(policy: Policy, folder: Path) -> None:
+    """Write a checkpoint into a folder, made where it is not there: what from_pretrained reads, in the dtype
+    that the policy computes in; of a policy with adapters only these, as peft reads them. Raises ModelError,
+    on every rank, where it cannot be written."""
+    state = distributed.full_state(policy.model, trained_only=has_adapters(policy))
+    _on_first_rank(lambda: _write_files(policy, state, folder), folder)
+
+
+def _on_first_rank(write: Callable[[], None], folder: Path) -> None:
+    rank, _ = distributed.join()
+    failure = reason = None
+    if rank == 0:
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            failure, reason = error, str(error).splitlines()[0]
+    reason = distributed.share(reason, 0)  # the others have waited here
+    if reason is not None:
+        message = f"{folder}: cannot be written ({reason}); free some space, or save elsewhere"
+        raise ModelError(message) from failure
+
+
+def _write_files(policy: Policy, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """state: name -> whole tensor, of the adapters or of everything; it is emptied on the way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if has_adapters(policy):
+        write_adapters(policy, state, folder)
+    else:
+        # Through a twin of the stock class without weights: a sharded model cannot save itself.
+        config = copy.deepcopy(policy.model.config)
+        with torch.device("meta"):
+            twin = policy.family.model_class._from_config(config, dtype=policy.compute)
+        twin.generation_config = policy.model.generation_config
+        for name in twin.all_tied_weights_keys:  # FSDP2 gathers a tied tensor twice
+            state.pop(name, None)
+        twin.save_pretrained(folder, state_dict={n: state.pop(n).to(policy.compute) for n in list(state)})
+    policy.tokenizer.save_pretrained(folder)
+    for name, content in policy.preprocessors.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _reason(error: Exception) -> str:

@@ -50,13 +50,18 @@ def draw_run(run: Path) -> list[Path]:
     figures = {"curves.png": draw_curves(metrics, run.resolve().name)}
     if (run / "predictions.jsonl").is_file():
         figures["answers.png"] = draw_answers(run)
-    (run / "pictures").mkdir(exist_ok=True)
     paths = [run / "pictures" / name for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=DPI, format="png")
-        write_whole(path, picture.getvalue())
+        save_figure(figure, path)
     return paths
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG file whole or not at all; its folder is made. Raises OSError."""
+    path.parent.mkdir(exist_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=DPI, format="png")
+    write_whole(path, picture.getvalue())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -176,7 +181,7 @@ PALE = (226, 226, 226)  # a bar outside its span
 class Row:
     """An answer, drawn and scored."""
 
-    name: str  # "BEFORE" or "AFTER"
+    name: str  # "BEFORE", "AFTER" or "STEP 100"
     scored: Score
     scale: tuple[int, int]  # of the text's coordinates
     native: dict[str, float]  # tIoU and vIoU on native frames, as in the paper's tables
@@ -190,14 +195,16 @@ class Block:
     texts: list[tuple[float, float, str, dict]]  # x, y from the upper left corner, words, how to write them
 
 
-def draw_answers(run: Path) -> Figure:
-    """The contact sheet: SAMPLES held-out sentences, evenly from the worst to the best final reward."""
+def draw_answers(run: Path, predictions: str = "predictions.jsonl", name: str = "AFTER") -> Figure:
+    """The contact sheet: SAMPLES held-out sentences, evenly from the worst to the best reward of the answers
+    in a file of the run folder. Those before training are drawn above them. name: what the former are
+    called. Raises DataError for records that cannot be used, VideoError."""
     config = load_config(run / "config.yaml")
     samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
     known = {sample.id: sample for sample in samples}
-    final = read_rows(run / "predictions.jsonl", "AFTER", known, config)
+    final = read_rows(run / predictions, name, known, config)
     before = {}
-    if (run / "predictions_before.jsonl").is_file():
+    if predictions != "predictions_before.jsonl" and (run / "predictions_before.jsonl").is_file():
         before = read_rows(run / "predictions_before.jsonl", "BEFORE", known, config)
     ranked = sorted(final, key=lambda key: final[key].scored.rewards["total"])
     places = np.linspace(0, len(ranked) - 1, min(SAMPLES, len(ranked))).round().astype(int)

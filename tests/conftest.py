@@ -165,6 +165,7 @@ def write_config(world, checkpoints):
             "eval_batch": 6,
             "threads": 1,
             "decode_workers": 0,
+            "precision": "fp32",
         }
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump({**settings, **changes}), encoding="utf-8")

@@ -1,0 +1,156 @@
+"""What surrounds the training loop: the run's folder, its evaluations and checkpoints, its end."""
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import distributed
+import logs
+import resume
+from clips import Clips
+from config import Config, save_config
+from data import Sample
+from evaluate import coordinates_note, decode_split, fingerprint_of, score_predictions
+from files import read_jsonl
+from logs import Log
+from metrics import format_table
+from policy import Policy
+from resume import Progress
+from steps import clock
+
+
+@dataclass
+class Job:
+    """What all parts of a run work with."""
+
+    config: Config
+    run: Path  # output_dir
+    policy: Policy
+    clips: Clips
+    log: Log | None  # of the first rank
+    stop: distributed.Stop
+    marks: dict  # by which a checkpoint knows its run
+    found: Path | None  # the checkpoint that it goes on from
+    progress: Progress
+
+
+class Stopped(Exception):
+    """A signal has asked for an end, and all ranks agree."""
+
+
+def open_run(config: Config, marks: dict) -> tuple[Path, Path | None, Progress]:
+    """output_dir, new or, with resume: auto, as it was when its last whole checkpoint was written; that
+    checkpoint, if there is one; where the run stands. Raises ConfigError where another run stands there."""
+    run, (rank, _) = Path(config.output_dir), distributed.join()
+    found, progress = None, Progress()
+    again = config.resume == "auto" and (run / "config.yaml").is_file()
+    if again:
+        found = resume.last_checkpoint(run)
+    if found:
+        resume.refuse_other(found, config, marks)
+        progress = found.progress
+    if rank == 0:
+        if again:
+            resume.cut_back(run, progress)
+            if found and found.folder.name == "checkpoint" and progress.step < config.steps:  # more steps now
+                (run / "predictions.jsonl").replace(run / f"predictions_{progress.step}.jsonl")
+            save_config(config, run / "config.yaml")
+        else:
+            logs.start_run(config)
+    distributed.wait()
+    return run, found and found.folder, progress
+
+
+def describe(
+    config: Config, policy: Policy, ranks: int, train_samples: list[Sample], eval_samples: list[Sample]
+) -> str:
+    """The derived sizes, so that a wrong setting is seen before it costs a day."""
+    parameters = list(policy.model.parameters())
+    count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    answers = config.batch_size * config.num_generations
+    epochs = config.steps * config.batch_size / len(train_samples)
+    share = f" ({trained / 1e6:.2f} M of them trained)" if trained < count else ""
+    ranked = f", {config.batch_size // ranks} prompts on each of {ranks} ranks" if ranks > 1 else ""
+    return (
+        f"{config.model}: {count / 1e6:.2f} M parameters{share} on {policy.device},"
+        f" {config.precision}, {torch.get_num_threads()} thread(s)\n"
+        f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps of "
+        f"{config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs"
+        f"{ranked}\n"
+        f"{coordinates_note(policy, config)}"
+    )
+
+
+def evaluate_split(job: Job, samples: list[Sample], when: str) -> dict[str, float]:
+    """Decode the held-out split, shared among the ranks, write and log the paper's row, and return it. when:
+    before | along the way | after. A second start decodes what is missing. Raises Stopped."""
+    config, run, progress, policy = job.config, job.run, job.progress, job.policy
+    names = {"before": "predictions_before.jsonl", "after": "predictions.jsonl"}
+    path = run / names.get(when, f"predictions_{progress.step}.jsonl")
+    # By which the answers of other weights are told apart; of the last ones evaluate.py must know them, too.
+    fingerprint = fingerprint_of(str(run / "checkpoint" if when == "after" else config.model), config)
+    if when != "after":
+        fingerprint += f"+{progress.sft_step}+{progress.step}"
+    with distributed.whole(policy.model):
+        predictions = decode_split(policy, samples, job.clips, config, path, fingerprint, job.stop)
+    if predictions is None:
+        raise Stopped
+    scores = score_predictions(predictions, samples, config)["native"]
+    if job.log:
+        job.log.write({"phase": "eval", "step": progress.step, **scores})
+        logs.send_answers(job.log, path.name, progress.step)
+    best = -1 if progress.best is None else progress.best["m_vIoU"]
+    if when != "before" and config.eval_every and scores["m_vIoU"] > best:
+        best = {"step": progress.step, "m_vIoU": scores["m_vIoU"]}
+        job.progress = dataclasses.replace(progress, best=best)
+        resume.replace_best(run, policy, progress.step)
+    return scores
+
+
+def usage(tokens: float) -> dict:
+    """What a step took, of which `tokens` completion tokens came, on all ranks: seconds by part, the mean of
+    the ranks; the largest peak of memory."""
+    splits = distributed.gather(clock.split())
+    seconds = {part: float(np.mean([split[part] for split in splits])) for part in splits[0]}
+    return {
+        "tokens_per_second": tokens / seconds["step"],
+        "peak_memory": distributed.most(logs.peak_memory()),
+        "seconds": seconds,
+    }
+
+
+def save(job: Job, optimizer: torch.optim.Optimizer, name: str) -> None:
+    """A checkpoint of this moment, from which resume: auto goes on; older ones go (config.keep)."""
+    resume.save(job.run / name, job.policy, optimizer, job.progress, job.marks)
+    taught = f"checkpoint_sft_{job.config.sft.steps}"  # the reference, to which a later start must come back
+    resume.prune(job.run, job.config.keep, spare=[job.run / taught])
+
+
+@contextlib.contextmanager
+def saved_when_stopped(job: Job, optimizer: torch.optim.Optimizer):
+    """Where the run is stopped in it, a checkpoint is there from which it goes on."""
+    try:
+        yield
+    except Stopped:
+        phase = f"sft_{job.progress.sft_step}" if not job.progress.step else str(job.progress.step)
+        save(job, optimizer, f"checkpoint_{phase}")
+        raise
+
+
+def report(run: Path, before: dict, after: dict, seconds: float) -> None:
+    """What the run has come to, on the terminal and in summary.json."""
+    steps = [m for m in read_jsonl(run / "metrics.jsonl") if m["phase"] == "grpo"]
+    rewards = [m["reward"] for m in steps]
+    few = max(1, len(rewards) // 10)  # a single step's mean is noise
+    first, last = (float(np.mean(part)) if part else None for part in (rewards[:few], rewards[-few:]))
+    reward = {"first": first, "last": last}
+    summary = {"before": before, "after": after, "reward": reward, "seconds": seconds}
+    logs.write_json(summary, run / "summary.json")
+    print(format_table({"before": before, "after": after}))
+    if rewards:
+        print(f"mean sampled reward, first and last {few} of {len(rewards)} steps: {first:.2f} -> {last:.2f}")
+    print(f"{seconds:.0f} s; everything is in {run}/; {logs.draw_pictures(run)}")

@@ -1,0 +1,279 @@
+"""What a run reports and leaves behind beside its checkpoints: its folder, the metrics of its steps and where
+their time went, trackers (TensorBoard, Weights & Biases), pictures."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import decord
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+from config import Config, ConfigError, save_config
+from files import UserError, read_jsonl, write_jsonl, write_whole
+
+PARTS = ("decode", "rollout", "score", "reference", "update", "wait")  # of a step
+
+
+def start_run(config: Config) -> Path:
+    """A new, empty output_dir with the settings and versions in it. An earlier run there is moved aside.
+    Raises ConfigError where something else stands there."""
+    run = Path(config.output_dir)
+    if (run / "config.yaml").is_file():
+        number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
+        run.rename(f"{run}.{number}")
+        print(f"{run} held an earlier run: moved to {run}.{number}")
+    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        raise ConfigError(f"output_dir: {run} exists and is no run of train.py; choose another")
+    run.mkdir(parents=True, exist_ok=True)
+    save_config(config, run / "config.yaml")
+    packages = (torch, transformers, decord, np)  # by module: decord2 installs the module decord, too
+    versions = {package.__name__: package.__version__ for package in packages}
+    write_json({"python": platform.python_version(), **versions}, run / "versions.json")
+    return run
+
+
+def write_json(value: dict, path: Path) -> None:
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Time and memory
+
+
+class Clock:
+    """Where the time of a step goes: `with clock("rollout"): ...` adds the block's seconds to that part.
+
+    Within another block only the inner part runs, so that no second counts twice. On CUDA the ends of a block
+    wait for the kernels that were started before, which then count where they belong.
+    """
+
+    def __init__(self):
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._running: list[str] = []  # parts that have begun; the time goes to the last
+        self._began = self._counted = _now()  # of this step; until when its time has been given to a part
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Raises ValueError for a part that is not one of PARTS."""
+        if part not in PARTS:
+            raise ValueError(f"{part!r} is not one of {', '.join(PARTS)}")
+        self._count()
+        self._running.append(part)
+        try:
+            yield
+        finally:
+            self._count()
+            self._running.pop()
+
+    def split(self) -> dict[str, float]:
+        """Seconds of each of PARTS, and of the whole "step", since the last split; begins anew."""
+        self._count()
+        seconds = {**self._seconds, "step": self._counted - self._began}
+        self._seconds, self._began = dict.fromkeys(PARTS, 0.0), self._counted
+        return seconds
+
+    def _count(self) -> None:
+        now = _now()
+        if self._running:
+            self._seconds[self._running[-1]] += now - self._counted
+        self._counted = now
+
+
+def _now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in GB of 10^9 bytes: of its GPU by tensors (what the
+    CUDA context and the allocator's reserve take comes on top); without a GPU, of the machine."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux, whose ru_maxrss would begin with that of the process that started this one
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on a Mac
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Metrics and trackers
+
+
+class Log:
+    """metrics.jsonl of a run, and the trackers of `log_to`, which show the same numbers.
+
+    A run that goes on from a checkpoint keeps the first lines of metrics.jsonl. Trackers cannot be cut back;
+    they are sent again what the file holds, and each takes care that nothing shows twice.
+    """
+
+    def __init__(self, run: Path, config: Config):
+        """Raises ConfigError where a tracker cannot be used."""
+        check_trackers(config)
+        self.run = run
+        self.trackers = [TRACKERS[name](run, config) for name in sorted(set(config.log_to))]
+        self._lines = 0
+        if self.trackers and (run / "metrics.jsonl").is_file():
+            for metrics in read_jsonl(run / "metrics.jsonl", "phase", "step"):
+                self._send(metrics)
+                if metrics["phase"] == "eval" and answers_path(run, metrics["step"]).is_file():
+                    self.picture("eval/answers", answers_path(run, metrics["step"]), metrics["step"])
+
+    def write(self, metrics: dict) -> None:
+        """metrics: "phase", "step", and numbers by name, which may be nested; trackers call those
+        phase/name/name."""
+        write_jsonl([metrics], self.run / "metrics.jsonl", append=True)
+        self._send(metrics)
+
+    def picture(self, tag: str, path: Path, step: int) -> None:
+        """Send a PNG file to the trackers, beside the numbers of the last line. Needs pillow."""
+        for tracker in self.trackers:
+            tracker.picture(tag, path, step, self._lines - 1)
+
+    def close(self) -> None:
+        """Wait until the trackers have everything."""
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _send(self, metrics: dict) -> None:
+        numbers = flatten(
+            {metrics["phase"]: {k: v for k, v in metrics.items() if k not in ("phase", "step")}}
+        )
+        for tracker in self.trackers:
+            tracker.numbers(numbers, metrics["step"], self._lines)
+        self._lines += 1
+
+
+def check_trackers(config: Config) -> None:
+    """Raises ConfigError where `log_to` names a package that is not installed."""
+    for name in config.log_to:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # wandb makes folders "wandb", which Python could import, too
+            raise ConfigError(f"log_to: {name} is not installed; pip install {name}, or leave it out")
+
+
+def flatten(tree: dict) -> dict[str, float]:
+    """The numbers in nested dicts, by their keys joined with "/"."""
+    flat = {key: value for key, value in tree.items() if isinstance(value, int | float)}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{name}": number for name, number in flatten(value).items()}
+    return flat
+
+
+class TensorBoard:
+    """Event files in run/tensorboard. `tensorboard --logdir runs` shows them."""
+
+    def __init__(self, run: Path, config: Config):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Hide all of an earlier start: what the run keeps of it follows. Purging from the last step on would
+        # hide too much or too little, since each phase counts its own steps. (TensorBoard obeys only where
+        # the first start has said it, too.)
+        self._writer = SummaryWriter(run / "tensorboard", purge_step=0)
+
+    def numbers(self, numbers: dict[str, float], step: int, line: int) -> None:
+        for tag, number in numbers.items():
+            self._writer.add_scalar(tag, number, step)
+        self._writer.flush()  # it would wait two minutes, and a killed run lose them
+
+    def picture(self, tag: str, path: Path, step: int, line: int) -> None:
+        from PIL import Image
+
+        self._writer.add_image(tag, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of the project "stvg-o1" at Weights & Biases, or with WANDB_MODE=offline files in run/wandb.
+
+    Its history can only grow. A row has the number of the line in metrics.jsonl, so that the service's count
+    says which lines it has, of whatever phase. Offline each start begins at 0, and writes all: `wandb sync`
+    replaces a run by later files of the same id (github.com/wandb/wandb/issues/3841).
+    """
+
+    def __init__(self, run: Path, config: Config):
+        import wandb
+
+        known = run / "wandb_id"
+        same = known.read_text() if known.is_file() else None
+        settings = {"project": "stvg-o1", "name": run.resolve().name, "dir": run, "id": same}
+        try:
+            self._run = wandb.init(**settings, resume="allow", config=dataclasses.asdict(config))
+        except wandb.Error as error:  # such as no key, no network
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"log_to: wandb: {reason}; wandb login, or set WANDB_MODE=offline") from error
+        write_whole(known, self._run.id.encode())
+        self._first = self._run.starting_step  # what an earlier start has sent stays as it is
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")  # the x axis
+
+    def numbers(self, numbers: dict[str, float], step: int, line: int) -> None:
+        if line >= self._first:
+            self._run.log({**numbers, "step": step}, step=line)
+
+    def picture(self, tag: str, path: Path, step: int, line: int) -> None:
+        import wandb
+
+        self.numbers({tag: wandb.Image(str(path))}, step, line)  # into the line's row, which is still open
+
+    def close(self) -> None:
+        self._run.finish(exit_code=0 if sys.exception() is None else 1)  # in contextlib.closing: the run's
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw_pictures(run: Path) -> str:
+    """Curves and contact sheets where matplotlib is installed; says where they are, or how to get them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return f"for pictures: pip install -r requirements-dev.txt && python visualize.py {run}"
+    import visualize
+
+    return "pictures: " + ", ".join(str(path) for path in visualize.draw_run(run))
+
+
+def send_answers(log: Log, predictions: str, step: int) -> None:
+    """Draw the answers in a file of the run folder for the trackers, if there are any, and keep the sheet as
+    pictures/answers_STEP.png. One that cannot be drawn does not stop the run; why is said once."""
+    if not log.trackers:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        return say_once("no sheets of answers for the trackers: pip install -r requirements-dev.txt")
+    import visualize
+
+    try:
+        sheet = visualize.draw_answers(log.run, predictions, f"STEP {step}")
+    except UserError as error:  # such as: no video of the split can be read
+        return say_once(f"no sheet of answers: {error}")
+    visualize.save_figure(sheet, answers_path(log.run, step))
+    log.picture("eval/answers", answers_path(log.run, step), step)
+
+
+def answers_path(run: Path, step: int) -> Path:
+    return run / "pictures" / f"answers_{step}.png"
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    tqdm.write(text)

@@ -1,0 +1,536 @@
+"""What a run needs of each GPU, worked out from the shapes of its model: no weights, no GPU, no network.
+
+    python train.py CONFIG --plan
+
+prints it for 1 to 16 GPUs, with all weights trained and with LoRA. Each formula names the tensors that it
+counts; tests/test_plan.py holds the sums against what steps and rollouts on a CPU, and the sharding of FSDP2,
+were seen to allocate. Nothing was measured on a GPU.
+"""
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+import toy
+from adapters import base_of
+from config import Config
+from policy import BROKEN, EXAMPLE, FAMILIES, ModelError
+from video import frame_size
+
+MIB, GIB = 2**20, 2**30
+TOKENS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+QWEN2_5 = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    **TOKENS,
+    "vision_token_id": 151654,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.41.2",
+}
+QWEN2_5_VISION = {
+    "depth": 32,
+    "hidden_act": "silu",
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "in_chans": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+    "tokens_per_second": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+PUBLISHED = {  # hub id: its config.json, number of parameters
+    "Qwen/Qwen2.5-VL-3B-Instruct": (
+        {
+            **QWEN2_5,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "max_window_layers": 70,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+            "vision_config": {**QWEN2_5_VISION, "out_hidden_size": 2048},
+        },
+        3_754_622_976,
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (
+        {
+            **QWEN2_5,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "max_window_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "tie_word_embeddings": False,
+            "vision_config": {**QWEN2_5_VISION, "out_hidden_size": 3584},
+        },
+        8_292_166_656,
+    ),
+    "Qwen/Qwen3-VL-8B-Instruct": (
+        {
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "model_type": "qwen3_vl",
+            **TOKENS,
+            "text_config": {
+                "model_type": "qwen3_vl_text",
+                "bos_token_id": 151643,
+                "eos_token_id": 151645,
+                "attention_bias": False,
+                "attention_dropout": 0.0,
+                "dtype": "bfloat16",
+                "head_dim": 128,
+                "hidden_act": "silu",
+                "hidden_size": 4096,
+                "initializer_range": 0.02,
+                "intermediate_size": 12288,
+                "max_position_embeddings": 262144,
+                "num_attention_heads": 32,
+                "num_hidden_layers": 36,
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-06,
+                "rope_scaling": {
+                    "mrope_interleaved": True,
+                    "mrope_section": [24, 20, 20],
+                    "rope_type": "default",
+                },
+                "rope_theta": 5000000,
+                "use_cache": True,
+                "vocab_size": 151936,
+            },
+            "tie_word_embeddings": False,
+            "transformers_version": "4.57.0.dev0",
+            "vision_config": {
+                "model_type": "qwen3_vl",
+                "deepstack_visual_indexes": [8, 16, 24],
+                "depth": 27,
+                "hidden_act": "gelu_pytorch_tanh",
+                "hidden_size": 1152,
+                "in_channels": 3,
+                "initializer_range": 0.02,
+                "intermediate_size": 4304,
+                "num_heads": 16,
+                "num_position_embeddings": 2304,
+                "out_hidden_size": 4096,
+                "patch_size": 16,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+        },
+        8_767_123_696,
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The model
+
+
+def empty_model(name: str) -> torch.nn.Module:
+    """The model of a checkpoint folder, of a hub id in the local cache, or of PUBLISHED, without memory for
+    its parameters. The hub is not asked: offline that takes half a minute to fail. Raises ModelError."""
+    name = base_of(name)
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+    except BROKEN as error:
+        if name in PUBLISHED:
+            return model_of(PUBLISHED[name][0])
+        raise ModelError(
+            f"model: {name!r} is neither a folder with a good config.json, nor in the local cache of the hub, nor"
+            f" one of {', '.join(PUBLISHED)}; for a hub id run: hf download {name} config.json"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"model: {name!r} is a {config.model_type!r}; use one of {', '.join(FAMILIES)}, for example {EXAMPLE}"
+        )
+    return _on_meta(config)
+
+
+def model_of(content: dict) -> torch.nn.Module:
+    """The model of a config.json, without memory for its parameters."""
+    return _on_meta(AutoConfig.for_model(**copy.deepcopy(content)))  # it changes its arguments
+
+
+def _on_meta(config: PreTrainedConfig) -> torch.nn.Module:
+    with torch.device("meta"):
+        return FAMILIES[config.model_type].model_class(config)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())  # tied ones once
+
+
+def groups(model: torch.nn.Module) -> list[tuple[str, int, int]]:
+    """(name, how many, parameters of each) of what FSDP2 gathers at once: the blocks, and the rest."""
+    layers, blocks = model.model.language_model.layers, model.model.visual.blocks
+    rest = count(model) - count(layers) - count(blocks)
+    return [
+        ("decoder layer", len(layers), count(layers[0])),
+        ("vision block", len(blocks), count(blocks[0])),
+        ("root (embeddings, head, merger)", 1, rest),
+    ]
+
+
+def adapted_sides(model: torch.nn.Module, targets: list[str]) -> tuple[int, int]:
+    """Inputs and outputs, summed over the linear layers of the language model that LoRA adapts. Its adapters
+    have rank x (inputs + outputs) parameters. Raises ModelError for a name that no layer has."""
+    named = model.model.language_model.named_modules()
+    linear = [(path.rpartition(".")[2], m) for path, m in named if isinstance(m, torch.nn.Linear)]
+    names = sorted({name for name, _ in linear})
+    for target in targets:
+        if target not in names:
+            raise ModelError(f"lora.targets: no layer is named {target!r}; name some of {', '.join(names)}")
+    chosen = [m for name, m in linear if name in targets]
+    return sum(m.in_features for m in chosen), sum(m.out_features for m in chosen)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The lengths
+
+SECONDS, FILE_SIZE = 20, (1280, 720)  # of a clip: HC-STVG's duration, and any size of 16:9
+PROMPT_TEXT = 230  # tokens of chat template, question and a sentence of 20 words, by Qwen's vocabulary
+TIMESTAMP = 9  # tokens of "<12.5 seconds>" and of the marks around a block of Qwen3-VL
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of one forward pass on one GPU."""
+
+    rows: int  # prompts in it
+    answers: int  # G: to each of them
+    prompt: int  # P: tokens of a prompt, visual ones included
+    completion: int  # C: tokens of an answer
+    patches: int  # that the vision tower reads for one prompt
+
+    @property
+    def row(self) -> int:
+        """N: tokens of a packed row, [prompt, answer 1, ..., answer G]."""
+        return self.prompt + self.answers * self.completion
+
+
+def frames_of(config: Config, model: torch.nn.Module) -> tuple[int, int, int, int]:
+    """Seconds, frames, width and height of the clip that is assumed. The toy's is its own."""
+    vision = model.config.vision_config
+    seconds, size = (toy.SECONDS, (toy.SIDE, toy.SIDE)) if config.toy else (SECONDS, FILE_SIZE)
+    factor = vision.patch_size * vision.spatial_merge_size
+    return seconds, math.ceil(seconds * config.fps), *frame_size(*size, config.max_side, factor)
+
+
+def lengths_of(config: Config, model: torch.nn.Module, gpus: int) -> Lengths:
+    """The worst case: every answer runs to max_new_tokens."""
+    vision, family = model.config.vision_config, FAMILIES[model.config.model_type]
+    _, frames, width, height = frames_of(config, model)
+    grids = -(-frames // vision.temporal_patch_size)
+    patches = grids * (width // vision.patch_size) * (height // vision.patch_size)
+    stamps = TIMESTAMP * grids if family.timed == "text" else 0
+    prompt = PROMPT_TEXT + stamps + patches // vision.spatial_merge_size**2
+    rows = min(config.rollout_batch, -(-config.batch_size // gpus))
+    return Lengths(rows, config.num_generations, prompt, config.max_new_tokens, patches)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What the activations take, in bytes
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The sizes of the language model or, with patches for tokens, of the vision tower."""
+
+    layers: int
+    H: int  # width of the hidden states
+    A: int  # attention heads
+    K: int  # heads of keys and values
+    d: int  # width of a head
+    F: int  # width of the MLP
+    gated: bool  # MLP: down(act(gate(x)) * up(x)), or down(act(up(x)))
+    rms: bool  # its norms are RMSNorm, computed in fp32
+    qk_norm: bool  # queries and keys are normalised, too
+    compute: int  # bytes of a number in the matrix products
+    stream: int  # bytes of a number in the hidden states between the layers: under autocast 4, not 2
+
+    def norm(self) -> int:
+        """Kept by a norm for each token: its input in fp32 and normalised, and its output for what follows."""
+        return self.H * (4 + self.stream + self.compute if self.rms else self.stream + self.compute)
+
+    def mlp(self) -> int:
+        """For each token: gate, its activation, up, their product; or up and its activation."""
+        return (4 if self.gated else 2) * self.F * self.compute
+
+
+def towers(model: torch.nn.Module, compute: int, stream: int) -> tuple[Tower, Tower]:
+    """The language model and the vision tower."""
+    text, layer = model.config.text_config, model.model.language_model.layers[0]
+    block, heads = model.model.visual.blocks[0], model.config.vision_config.num_heads
+    width, d = block.attn.proj.in_features, layer.self_attn.head_dim
+    gated = hasattr(block.mlp, "gate_proj")
+    inner = (block.mlp.gate_proj if gated else next(block.mlp.children())).out_features
+    rms, qk_norm = not hasattr(block.norm1, "bias"), hasattr(layer.self_attn, "q_norm")
+    A, K = text.num_attention_heads, text.num_key_value_heads
+    sizes = (text.num_hidden_layers, text.hidden_size, A, K, d, text.intermediate_size)
+    blocks = (len(model.model.visual.blocks), width, heads, heads, width // heads, inner)
+    return (
+        Tower(*sizes, True, True, qk_norm, compute, stream),
+        Tower(*blocks, gated, rms, False, compute, stream),
+    )
+
+
+def layer_kept(t: Tower, tokens: int, mask: int) -> int:
+    """What one decoder layer keeps for its backward pass, of so many tokens in rows with so many pairs.
+
+    The mask is there once as booleans for all layers; scaled_dot_product_attention makes of it, in each
+    layer, one in the compute dtype, which is kept as well.
+    """
+    attention = 4 * t.A * t.d * t.compute + 4 * t.A  # q, k and v for all heads, the output; its normaliser
+    if t.qk_norm:
+        attention += (t.A + t.K) * t.d * (4 + t.compute)  # q and k in fp32, and normalised
+    return tokens * (2 * t.norm() + attention + t.mlp()) + mask * t.compute
+
+
+def block_kept(t: Tower, patches: int) -> int:
+    """The same of a block of the vision tower, whose windows need no mask."""
+    # Qwen2.5: q, k, v and the output window by window, and the output in order; the others: q, k, what q, k
+    # and v were cut from, the output frame by frame, and in one.
+    attention = (5 if t.rms else 7) * t.H * t.compute + 4 * t.A
+    return patches * (2 * t.norm() + attention + t.mlp())
+
+
+def layer_backward(t: Tower) -> int:
+    """What the backward pass through a layer adds for each token at most: in the MLP, where gradients of its
+    three inner tensors are there but their product is not any more; the gradients of input and output."""
+    return 2 * t.F * t.compute + 2 * t.H * t.stream
+
+
+def layer_forward(t: Tower, tokens: int) -> int:
+    """What a pass without gradients or mask through one layer takes: hidden states before and after the norm;
+    in attention q, k, v, the latter two also for all heads, and the output; in the MLP three inner tensors."""
+    attention = (4 * t.A + 2 * t.K) * t.d * t.compute
+    return tokens * (t.H * (t.stream + t.compute) + max(attention, 3 * t.F * t.compute))
+
+
+def block_forward(t: Tower, patches: int) -> int:
+    """The same of a vision block: rotary positions are applied in fp32, and take most."""
+    attention = t.H * (3 * t.compute + 6 * 4)  # q, k, v together; q and k in fp32, and four terms of them
+    return patches * (t.H * (t.stream + t.compute) + max(attention, 3 * t.F * t.compute))
+
+
+CHUNK = 1024  # tokens whose logits exist at once (model.completion_logprobs)
+
+
+def chunk_logits(vocabulary: int, tokens: int) -> int:
+    """In the backward pass, in fp32: the logits, their gradient by gather, and that by logsumexp, which is
+    grad * exp(logits - result): three tables while it is computed."""
+    return 5 * 4 * min(CHUNK, tokens) * vocabulary
+
+
+def sampled_logits(vocabulary: int, rows: int) -> int:
+    """One token's for each row: as the model gives them, in fp32; in fp64 the softmax and its cumulated sum."""
+    return (4 + 4 + 8 + 8) * rows * vocabulary
+
+
+def cache_bytes(t: Tower, n: Lengths) -> int:
+    """Keys and values of all answers in full length. Rotary positions leave keys in the dtype of the hidden
+    states."""
+    return t.layers * t.K * t.d * (t.stream + t.compute) * n.rows * n.answers * (n.prompt + n.completion)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The memory of a GPU
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU. The first four are there all the time (gradients: in training only), each of the
+    others at its largest. They are not at their largest at once: the peaks can be less than the sums."""
+
+    weights: float
+    gradients: float
+    adam: float
+    reference: float
+    gathered: float  # FSDP2: whole groups and their gradients, for as long as they compute; or autocast's
+    activations: float  # kept for the backward pass, and what the pass through one layer adds
+    logits: float  # of one chunk of tokens, with gradients
+    cache: float  # keys and values of a rollout
+    train: float  # the peaks
+    rollout: float
+
+
+def static_bytes(trained: float, gpus: int, compute: int = 2, frozen: float = 0) -> tuple[float, ...]:
+    """Weights, gradients, AdamW's two moments and reference, on each GPU, of a model with so many parameters:
+    those that are trained are kept in fp32, frozen ones and the reference in `compute` bytes."""
+    sizes = (4 * trained + compute * frozen, 4 * trained, 8 * trained, compute * (trained + frozen))
+    return tuple(size / gpus for size in sizes)
+
+
+def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Lengths | None = None) -> Memory:
+    """What a run takes. lora: adapters on a frozen model, or all weights trained, whatever the config says.
+    n: lengths other than the worst case."""
+    n = n or lengths_of(config, model, gpus)
+    compute, sharded = 4 if config.precision == "fp32" else 2, gpus > 1
+    # Under autocast, on one GPU, embeddings and norms in fp32 keep the hidden states in fp32.
+    text, vision = towers(model, compute, compute if sharded or lora else 4)
+    (_, layers, layer), (_, _, block), (_, _, root) = groups(model)
+    head, vocabulary = model.lm_head.weight.numel(), model.lm_head.out_features
+
+    # What is there all the time.
+    frozen = count(model.model.visual) if config.freeze_vision else 0
+    trained, trained_layer, trained_root, trained_head = count(model) - frozen, layer, root, head
+    if lora:
+        inputs, outputs = adapted_sides(model, config.lora.targets)
+        frozen, trained_root, trained_head = count(model), 0, 0
+        trained = (config.lora.rank or LORA_RANK) * (inputs + outputs)
+        trained_layer = trained / layers
+    weights, gradients, adam, reference = static_bytes(trained, gpus, compute, frozen)
+    if not sharded:
+        reference = weights  # a copy of the policy
+    if lora or not config.kl_beta:
+        reference = 0.0
+    # Gradients that are exchanged in the last backward pass only are whole on each GPU until then.
+    late = sharded and config.reduce_gradients == "last" and math.ceil(config.batch_size / gpus) > n.rows
+    gathering = 4 * trained if late else gradients
+
+    # What computing gathers or copies, at three moments of a training step.
+    if sharded:
+        # The backward pass of a layer: the root and the gradient of the head; of the layer the buffer it came
+        # in, the weights cut from it, their gradients, those of the layer before in fp32, under way; the
+        # buffer of the next layer.
+        in_layer = compute * (root + trained_head + 3 * max(layer, block)) + (compute + 4) * trained_layer
+        # That of the logits: another gradient of the head for each chunk, to be added to the first.
+        in_logits = compute * (root + 2 * trained_head + layer)
+        # Its end: the root, its gradients, these once more in fp32, and of their sum this GPU's part.
+        at_end = (compute + (4 if late else compute) + 4 + 4 / gpus) * trained_root
+        whole = compute * (count(model) + (trained if lora else 0))  # for a rollout
+        buffer = compute * max(root, layer)  # in which a group of it arrives
+    else:
+        linear = sum(count(module) for module in model.modules() if isinstance(module, torch.nn.Linear))
+        whole = in_layer = 0 if compute == 4 else compute * (trained if lora else linear)  # autocast's copies
+        in_logits = in_layer + 4 * trained_head
+        at_end = buffer = 0
+    in_adam = 4 * trained / gpus  # the root of the second moments, of all parameters at once
+
+    # Activations of a training step.
+    tokens, patches, mask = n.rows * n.row, n.rows * n.patches, n.rows * n.row**2
+    scored = n.rows * n.answers * n.completion
+    sees = not (lora or config.freeze_vision)  # else features, computed once, stand for the video
+    of_layer, of_block = layer_kept(text, tokens, mask), sees * block_kept(vision, patches)
+    if lora and not sharded and compute == 2:  # an adapter in fp32 has its input cast for itself alone
+        of_layer += tokens * compute * inputs // layers
+    pixels = 4 * patches * model.model.visual.patch_embed.proj.weight[0].numel()
+    # The boolean mask; the final norm; the states that answers are scored from; rotary positions; pixels.
+    kept = (
+        mask + tokens * (text.norm() + 2 * text.d * text.stream) + scored * text.H * compute + sees * pixels
+    )
+    work = max(layer_backward(text) * tokens, sees * layer_backward(vision) * patches)
+    if config.gradient_checkpointing:  # the input of each layer is kept, all else of one layer is recomputed
+        kept += (
+            layers * tokens * text.H * text.stream + sees * vision.layers * patches * vision.H * vision.stream
+        )
+        work += max(of_layer, of_block)
+    else:
+        kept += layers * of_layer + vision.layers * of_block
+    logits = chunk_logits(vocabulary, scored)
+    passing = gathering + kept + max(in_layer + work, in_logits + logits)
+
+    # A rollout: of one layer the keys are copied to grow, and cast for autocast.
+    cache = cache_bytes(text, n)
+    growing = cache / layers * (1 if text.stream == compute else 2) / 2
+    sampling = pixels + cache + growing + sampled_logits(vocabulary, n.rows * n.answers)
+    prefill = pixels + max(layer_forward(text, n.rows * n.prompt), block_forward(vision, patches))
+    return Memory(
+        weights,
+        gathering,
+        adam,
+        reference,
+        max(in_layer, in_logits, at_end),
+        kept + work,
+        logits,
+        cache,
+        train=weights + adam + reference + max(passing, gradients + at_end, gradients + in_adam),
+        rollout=weights + adam + reference + whole + max(buffer, prefill, sampling),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The table
+
+GPUS, CAPACITIES = (1, 2, 4, 8, 16), (24, 40, 80, 141)  # how many; GiB of each
+USABLE = 0.9  # of a GPU: the rest is for fragmentation, the CUDA context and NCCL
+LORA_RANK = 16  # where the config has none
+COLUMNS = ("weights", "grads", "Adam", "ref.", "buffers", "activ.", "logits", "KV", "train", "rollout")
+NOTES = (
+    "train, rollout: the peaks. They can be less than the sums: activations, logits and the buffers of weights",
+    "(with their gradients) are not at their largest at once; KV (keys and values) is of the rollout only.",
+    f"fits: the larger peak is at most {USABLE:.0%} of the GPU; the rest is for fragmentation, CUDA and NCCL.",
+    "Assumed: every answer runs to max_new_tokens, which is the worst case. Nothing was measured on a GPU.",
+)
+
+
+def print_plan(config: Config) -> None:
+    """Print the derived sizes and the memory of each GPU. Raises ModelError."""
+    print(format_plan(config))
+
+
+def format_plan(config: Config) -> str:
+    """Some 35 lines of at most 110 columns."""
+    model = empty_model(config.model)
+    plans = {lora: [memory(config, model, gpus, lora) for gpus in GPUS] for lora in (False, True)}
+    unit, name = (GIB, "GiB") if plans[False][0].train > GIB else (MIB, "MiB")
+    lines = [*_sizes(config, model), f"Memory of each GPU in {name}:"]
+    rank, columns = config.lora.rank or LORA_RANK, "".join(f"{name:>8}" for name in COLUMNS)
+    fits = "".join(f"{size:>4}" for size in CAPACITIES)
+    for lora, what in ((False, "all weights"), (True, f"LoRA of rank {rank}")):
+        what += ", vision frozen" if config.freeze_vision and not lora else ""
+        mine = "  <- this config" if lora == bool(config.lora.rank) else ""
+        lines += ["", f"{what}{mine}".ljust(93) + "fits a GPU of GiB"[-17:], f"GPUs prompts{columns}{fits}"]
+        for gpus, m in zip(GPUS, plans[lora], strict=True):
+            peak = max(m.train, m.rollout)
+            yes = "".join(f"{'yes' if peak <= USABLE * size * GIB else '-':>4}" for size in CAPACITIES)
+            numbers = "".join(f"{value / unit:8.1f}" for value in dataclasses.astuple(m))
+            prompts = config.batch_size / gpus
+            lines.append(f"{gpus:4}{prompts:8g}{numbers}{yes}")
+    return "\n".join([*lines, "", *NOTES])
+
+
+def _sizes(config: Config, model: torch.nn.Module) -> list[str]:
+    """The derived sizes."""
+    n, (seconds, frames, width, height) = lengths_of(config, model, 1), frames_of(config, model)
+    visual = n.patches // model.config.vision_config.spatial_merge_size**2
+    (_, layers, layer), (_, blocks, block), (_, _, root) = groups(model)
+    answers = config.batch_size * n.answers
+    return [
+        f"{config.model}: {count(model):,} parameters; {layers} decoder layers of {layer:,},",
+        f"  {blocks} vision blocks of {block:,}, and {root:,} for embeddings, head and merger",
+        f"A clip of {seconds} s at {config.fps:g} fps: {frames} frames of {width} x {height}, {n.patches:,} patches;"
+        f" {visual:,} visual + {n.prompt - visual} other = {n.prompt:,} prompt tokens",
+        f"A row to score: {n.prompt:,} + {n.answers} answers x {n.completion:,} = {n.row:,} tokens, {n.rows} of"
+        f" them at a time; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'},"
+        f" {config.precision}",
+        f"A step: {config.batch_size} prompts x {n.answers} = {answers:,} answers;"
+        f" {config.batch_size * n.prompt:,} prompt and at most {answers * n.completion:,} completion tokens",
+    ]

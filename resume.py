@@ -1,0 +1,340 @@
+"""Checkpoints of a run, and how a killed run goes on.
+
+    checkpoint_50/               after 50 steps: what from_pretrained reads
+    checkpoint_50/state/         of each trained parameter its fp32 values and Adam's averages, as
+                                 torch.distributed.checkpoint (DCP) writes them: a file for each rank, to be
+                                 read by any number of ranks; and, written last, progress.json
+    checkpoint_sft_20/, checkpoint/    the same in the supervised phase, and at the end
+    best_40/                     the best by m_vIoU, without state
+
+Nothing else must be kept. The learning rate is a function of the step; the order of the data and all random
+numbers are functions of (seed, step, prompt, answer): no schedule, cursor or generator has a state of its
+own. Parameters that are not trained come from the base checkpoint.
+
+A folder NAME is filled as NAME.tmp and then renamed; an older NAME that it replaces is NAME.old meanwhile.
+All ranks must see the same files, and call these functions together, where nothing else is said.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+import distributed
+from config import Config, ConfigError
+from data import Sample
+from evaluate import _pieces
+from files import UserError, write_whole
+from policy import Policy, write_policy
+
+FORMAT = 1  # of progress.json; a later one may add to it
+LOGS = ("metrics.jsonl", "rollouts.jsonl")  # lines that follow a checkpoint are written anew
+CHECKPOINT = re.compile(r"checkpoint((_sft)?_\d+)?")
+LEFTOVER = re.compile(rf"({CHECKPOINT.pattern}|best_\d+)\.(tmp|old)")
+FREE = {  # settings that may change when a run goes on: nothing that is learned depends on them
+    # where things are; what is in them is compared by marks_of
+    *("model", "train_annotations", "videos", "vidor", "output_dir", "toy"),
+    # how videos are read. on_bad_video, too: `skip` is how to go on after a run that has stopped at one
+    *("on_bad_video", "decode_workers", "decode_timeout", "frame_cache", "frame_cache_gb"),
+    # when it ends, what is watched, kept and told
+    *("steps", "eval_annotations", "eval_every", "eval_batch", "eval_temperature", "eval_limit"),
+    *("save_every", "keep", "resume", "log_to"),
+    # how a step is split up: the same sums, but for rounding
+    *("rollout_batch", "reduce_gradients", "gradient_checkpointing", "threads"),
+}
+
+
+@dataclass
+class Progress:
+    sft_step: int = 0  # optimiser steps done in the supervised phase
+    step: int = 0  # and in reinforcement learning
+    positions: dict[str, int] = field(default_factory=dict)  # LOGS -> bytes; `save` measures them
+    best: dict | None = None  # {"step", "m_vIoU"} of the best evaluation so far
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    progress: Progress
+    marks: dict  # of marks_of
+    format: int
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, marks: dict
+) -> None:
+    """Write a checkpoint in a run's folder, in place of one of the same name. Raises UserError on every rank
+    if one of them cannot write; what was there stays."""
+
+    def write_state(temporary: Path) -> None:
+        place = temporary / "state"
+        with warnings.catch_warnings(action="ignore"):  # that one process is one process
+            dcp.save(_state(policy.model, optimizer), storage_writer=_Writer(place))
+        if distributed.join()[0] == 0:
+            logs = [folder.parent / name for name in LOGS]
+            positions = {path.name: path.stat().st_size for path in logs if path.exists()}
+            progress_now = dataclasses.asdict(dataclasses.replace(progress, positions=positions))
+            files = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
+            record = {"format": FORMAT, "progress": progress_now, "marks": marks, "files": files}
+            write_whole(place / "progress.json", json.dumps(record, indent=2).encode())
+
+    _write(folder, functools.partial(write_policy, policy), write_state)
+
+
+def replace_best(run: Path, policy: Policy, step: int) -> None:
+    """Write the model into best_STEP, and remove the one that was the best before. Raises UserError."""
+    best = run / f"best_{step}"
+    _write(best, functools.partial(write_policy, policy))
+    _on_first(lambda: _remove(path for path in run.glob("best_*") if path != best))
+
+
+def prune(run: Path, keep: int, spare: Iterable[Path] = ()) -> None:
+    """Remove the checkpoints along the way, but for the newest `keep` that are whole, and those to spare."""
+
+    def remove() -> None:
+        numbered = [found.folder for found in _checkpoints(run)[0] if found.folder.name != "checkpoint"]
+        _remove(folder for folder in numbered[:-keep] if folder not in spare)
+
+    _on_first(remove)
+
+
+def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """The tensors that DCP writes, or reads into.
+
+    torch's get_state_dict would write tied weights twice, even if they are frozen; and where AdamW has no
+    state yet, it would count a step that was none, in the running optimizer, too.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def adam(p: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        before = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+        return optimizer.state.get(p) or before
+
+    adams = {name: adam(p) for name, p in trained.items()}
+    return {"model": {name: p.detach() for name, p in trained.items()}, "adam": adams}
+
+
+class _Writer(dcp.FileSystemWriter):
+    def write_data(self, *arguments):
+        """A full disk's error hides behind one of torch's zip writer, and would not reach the other ranks."""
+        try:
+            return super().write_data(*arguments)
+        except RuntimeError as error:
+            cause = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
+
+def _write(folder: Path, *parts: Callable[[Path], None]) -> None:
+    """Fill a folder part by part and put it in its place. A part is done by all ranks, and where one of them
+    fails, all raise UserError."""
+    rank, _ = distributed.join()
+    temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+
+    def begin(_: Path) -> None:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
+            temporary.mkdir()
+
+    def finish(_: Path) -> None:
+        if rank == 0:
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)  # if it ends here, last_checkpoint takes this back
+            temporary.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+    for part in (begin, *parts, finish):
+        problem = None
+        try:
+            part(temporary)
+        except (OSError, UserError, CheckpointException) as error:
+            problem = _reason(error)
+        problems = [text for text in distributed.gather(problem) if text]
+        if problems:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            distributed.wait()  # for that: when one rank ends, torchrun ends the others
+            remedy = "free some space, then start again with resume=auto"
+            raise UserError(f"{folder}: cannot be written ({problems[0]}); {remedy}")
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; DCP's error, which all ranks get, holds those of the ranks that failed."""
+    cause = error.__cause__ or error
+    if isinstance(error, CheckpointException):
+        cause, _ = next(iter(error.failures.values()))
+    if isinstance(cause, KeyboardInterrupt):
+        raise cause
+    return getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}".partition("\n")[0]
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    """What is half removed must not look whole; last_checkpoint removes the rest."""
+    for folder in [folder for folder in folders if not LEFTOVER.fullmatch(folder.name)]:
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder.rename(temporary), ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Finding
+
+
+def last_checkpoint(run: Path) -> Checkpoint | None:
+    """The one that is furthest on among those that are whole; the others get a line on stderr. What a killed
+    run left half done is mended or removed."""
+
+    def find() -> Checkpoint | None:
+        for path in [path for path in run.glob("*") if LEFTOVER.fullmatch(path.name)]:
+            if path.suffix == ".old" and not path.with_suffix("").exists():
+                path.rename(path.with_suffix(""))
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+        whole, damaged = _checkpoints(run)
+        print(*damaged, sep="", end="", file=sys.stderr)
+        return whole[-1] if whole else None
+
+    return _on_first(find)
+
+
+def _checkpoints(run: Path) -> tuple[list[Checkpoint], list[str]]:
+    """Those that are whole, the furthest last, and a line for each of the others."""
+    whole, damaged = [], []
+    for folder in sorted(path for path in run.glob("checkpoint*") if CHECKPOINT.fullmatch(path.name)):
+        try:
+            record = json.loads((folder / "state/progress.json").read_text(encoding="utf-8"))
+            for name, size in record["files"].items():
+                if (folder / "state" / name).stat().st_size != size:
+                    raise ValueError(f"state/{name} is not {size} bytes long")
+            progress = Progress(**{f.name: record["progress"][f.name] for f in dataclasses.fields(Progress)})
+            whole.append(Checkpoint(folder, progress, record["marks"], record["format"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            damaged.append(f"{folder} is damaged and passed over ({type(error).__name__}: {error})\n")
+    return sorted(whole, key=lambda found: (found.progress.sft_step, found.progress.step)), damaged
+
+
+def _on_first(function: Callable[[], object]) -> object:
+    """What it returns, or raises, on rank 0: on every rank."""
+    value = error = None
+    if distributed.join()[0] == 0:
+        try:
+            value = function()
+        except (OSError, UserError) as problem:
+            error = problem
+    value, error = distributed.share((value, error), 0)
+    if error is not None:
+        raise error
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Going on
+
+
+def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint into the model and its AdamW, bit for bit. Raises UserError if it cannot be read."""
+    state = _state(model, optimizer)
+    _read(folder, state)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            optimizer.state[parameter] = state["adam"][name]
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Put the weights that a checkpoint has trained into another model of its kind, such as the frozen
+    reference, rounded to its dtypes. Raises UserError, or OSError where there is none."""
+    saved = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+    names = [key.removeprefix("model.") for key in saved if key.startswith("model.")]
+    parameters = dict(model.named_parameters())
+    _read(folder, {"model": {name: parameters[name].detach() for name in names}})
+
+
+def _read(folder: Path, state: dict[str, dict]) -> None:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(state, checkpoint_id=folder / "state")
+    except CheckpointException as error:
+        raise UserError(f"{folder}: cannot be read ({_reason(error)}); remove it, and start again") from None
+
+
+def cut_back(run: Path, progress: Progress) -> None:
+    """Cut the logs back to where they were; for the first rank alone. Raises UserError, and cuts none, if one
+    is shorter than that."""
+    paths = [run / name for name in LOGS if name in progress.positions or (run / name).exists()]
+    for path in paths:
+        length, before = path.stat().st_size if path.exists() else 0, progress.positions.get(path.name, 0)
+        if length < before:
+            found = f"{path}: has {length} bytes, and had {before} when the checkpoint was written"
+            raise UserError(f"{found}; put it back, or choose another output_dir")
+    for path in paths:
+        os.truncate(path, progress.positions.get(path.name, 0))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Whether it is the same run
+
+
+def marks_of(config: Config, samples: list[Sample]) -> dict:
+    """What must stay the same when a run goes on: settings that are not FREE, the weights it began with, the
+    sentences and boxes it learns from; by content, for files may be moved."""
+    weights = sorted([*Path(config.model).glob("*.safetensors"), *Path(config.model).glob("*.bin")])
+    model = hashlib.sha256(repr([(path.name, _pieces(path)) for path in weights]).encode())
+    data = hashlib.sha256()
+    for sample in samples:
+        values = {key: value for key, value in vars(sample).items() if key not in ("video", "boxes")}
+        data.update(repr((values, sample.boxes.first)).encode())
+        data.update(sample.boxes.array.tobytes())
+    name = model.hexdigest()[:12] if weights else config.model  # a hub id
+    return {"settings": _settings(config), "model": name, "data": data.hexdigest()[:12]}
+
+
+def _settings(config: Config) -> dict:
+    """Those that are not FREE, by dotted names such as sft.steps."""
+    settings = {}
+    for key, value in dataclasses.asdict(config).items():
+        parts = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {}
+        settings |= {} if key in FREE else parts or {key: value}
+    return settings
+
+
+def refuse_other(found: Checkpoint, config: Config, marks: dict) -> None:
+    """Raise ConfigError if the checkpoint is of another run than the marks."""
+    where = f"resume: {found.folder} was made"
+    again = "; go back to that, or choose another output_dir"
+    if found.format > FORMAT:
+        raise ConfigError(f"{where} by a newer version of this program{again}")
+    then, now = _settings(Config()) | found.marks["settings"], marks["settings"]  # new ones had their default
+    changed = [key for key in then if key.split(".")[0] not in FREE and then[key] != now.get(key, "unknown")]
+    if changed:
+        before, after = (
+            [f"{key}: {values.get(key, 'unknown')}" for key in changed] for values in (then, now)
+        )
+        raise ConfigError(
+            f"{where} with {', '.join(before)}, and this run asks for {', '.join(after)}{again}"
+        )
+    if found.marks["model"] != marks["model"]:
+        raise ConfigError(f"{where} from another model than {config.model} is now{again}")
+    if found.marks["data"] != marks["data"]:
+        raise ConfigError(f"{where} with other sentences or boxes than in {config.train_annotations}{again}")

@@ -1,0 +1,626 @@
+"""resume.py: what is saved on some ranks and read on others, killed and damaged writes, and other runs."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
+
+import distributed
+import resume
+from config import Config, ConfigError, load_config
+from data import Track, load_samples
+from files import UserError
+from policy import load_policy
+from resume import Progress
+
+MARKS = {"settings": {}, "model": "m", "data": "d"}
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+
+
+def step(model, optimizer, n):
+    """A step whose gradient depends on the weights, the step and nothing else, and on each number alone."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = p.detach() * 3 + n
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def contents(model, optimizer):
+    """(name, part) -> whole tensor: the weights and Adam's state, gathered by none of the code under test."""
+    found = {}
+    for name, p in model.named_parameters():
+        for part, value in {"weight": p.detach(), **optimizer.state.get(p, {})}.items():
+            found[name, part] = getattr(value, "full_tensor", value.clone)()
+    return found
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def tensors_in(folder):
+    return dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoints, tmp_path_factory):
+    """(folder of a checkpoint that one process wrote after two steps, what is in it). To be read only."""
+    run = tmp_path_factory.mktemp("trained")
+    policy = load_policy(str(checkpoints["qwen2_5_vl"]))
+    optimizer = adamw(policy.model)
+    for n in range(2):
+        step(policy.model, optimizer, n)
+    resume.save(run / "checkpoint_2", policy, optimizer, Progress(step=2), MARKS)
+    return run / "checkpoint_2", contents(policy.model, optimizer)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Ranks: real processes, forked from a server that has imported everything
+
+
+def _rank(rank, function, ranks, meet, arguments):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=ranks)
+    function(*arguments)
+    distributed.wait()
+    distributed.leave()
+
+
+def on_ranks(ranks, function, *arguments, meet, timeout=60):
+    """Run function(*arguments) on so many ranks; fail where one of them raises or hangs."""
+    multiprocessing.set_forkserver_preload([__name__])
+    work = (function, ranks, meet, arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server does not get pytest's otherwise
+        jobs = torch.multiprocessing.start_processes(
+            _rank, work, ranks, join=False, start_method="forkserver"
+        )
+    end = time.time() + timeout
+    while not jobs.join(timeout=0.2):
+        if time.time() > end:
+            for process in jobs.processes:
+                process.kill()
+            pytest.fail(f"{function.__name__} hangs")
+
+
+def sharded(base):
+    policy = load_policy(base)
+    distributed.shard(policy.model, policy.blocks, torch.float32)
+    return policy, adamw(policy.model)
+
+
+def load_and_save(base, source, target, result):
+    policy, optimizer = sharded(base)
+    assert distributed.is_sharded(policy.model)
+    resume.load(source, policy.model, optimizer)
+    found = contents(policy.model, optimizer)
+    if distributed.join()[0] == 0:
+        torch.save(found, result)
+    resume.save(target, policy, optimizer, Progress(step=2), MARKS)
+
+
+def test_written_on_some_ranks_read_on_others(trained, checkpoints, tmp_path):
+    """1 -> 2 -> 4 -> 2 -> 1, and after each the same bits as in the process that trained."""
+    source, expected = trained
+    base = str(checkpoints["qwen2_5_vl"])
+    for n, ranks in enumerate((2, 4, 2)):
+        target, result = tmp_path / f"checkpoint_{n}", tmp_path / f"{n}.pt"
+        on_ranks(ranks, load_and_save, base, source, target, result, meet=tmp_path / f"meet{n}")
+        assert same(torch.load(result), expected)
+        assert len(list((target / "state").glob("*.distcp"))) == ranks
+        source = target
+    policy = load_policy(base)
+    optimizer = adamw(policy.model)
+    assert not same(contents(policy.model, optimizer), contents(load_policy(str(source)).model, optimizer))
+    resume.load(source, policy.model, optimizer)
+    assert same(contents(policy.model, optimizer), expected)
+    exported = load_policy(str(source)).model.state_dict()
+    for name, p in policy.model.state_dict().items():
+        assert torch.equal(exported[name], p)
+
+
+def train_with_pause(base, run):
+    """Three steps with a real loss, and two and one with a checkpoint between, on this rank's own text."""
+    ends = []
+    for pause in (False, True):
+        policy, optimizer = sharded(base)
+        for n in range(3):
+            if pause and n == 2:
+                resume.save(run / "checkpoint_2", policy, optimizer, Progress(step=2), MARKS)
+                policy, optimizer = sharded(base)
+                resume.load(run / "checkpoint_2", policy.model, optimizer)
+            ids = torch.arange(10 * n, 10 * n + 8)[None] + distributed.join()[0]
+            policy.model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        assert any(value["exp_avg"].full_tensor().abs().max() > 0 for value in optimizer.state.values())
+        step(policy.model, optimizer, 3)  # of every parameter: the loss leaves the vision tower out
+        ends.append(contents(policy.model, optimizer))
+    assert same(*ends)
+
+
+def test_a_pause_changes_nothing_on_two_ranks(checkpoints, place, tmp_path):
+    on_ranks(2, train_with_pause, str(checkpoints["qwen2_5_vl"]), place, meet=tmp_path / "meet")
+
+
+def test_a_pause_changes_nothing(checkpoints, place):
+    """In one process, with a real loss that leaves the vision tower out: it has no Adam's state when it is
+    saved, gets the one before the first step, and goes on like one that was never saved."""
+    ends = []
+    for pause in (False, True):
+        policy = load_policy(str(checkpoints["qwen2_5_vl"]))
+        optimizer = adamw(policy.model)
+        for n in range(3):
+            if pause and n == 1:
+                resume.save(place / "checkpoint_1", policy, optimizer, Progress(step=1), MARKS)
+            if pause and n == 2:
+                resume.save(place / "checkpoint_2", policy, optimizer, Progress(step=2), MARKS)
+                policy = load_policy(str(checkpoints["qwen2_5_vl"]))
+                optimizer = adamw(policy.model)
+                resume.load(place / "checkpoint_2", policy.model, optimizer)
+            ids = torch.arange(10 * n, 10 * n + 8)[None]
+            policy.model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        step(policy.model, optimizer, 3)  # every parameter
+        ends.append(contents(policy.model, optimizer))
+    assert {value.item() for key, value in ends[0].items() if key[1] == "step"} == {1, 4}
+    assert same(*ends)
+
+
+def test_saved_before_the_first_step(checkpoints, place):
+    """Saving neither takes a step nor counts one; what is loaded goes on like what was never saved."""
+    policies = [load_policy(str(checkpoints["qwen2_5_vl"])) for _ in range(3)]
+    optimizers = [adamw(policy.model) for policy in policies]
+    resume.save(place / "checkpoint_0", policies[1], optimizers[1], Progress(), MARKS)
+    assert not optimizers[1].state
+    step(policies[2].model, optimizers[2], 5)
+    resume.load(place / "checkpoint_0", policies[2].model, optimizers[2])
+    for policy, optimizer in zip(policies, optimizers, strict=True):
+        step(policy.model, optimizer, 0)
+    wanted, *others = (contents(p.model, o) for p, o in zip(policies, optimizers, strict=True))
+    assert all(same(other, wanted) for other in others)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is in a checkpoint
+
+
+def test_frozen_parameters_are_not_kept(qwen2_5, place):
+    """Nor a tied weight twice, nor one that is frozen under its second name."""
+    model = qwen2_5.model
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    resume.save(place / "checkpoint_1", qwen2_5, adamw(model), Progress(step=1), MARKS)
+    names = [name for name, _ in model.named_parameters()]
+    parts = ("exp_avg", "exp_avg_sq", "step")
+    wanted = {f"model.{n}" for n in names} | {f"adam.{n}.{part}" for n in names for part in parts}
+    assert tensors_in(place / "checkpoint_1").keys() == wanted
+
+    model.model.visual.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    resume.save(place / "checkpoint_2", qwen2_5, adamw(model), Progress(step=2), MARKS)
+    trained = [n for n in names if "visual" not in n and "embed_tokens" not in n]
+    wanted = {f"model.{n}" for n in trained} | {f"adam.{n}.{part}" for n in trained for part in parts}
+    assert tensors_in(place / "checkpoint_2").keys() == wanted and 0 < len(trained) < len(names) - 10
+
+
+def test_files_and_progress(qwen2_5, place, recwarn, capfd):
+    """The logs are measured, progress comes back, the terminal stays clean."""
+    (place / "metrics.jsonl").write_bytes(b"12345\n")
+    progress = Progress(sft_step=3, step=7, best={"step": 5, "m_vIoU": 0.25})
+    resume.save(place / "checkpoint_7", qwen2_5, adamw(qwen2_5.model), progress, MARKS)
+    resume.load(place / "checkpoint_7", qwen2_5.model, adamw(qwen2_5.model))
+    found = resume.last_checkpoint(place)
+    assert found.folder == place / "checkpoint_7" and found.marks == MARKS and found.format == 1
+    assert found.progress == dataclasses.replace(progress, positions={"metrics.jsonl": 6})
+    assert progress.positions == {}
+    assert not recwarn.list and capfd.readouterr() == ("", "")
+    record = json.loads((place / "checkpoint_7/state/progress.json").read_text())
+    files = {path.name: path.stat().st_size for path in (place / "checkpoint_7/state").iterdir()}
+    assert files.pop("progress.json") and record["files"] == files and ".metadata" in files
+    assert {path.name for path in place.iterdir()} == {"metrics.jsonl", "checkpoint_7"}
+
+
+def test_weights_for_a_frozen_reference(trained, checkpoints):
+    """In its own dtype, rounded as torch rounds."""
+    folder, expected = trained
+    model = load_policy(str(checkpoints["qwen2_5_vl"]), torch.bfloat16).model.requires_grad_(False)
+    resume.load_weights(folder, model)
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.bfloat16 and torch.equal(p, expected[name, "weight"].bfloat16())
+
+
+def test_weights_that_were_frozen_stay(qwen2_5, checkpoints, place):
+    qwen2_5.model.model.visual.requires_grad_(False)
+    optimizer = adamw(qwen2_5.model)
+    step(qwen2_5.model, optimizer, 1)
+    resume.save(place / "checkpoint_1", qwen2_5, optimizer, Progress(step=1), MARKS)
+    other = load_policy(str(checkpoints["qwen2_5_vl"])).model
+    with torch.no_grad():
+        for p in other.model.visual.parameters():
+            p.fill_(7)
+    resume.load_weights(place / "checkpoint_1", other)
+    trained = dict(qwen2_5.model.named_parameters())
+    for name, p in other.named_parameters():
+        assert (p == 7).all() if "visual" in name else torch.equal(p, trained[name])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A disk that is full
+
+
+def save_on_a_full_disk(base, run, full, limit):
+    """On one rank no file can grow beyond the limit (bytes); all say so."""
+    policy, optimizer = sharded(base)
+    if distributed.join()[0] == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    with pytest.raises(UserError) as caught:
+        resume.save(run / "checkpoint_2", policy, optimizer, Progress(step=2), MARKS)
+    (run / f"said_{distributed.join()[0]}").write_text(str(caught.value))
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_full_disk_of_one_rank(trained, checkpoints, place, tmp_path, full):
+    """On rank 0 the export fails, on rank 1 DCP; a checkpoint of the same step that was there stays whole."""
+    shutil.copytree(trained[0], place / "checkpoint_2")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    base = str(checkpoints["qwen2_5_vl"])
+    on_ranks(2, save_on_a_full_disk, base, place, full, 20_000, meet=tmp_path / "meet")
+    reason = "File too large"  # a full disk says: No space left on device
+    for rank in range(2):
+        said = (place / f"said_{rank}").read_text()
+        assert said.startswith(f"{place}/checkpoint_2: cannot be written (") and "\n" not in said
+        assert reason in said and said.endswith("; free some space, then start again with resume=auto")
+        (place / f"said_{rank}").unlink()
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+    assert {path.name for path in place.iterdir()} == {"checkpoint_2"}
+
+
+@pytest.mark.parametrize("limit", [8, 100_000, 200_000, 300_000])
+def test_full_disk_in_one_process(qwen2_5, place, limit):
+    """Wherever in the writing it fails."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    optimizer = adamw(qwen2_5.model)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(UserError, match=r"^\S+/checkpoint_1: cannot be written \(.*File too large"):
+            resume.save(place / "checkpoint_1", qwen2_5, optimizer, Progress(step=1), MARKS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not list(place.iterdir())
+    resume.save(place / "checkpoint_1", qwen2_5, optimizer, Progress(step=1), MARKS)
+    assert resume.last_checkpoint(place).progress.step == 1
+
+
+def test_ctrl_c_while_it_is_written(qwen2_5, place, monkeypatch):
+    """Is what it is, not a disk that is full."""
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        resume.save(place / "checkpoint_1", qwen2_5, adamw(qwen2_5.model), Progress(step=1), MARKS)
+    assert resume.last_checkpoint(place) is None and not list(place.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Damage, and kills
+
+
+def plain(run, name, sft_step=0, step=0, weights=b"weights"):
+    """A checkpoint as last_checkpoint sees it, written by hand."""
+    state = run / name / "state"
+    state.mkdir(parents=True)
+    (state / "__0_0.distcp").write_bytes(weights)
+    progress = {"sft_step": sft_step, "step": step, "positions": {}, "best": None}
+    record = {"format": 1, "progress": progress, "marks": MARKS, "files": {"__0_0.distcp": len(weights)}}
+    (state / "progress.json").write_text(json.dumps(record))
+    return run / name
+
+
+def names(run):
+    return {path.name for path in run.iterdir()}
+
+
+def test_the_furthest_one(place):
+    assert resume.last_checkpoint(place) is None and resume.last_checkpoint(place / "none") is None
+    order = {"checkpoint_sft_2": (2, 0), "checkpoint_sft_10": (10, 0), "checkpoint_2": (10, 2)}
+    order |= {"checkpoint_10": (10, 10), "checkpoint": (10, 12)}
+    for name, steps in order.items():
+        plain(place, name, *steps)
+        found = resume.last_checkpoint(place)
+        assert (found.folder.name, found.progress.sft_step, found.progress.step) == (name, *steps)
+    plain(place, "checkpoint_40.mine", 10, 40)  # a user's
+    plain(place, "best_40", 10, 40)
+    assert resume.last_checkpoint(place).progress.step == 12
+    assert names(place) == {*order, "checkpoint_40.mine", "best_40"}
+
+
+DAMAGES = {
+    "missing": (
+        lambda state: (state / "__0_0.distcp").unlink(),
+        "No such file or directory: '{}/__0_0.distcp'",
+    ),
+    "cut": (lambda state: os.truncate(state / "__0_0.distcp", 3), "state/__0_0.distcp is not 7 bytes long"),
+    "progress cut": (lambda state: os.truncate(state / "progress.json", 30), "JSONDecodeError: "),
+    "progress empty": (lambda state: os.truncate(state / "progress.json", 0), "JSONDecodeError: "),
+    "progress missing": (lambda state: (state / "progress.json").unlink(), "'{}/progress.json'"),
+    "other progress": (lambda state: (state / "progress.json").write_text("[]"), "TypeError: "),
+    "no progress": (
+        lambda state: (state / "progress.json").write_text('{"files": {}}'),
+        "KeyError: 'progress'",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_ones_are_passed_over(place, capsys, damage):
+    plain(place, "checkpoint_1", step=1)
+    folder = plain(place, "checkpoint_2", step=2)
+    act, said = DAMAGES[damage]
+    act(folder / "state")
+    assert resume.last_checkpoint(place).folder.name == "checkpoint_1"
+    line = capsys.readouterr().err
+    assert line.startswith(f"{folder} is damaged and passed over (") and line.count("\n") == 1
+    assert said.format(folder / "state") in line
+    assert names(place) == {"checkpoint_1", "checkpoint_2"}
+
+
+def test_kills_while_one_is_replaced(place):
+    """After the first rename, after the second, and while what was there is being removed."""
+    for name in ("checkpoint_4", "checkpoint_sft_4", "checkpoint", "best_4"):
+        plain(place, f"{name}.old", step=4, weights=b"old")
+        plain(place, f"{name}.tmp", step=4, weights=b"new")
+    assert resume.last_checkpoint(place).progress.step == 4
+    assert names(place) == {"checkpoint_4", "checkpoint_sft_4", "checkpoint", "best_4"}
+    for folder in place.iterdir():
+        assert (folder / "state/__0_0.distcp").read_bytes() == b"old"
+        (folder / "state/__0_0.distcp").write_bytes(b"new")
+        plain(place, f"{folder.name}.old", step=4, weights=b"old")
+        (place / f"{folder.name}.old/state/progress.json").unlink()
+    assert resume.last_checkpoint(place).progress.step == 4
+    assert names(place) == {"checkpoint_4", "checkpoint_sft_4", "checkpoint", "best_4"}
+    assert {(folder / "state/__0_0.distcp").read_bytes() for folder in place.iterdir()} == {b"new"}
+
+
+def test_a_kill_at_any_rename(qwen2_5, place, monkeypatch):
+    """A checkpoint of the same name is replaced; killed before or after any rename, one of them is whole."""
+    optimizer = adamw(qwen2_5.model)
+    rename, renames = Path.rename, []
+
+    class Killed(BaseException):
+        pass
+
+    def counted(path, target):
+        if path.name.startswith("checkpoint"):  # DCP renames, too
+            renames.append(path.name)
+            if len(renames) == kill:
+                raise Killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", counted)
+    for kill, best in ((1, 0), (2, 0), (3, 3)):
+        shutil.rmtree(place)
+        place.mkdir()
+        monkeypatch.setattr(Path, "rename", rename)
+        resume.save(place / "checkpoint_1", qwen2_5, optimizer, Progress(step=1, best={"kill": 0}), MARKS)
+        monkeypatch.setattr(Path, "rename", counted)
+        renames.clear()
+        try:
+            resume.save(place / "checkpoint_1", qwen2_5, optimizer, Progress(step=1, best={"kill": 3}), MARKS)
+        except Killed:
+            assert kill < 3
+        assert len(renames) == min(kill, 2)
+        monkeypatch.setattr(Path, "rename", rename)
+        assert resume.last_checkpoint(place).progress.best == {"kill": best}
+        assert names(place) == {"checkpoint_1"}
+
+
+def test_stale_folders_are_no_part_of_the_next(qwen2_5, place):
+    for name in ("checkpoint_1.tmp", "checkpoint_1.old"):
+        (place / name / "state").mkdir(parents=True)
+        (place / name / "state/stale").write_text("of a run that was killed")
+    plain(place, "checkpoint_1", step=1)
+    resume.save(place / "checkpoint_1", qwen2_5, adamw(qwen2_5.model), Progress(step=1), MARKS)
+    assert names(place) == {"checkpoint_1"} and not list(place.rglob("stale"))
+    assert (place / "checkpoint_1/config.json").exists()
+
+
+def test_state_that_cannot_be_read(trained, place, qwen2_5):
+    """Of the right length, but not what was written."""
+    folder = shutil.copytree(trained[0], place / "checkpoint_2")
+    data = folder / "state/__0_0.distcp"
+    data.write_bytes(bytes(data.stat().st_size))
+    assert resume.last_checkpoint(place).folder == folder
+    with pytest.raises(
+        UserError, match=r"checkpoint_2: cannot be read \(.*\); remove it, and start again"
+    ) as caught:
+        resume.load(folder, qwen2_5.model, adamw(qwen2_5.model))
+    assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What goes, and what stays
+
+
+def test_prune(place):
+    for n in (2, 4):
+        plain(place, f"checkpoint_sft_{n}", n, 0)
+    for n in (9, 10, 11):
+        plain(place, f"checkpoint_{n}", 4, n)
+    damaged = plain(place, "checkpoint_30", 4, 30)
+    (damaged / "state/__0_0.distcp").unlink()
+    plain(place, "checkpoint", 4, 8)
+    plain(place, "best_3", 4, 3)
+    stay = {"checkpoint_sft_4", "checkpoint_30", "checkpoint", "best_3"}
+    resume.prune(place, 4, spare=[place / "checkpoint_sft_4"])
+    assert names(place) == {*stay, "checkpoint_9", "checkpoint_10", "checkpoint_11"}
+    resume.prune(place, 2, spare=[place / "checkpoint_sft_4"])
+    assert names(place) == {*stay, "checkpoint_10", "checkpoint_11"}
+    resume.prune(place, 1)
+    assert names(place) == {*stay, "checkpoint_11"} - {"checkpoint_sft_4"}
+
+
+def test_a_kill_while_one_is_removed(place, monkeypatch):
+    """What is left of it never looks like a checkpoint, and goes at the next start."""
+    for n in (1, 2):
+        plain(place, f"checkpoint_{n}", step=n)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    resume.prune(place, 1)
+    assert names(place) == {"checkpoint_1.tmp", "checkpoint_2"}
+    monkeypatch.undo()
+    assert resume.last_checkpoint(place).progress.step == 2
+    assert names(place) == {"checkpoint_2"}
+
+
+def test_the_best_one(qwen2_5, place):
+    plain(place, "checkpoint_5", step=5)
+    resume.replace_best(place, qwen2_5, 5)
+    with torch.no_grad():
+        qwen2_5.model.lm_head.weight.add_(1)
+    resume.replace_best(place, qwen2_5, 10)
+    assert names(place) == {"checkpoint_5", "best_10"} and not (place / "best_10/state").exists()
+    assert torch.equal(load_policy(str(place / "best_10")).model.lm_head.weight, qwen2_5.model.lm_head.weight)
+    resume.replace_best(place, qwen2_5, 10)
+    assert names(place) == {"checkpoint_5", "best_10"}
+
+
+def test_logs_are_cut_back(place):
+    metrics, rollouts = place / "metrics.jsonl", place / "rollouts.jsonl"
+    metrics.write_bytes(b"1\n2\n3\n")
+    rollouts.write_bytes(b"11\n22\n")
+    resume.cut_back(place, Progress(positions={"metrics.jsonl": 4, "rollouts.jsonl": 6}))
+    assert (metrics.read_bytes(), rollouts.read_bytes()) == (b"1\n2\n", b"11\n22\n")
+    with pytest.raises(UserError, match=r"rollouts.jsonl: has 6 bytes, and had 7 when .*; put it back, or"):
+        resume.cut_back(place, Progress(positions={"metrics.jsonl": 2, "rollouts.jsonl": 7}))
+    assert metrics.read_bytes() == b"1\n2\n"
+    resume.cut_back(place, Progress(positions={"metrics.jsonl": 2}))  # there were no rollouts yet
+    assert (metrics.read_bytes(), rollouts.read_bytes()) == (b"1\n", b"")
+    metrics.unlink()
+    with pytest.raises(UserError, match=r"metrics.jsonl: has 0 bytes, and had 2 "):
+        resume.cut_back(place, Progress(positions={"metrics.jsonl": 2}))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Whether it is the same run
+
+
+def refusal(place, write_config, changes=(), marks=None, **record):
+    """What refuse_other says to a run with these changes, of a checkpoint of the run without them."""
+    path = write_config(place)
+    config, other = load_config(path), load_config(path, changes)
+    samples = load_samples(config.dataset, config.train_annotations, config.videos)[0]
+    found = resume.Checkpoint(place / "checkpoint_5", Progress(step=5), resume.marks_of(config, samples), 1)
+    found = dataclasses.replace(found, **record)
+    found = dataclasses.replace(found, marks=json.loads(json.dumps(found.marks)) | (marks or {}))
+    others = load_samples(other.dataset, other.train_annotations, other.videos)[0]
+    try:
+        resume.refuse_other(found, other, resume.marks_of(other, others))
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return str(error)
+
+
+def test_the_same_run_goes_on(place, write_config, world, checkpoints, tmp_path):
+    """Also with other settings that are free, moved data and a moved model."""
+    shutil.copytree(world, tmp_path / "world")
+    shutil.copytree(checkpoints["qwen2_5_vl"], tmp_path / "model")
+    free = {"steps": 9, "decode_workers": 1, "on_bad_video": "skip", "reduce_gradients": "each", "keep": 7}
+    free |= {"model": tmp_path / "model", "videos": tmp_path / "world", "eval_limit": 3, "rollout_batch": 1}
+    free |= {"train_annotations": tmp_path / "world/all.json", "output_dir": place, "log_to": "[wandb]"}
+    assert refusal(place, write_config) is None
+    for key in free:
+        moved = {"videos": ["train_annotations"], "train_annotations": ["videos"]}.get(key, [])
+        changes = [f"{name}={free[name]}" for name in (key, *moved)]
+        assert refusal(place, write_config, changes) is None
+    assert {field.name for field in dataclasses.fields(Config)} >= resume.FREE
+
+
+CHANGED = {
+    "learning_rate=1e-5": "learning_rate: 0.001, and this run asks for learning_rate: 1e-05",
+    "sft.steps=3": "sft.steps: 0, and this run asks for sft.steps: 3",
+    "rewards.giou=2": "rewards.giou: 1.0, and this run asks for rewards.giou: 2.0",
+    "lora.targets=[q_proj]": "and this run asks for lora.targets: ['q_proj']",
+    "precision=bf16": "precision: fp32, and this run asks for precision: bf16",
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_other_settings(place, write_config, change):
+    said = refusal(place, write_config, [change])
+    assert said.startswith(f"resume: {place}/checkpoint_5 was made with ")
+    assert f"{CHANGED[change]}; go back to that, or choose another output_dir" in said
+
+
+def test_settings_of_other_versions(place, write_config):
+    """One that came later had its default; one that is not known any more matters, unless it is free."""
+    marks = resume.marks_of(load_config(write_config(place)), [])["settings"]
+    for key in ("max_side", "clip_eps"):
+        older = {"settings": {name: value for name, value in marks.items() if name != key}}
+        said = refusal(place, write_config, marks=older)
+        if key == "clip_eps":  # is at its default
+            assert said is None
+        else:
+            assert "with max_side: 336, and this run asks for max_side: 56;" in said
+    said = refusal(place, write_config, marks={"settings": {**marks, "entropy": 3, "threads": 9}})
+    assert "with entropy: 3, and this run asks for entropy: unknown;" in said
+    two = refusal(place, write_config, ["seed=1", "max_side=84"])
+    assert "with seed: 0, max_side: 56, and this run asks for seed: 1, max_side: 84;" in two
+
+
+def test_other_model_data_or_format(place, write_config, checkpoints, world, tmp_path):
+    other = checkpoints["qwen2_vl"]
+    said = refusal(place, write_config, [f"model={other}"])
+    assert said.startswith(f"resume: {place}/checkpoint_5 was made from another model than {other} is now; ")
+    hub = refusal(place, write_config, ["model=Qwen/Qwen2.5-VL-7B-Instruct"])
+    assert "another model than Qwen/Qwen2.5-VL-7B-Instruct" in hub
+    said = refusal(place, write_config, format=2)
+    assert said.startswith(f"resume: {place}/checkpoint_5 was made by a newer version of this program; ")
+    records = json.loads((world / "all.json").read_text())
+    records["1.y4m"]["caption"] += " again"
+    (tmp_path / "all.json").write_text(json.dumps(records))
+    said = refusal(place, write_config, [f"train_annotations={tmp_path}/all.json"])
+    assert f"with other sentences or boxes than in {tmp_path}/all.json; " in said
+
+
+def test_the_mark_of_the_data(world, write_config, place):
+    """Its order, sentences, spans and boxes; not where the videos are."""
+    config = load_config(write_config(place))
+    samples = load_samples(config.dataset, config.train_annotations, config.videos)[0]
+    first, *rest = samples
+
+    def mark(*changed):
+        return resume.marks_of(config, [*changed])["data"]
+
+    boxes = first.boxes.array.copy()
+    boxes[-1, 2] = 0.123
+    others = [
+        mark(*rest, first),
+        mark(*rest),
+        mark(dataclasses.replace(first, boxes=Track(first.boxes.first, boxes)), *rest),
+        mark(dataclasses.replace(first, boxes=Track(first.boxes.first + 1, first.boxes.array)), *rest),
+        mark(dataclasses.replace(first, stop_frame=first.stop_frame - 1), *rest),
+        mark(dataclasses.replace(first, sentence="x"), *rest),
+    ]
+    assert len({mark(*samples), *others}) == 7
+    assert mark(dataclasses.replace(first, video="/elsewhere/0.y4m"), *rest) == mark(*samples)
