@@ -103,8 +103,8 @@ def base_of(checkpoint: str) -> str:
         base = None
     if not (isinstance(base, str) and base):
         raise ModelError(
-            f"model: {checkpoint!r}: its {SETTINGS} names no base_model_name_or_path; write the checkpoint there"
-            " that the adapters were trained on"
+            f"model: {checkpoint!r}: its {SETTINGS} names no base_model_name_or_path; write there the"
+            " checkpoint that the adapters were trained on"
         )
     return base
 

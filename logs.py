@@ -63,7 +63,7 @@ class Clock:
     def __init__(self):
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._running: list[str] = []  # parts that have begun; the time goes to the last
-        self._began = self._counted = _now()  # of this step; until when its time has been given to a part
+        self._began = self._counted = time.perf_counter()  # this step; until then its time has been given
 
     @contextlib.contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -86,16 +86,13 @@ class Clock:
         return seconds
 
     def _count(self) -> None:
-        now = _now()
+        """Give the time since the last call to the part that runs."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
         if self._running:
             self._seconds[self._running[-1]] += now - self._counted
         self._counted = now
-
-
-def _now() -> float:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def peak_memory() -> float:
@@ -103,10 +100,10 @@ def peak_memory() -> float:
     CUDA context and the allocator's reserve take comes on top); without a GPU, of the machine."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux, whose ru_maxrss would begin with that of the process that started this one
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on a Mac
+    status = Path("/proc/self/status")  # Linux; there ru_maxrss begins with that of the process above
+    found = status.is_file() and re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+    peak = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # a Mac counts in bytes
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -149,9 +146,7 @@ class Log:
             tracker.close()
 
     def _send(self, metrics: dict) -> None:
-        numbers = flatten(
-            {metrics["phase"]: {k: v for k, v in metrics.items() if k not in ("phase", "step")}}
-        )
+        numbers = flatten({metrics["phase"]: {**metrics, "step": None}})  # the step is the x axis
         for tracker in self.trackers:
             tracker.numbers(numbers, metrics["step"], self._lines)
         self._lines += 1
@@ -188,7 +183,7 @@ class TensorBoard:
     def numbers(self, numbers: dict[str, float], step: int, line: int) -> None:
         for tag, number in numbers.items():
             self._writer.add_scalar(tag, number, step)
-        self._writer.flush()  # it would wait two minutes, and a killed run lose them
+        self._writer.flush()  # what waits in its queue would be lost if the run were killed
 
     def picture(self, tag: str, path: Path, step: int, line: int) -> None:
         from PIL import Image

@@ -153,7 +153,7 @@ PUBLISHED = {  # hub id: its config.json, number of parameters
 # The model
 
 
-def empty_model(name: str) -> torch.nn.Module:
+def named_model(name: str) -> torch.nn.Module:
     """The model of a checkpoint folder, of a hub id in the local cache, or of PUBLISHED, without memory for
     its parameters. The hub is not asked: offline that takes half a minute to fail. Raises ModelError."""
     name = base_of(name)
@@ -161,19 +161,20 @@ def empty_model(name: str) -> torch.nn.Module:
         config = AutoConfig.from_pretrained(name, local_files_only=True)
     except BROKEN as error:
         if name in PUBLISHED:
-            return model_of(PUBLISHED[name][0])
+            return empty_model(PUBLISHED[name][0])
         raise ModelError(
-            f"model: {name!r} is neither a folder with a good config.json, nor in the local cache of the hub, nor"
-            f" one of {', '.join(PUBLISHED)}; for a hub id run: hf download {name} config.json"
+            f"model: {name!r} is neither a folder with a good config.json, nor in the local cache of the hub,"
+            f" nor one of {', '.join(PUBLISHED)}; for a hub id run: hf download {name} config.json"
         ) from error
     if config.model_type not in FAMILIES:
         raise ModelError(
-            f"model: {name!r} is a {config.model_type!r}; use one of {', '.join(FAMILIES)}, for example {EXAMPLE}"
+            f"model: {name!r} is a {config.model_type!r}; use one of {', '.join(FAMILIES)}, for example"
+            f" {EXAMPLE}"
         )
     return _on_meta(config)
 
 
-def model_of(content: dict) -> torch.nn.Module:
+def empty_model(content: dict) -> torch.nn.Module:
     """The model of a config.json, without memory for its parameters."""
     return _on_meta(AutoConfig.for_model(**copy.deepcopy(content)))  # it changes its arguments
 
@@ -206,7 +207,10 @@ def adapted_sides(model: torch.nn.Module, targets: list[str]) -> tuple[int, int]
     names = sorted({name for name, _ in linear})
     for target in targets:
         if target not in names:
-            raise ModelError(f"lora.targets: no layer is named {target!r}; name some of {', '.join(names)}")
+            raise ModelError(
+                f"lora: targets: {target!r} is no linear layer of this language model; name some of"
+                f" {', '.join(names)}"
+            )
     chosen = [m for name, m in linear if name in targets]
     return sum(m.in_features for m in chosen), sum(m.out_features for m in chosen)
 
@@ -216,6 +220,7 @@ def adapted_sides(model: torch.nn.Module, targets: list[str]) -> tuple[int, int]
 
 SECONDS, FILE_SIZE = 20, (1280, 720)  # of a clip: HC-STVG's duration, and any size of 16:9
 PROMPT_TEXT = 230  # tokens of chat template, question and a sentence of 20 words, by Qwen's vocabulary
+TOY_PROMPT_TEXT = 40  # and by the toy's, of its own sentences
 TIMESTAMP = 9  # tokens of "<12.5 seconds>" and of the marks around a block of Qwen3-VL
 
 
@@ -250,8 +255,9 @@ def lengths_of(config: Config, model: torch.nn.Module, gpus: int) -> Lengths:
     grids = -(-frames // vision.temporal_patch_size)
     patches = grids * (width // vision.patch_size) * (height // vision.patch_size)
     stamps = TIMESTAMP * grids if family.timed == "text" else 0
-    prompt = PROMPT_TEXT + stamps + patches // vision.spatial_merge_size**2
-    rows = min(config.rollout_batch, -(-config.batch_size // gpus))
+    prompt = (TOY_PROMPT_TEXT if config.toy else PROMPT_TEXT) + stamps
+    prompt += patches // vision.spatial_merge_size**2
+    rows = min(config.rollout_batch, math.ceil(config.batch_size / gpus))
     return Lengths(rows, config.num_generations, prompt, config.max_new_tokens, patches)
 
 
@@ -274,17 +280,20 @@ class Tower:
     qk_norm: bool  # queries and keys are normalised, too
     compute: int  # bytes of a number in the matrix products
     stream: int  # bytes of a number in the hidden states between the layers: under autocast 4, not 2
+    frozen: bool  # there are adapters; the weights themselves need no gradient
 
     def norm(self) -> int:
-        """Kept by a norm for each token: its input in fp32 and normalised, and its output for what follows."""
-        return self.H * (4 + self.stream + self.compute if self.rms else self.stream + self.compute)
+        """Kept by a norm for each token: its input in fp32; for the gradient of its weight the normalised
+        input; its output for that of what follows."""
+        weight = 0 if self.frozen else self.stream
+        return self.H * (4 + weight + self.compute if self.rms else self.stream + self.compute)
 
     def mlp(self) -> int:
         """For each token: gate, its activation, up, their product; or up and its activation."""
         return (4 if self.gated else 2) * self.F * self.compute
 
 
-def towers(model: torch.nn.Module, compute: int, stream: int) -> tuple[Tower, Tower]:
+def towers(model: torch.nn.Module, compute: int, stream: int, frozen: bool = False) -> tuple[Tower, Tower]:
     """The language model and the vision tower."""
     text, layer = model.config.text_config, model.model.language_model.layers[0]
     block, heads = model.model.visual.blocks[0], model.config.vision_config.num_heads
@@ -296,8 +305,8 @@ def towers(model: torch.nn.Module, compute: int, stream: int) -> tuple[Tower, To
     sizes = (text.num_hidden_layers, text.hidden_size, A, K, d, text.intermediate_size)
     blocks = (len(model.model.visual.blocks), width, heads, heads, width // heads, inner)
     return (
-        Tower(*sizes, True, True, qk_norm, compute, stream),
-        Tower(*blocks, gated, rms, False, compute, stream),
+        Tower(*sizes, True, True, qk_norm, compute, stream, frozen),
+        Tower(*blocks, gated, rms, False, compute, stream, frozen),
     )
 
 
@@ -329,7 +338,7 @@ def layer_backward(t: Tower) -> int:
 
 def layer_forward(t: Tower, tokens: int) -> int:
     """What a pass without gradients or mask through one layer takes: hidden states before and after the norm;
-    in attention q, k, v, the latter two also for all heads, and the output; in the MLP three inner tensors."""
+    in attention q, k, v, the latter two also for all heads, and the output; in the MLP three tensors."""
     attention = (4 * t.A + 2 * t.K) * t.d * t.compute
     return tokens * (t.H * (t.stream + t.compute) + max(attention, 3 * t.F * t.compute))
 
@@ -340,7 +349,7 @@ def block_forward(t: Tower, patches: int) -> int:
     return patches * (t.H * (t.stream + t.compute) + max(attention, 3 * t.F * t.compute))
 
 
-CHUNK = 1024  # tokens whose logits exist at once (model.completion_logprobs)
+CHUNK = 1024  # tokens whose logits exist at once: the default of model.completion_logprobs
 
 
 def chunk_logits(vocabulary: int, tokens: int) -> int:
@@ -350,7 +359,7 @@ def chunk_logits(vocabulary: int, tokens: int) -> int:
 
 
 def sampled_logits(vocabulary: int, rows: int) -> int:
-    """One token's for each row: as the model gives them, in fp32; in fp64 the softmax and its cumulated sum."""
+    """One token's for each row: as the model gives them, in fp32; in fp64 the softmax and its cumsum."""
     return (4 + 4 + 8 + 8) * rows * vocabulary
 
 
@@ -358,6 +367,30 @@ def cache_bytes(t: Tower, n: Lengths) -> int:
     """Keys and values of all answers in full length. Rotary positions leave keys in the dtype of the hidden
     states."""
     return t.layers * t.K * t.d * (t.stream + t.compute) * n.rows * n.answers * (n.prompt + n.completion)
+
+
+def step_activations(
+    text: Tower, vision: Tower | None, n: Lengths, recompute: bool, own: int
+) -> tuple[int, int]:
+    """What a step keeps between the passes, and what the backward pass through one layer adds to it.
+
+    vision: None where it is frozen; then features, made once, stand for the video. recompute: with gradient
+    checkpointing. own: numbers that adapters in fp32 keep for a token and layer, over what a layer keeps.
+    """
+    tokens, patches, mask = n.rows * n.row, n.rows * n.patches, n.rows * n.row**2
+    of_layer = layer_kept(text, tokens, mask) + tokens * text.compute * own
+    # The boolean mask; the final norm; rotary positions; the states that answers are scored from.
+    kept = mask + tokens * (text.norm() + 2 * text.d * text.stream)
+    kept += n.rows * n.answers * n.completion * text.H * text.compute
+    of_block, work = 0, tokens * layer_backward(text)
+    if vision:
+        of_block = block_kept(vision, patches)
+        work = max(work, patches * layer_backward(vision))
+    if not recompute:
+        return kept + text.layers * of_layer + (vision.layers * of_block if vision else 0), work
+    kept += text.layers * tokens * text.H * text.stream  # the input of each layer
+    kept += vision.layers * patches * vision.H * vision.stream if vision else 0
+    return kept, work + max(of_layer, of_block)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -381,7 +414,7 @@ class Memory:
     rollout: float
 
 
-def static_bytes(trained: float, gpus: int, compute: int = 2, frozen: float = 0) -> tuple[float, ...]:
+def lasting_bytes(trained: float, gpus: int, compute: int = 2, frozen: float = 0) -> tuple[float, ...]:
     """Weights, gradients, AdamW's two moments and reference, on each GPU, of a model with so many parameters:
     those that are trained are kept in fp32, frozen ones and the reference in `compute` bytes."""
     sizes = (4 * trained + compute * frozen, 4 * trained, 8 * trained, compute * (trained + frozen))
@@ -394,7 +427,7 @@ def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Len
     n = n or lengths_of(config, model, gpus)
     compute, sharded = 4 if config.precision == "fp32" else 2, gpus > 1
     # Under autocast, on one GPU, embeddings and norms in fp32 keep the hidden states in fp32.
-    text, vision = towers(model, compute, compute if sharded or lora else 4)
+    text, vision = towers(model, compute, compute if sharded or lora else 4, lora)
     (_, layers, layer), (_, _, block), (_, _, root) = groups(model)
     head, vocabulary = model.lm_head.weight.numel(), model.lm_head.out_features
 
@@ -406,7 +439,7 @@ def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Len
         frozen, trained_root, trained_head = count(model), 0, 0
         trained = (config.lora.rank or LORA_RANK) * (inputs + outputs)
         trained_layer = trained / layers
-    weights, gradients, adam, reference = static_bytes(trained, gpus, compute, frozen)
+    weights, gradients, adam, reference = lasting_bytes(trained, gpus, compute, frozen)
     if not sharded:
         reference = weights  # a copy of the policy
     if lora or not config.kl_beta:
@@ -435,40 +468,28 @@ def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Len
     in_adam = 4 * trained / gpus  # the root of the second moments, of all parameters at once
 
     # Activations of a training step.
-    tokens, patches, mask = n.rows * n.row, n.rows * n.patches, n.rows * n.row**2
-    scored = n.rows * n.answers * n.completion
-    sees = not (lora or config.freeze_vision)  # else features, computed once, stand for the video
-    of_layer, of_block = layer_kept(text, tokens, mask), sees * block_kept(vision, patches)
-    if lora and not sharded and compute == 2:  # an adapter in fp32 has its input cast for itself alone
-        of_layer += tokens * compute * inputs // layers
-    pixels = 4 * patches * model.model.visual.patch_embed.proj.weight[0].numel()
-    # The boolean mask; the final norm; the states that answers are scored from; rotary positions; pixels.
-    kept = (
-        mask + tokens * (text.norm() + 2 * text.d * text.stream) + scored * text.H * compute + sees * pixels
-    )
-    work = max(layer_backward(text) * tokens, sees * layer_backward(vision) * patches)
-    if config.gradient_checkpointing:  # the input of each layer is kept, all else of one layer is recomputed
-        kept += (
-            layers * tokens * text.H * text.stream + sees * vision.layers * patches * vision.H * vision.stream
-        )
-        work += max(of_layer, of_block)
-    else:
-        kept += layers * of_layer + vision.layers * of_block
-    logits = chunk_logits(vocabulary, scored)
-    passing = gathering + kept + max(in_layer + work, in_logits + logits)
+    sees, own = not (lora or config.freeze_vision), 0
+    if lora and not sharded and compute == 2:
+        # An adapter in fp32 has its input cast for itself alone; then nothing keeps the outputs of the norms
+        # and the product in the MLP, which adapters in bf16 share.
+        own = max(0, inputs // layers - 2 * text.H - text.F)
+    kept, work = step_activations(text, vision if sees else None, n, config.gradient_checkpointing, own)
+    pixels = sees * 4 * n.rows * n.patches * model.model.visual.patch_embed.proj.weight[0].numel()
+    logits = chunk_logits(vocabulary, n.rows * n.answers * n.completion)
+    passing = gathering + pixels + kept + max(in_layer + work, in_logits + logits)
 
     # A rollout: of one layer the keys are copied to grow, and cast for autocast.
     cache = cache_bytes(text, n)
     growing = cache / layers * (1 if text.stream == compute else 2) / 2
     sampling = pixels + cache + growing + sampled_logits(vocabulary, n.rows * n.answers)
-    prefill = pixels + max(layer_forward(text, n.rows * n.prompt), block_forward(vision, patches))
+    prefill = pixels + max(layer_forward(text, n.rows * n.prompt), block_forward(vision, n.rows * n.patches))
     return Memory(
         weights,
         gathering,
         adam,
         reference,
         max(in_layer, in_logits, at_end),
-        kept + work,
+        pixels + kept + work,
         logits,
         cache,
         train=weights + adam + reference + max(passing, gradients + at_end, gradients + in_adam),
@@ -484,10 +505,10 @@ USABLE = 0.9  # of a GPU: the rest is for fragmentation, the CUDA context and NC
 LORA_RANK = 16  # where the config has none
 COLUMNS = ("weights", "grads", "Adam", "ref.", "buffers", "activ.", "logits", "KV", "train", "rollout")
 NOTES = (
-    "train, rollout: the peaks. They can be less than the sums: activations, logits and the buffers of weights",
-    "(with their gradients) are not at their largest at once; KV (keys and values) is of the rollout only.",
-    f"fits: the larger peak is at most {USABLE:.0%} of the GPU; the rest is for fragmentation, CUDA and NCCL.",
-    "Assumed: every answer runs to max_new_tokens, which is the worst case. Nothing was measured on a GPU.",
+    "train, rollout: the peaks. They can be less than the sums: activations, logits, and the buffers of",
+    "weights in use (with their gradients) are at their largest at different times; KV is of rollouts only.",
+    f"fits: the larger peak is at most {USABLE:.0%} of the GPU; the rest is for fragmentation, CUDA, NCCL.",
+    "Assumed: every answer runs to max_new_tokens, the worst case. Nothing was measured on a GPU.",
 )
 
 
@@ -497,23 +518,29 @@ def print_plan(config: Config) -> None:
 
 
 def format_plan(config: Config) -> str:
-    """Some 35 lines of at most 110 columns."""
-    model = empty_model(config.model)
-    plans = {lora: [memory(config, model, gpus, lora) for gpus in GPUS] for lora in (False, True)}
-    unit, name = (GIB, "GiB") if plans[False][0].train > GIB else (MIB, "MiB")
-    lines = [*_sizes(config, model), f"Memory of each GPU in {name}:"]
-    rank, columns = config.lora.rank or LORA_RANK, "".join(f"{name:>8}" for name in COLUMNS)
-    fits = "".join(f"{size:>4}" for size in CAPACITIES)
-    for lora, what in ((False, "all weights"), (True, f"LoRA of rank {rank}")):
-        what += ", vision frozen" if config.freeze_vision and not lora else ""
-        mine = "  <- this config" if lora == bool(config.lora.rank) else ""
-        lines += ["", f"{what}{mine}".ljust(93) + "fits a GPU of GiB"[-17:], f"GPUs prompts{columns}{fits}"]
-        for gpus, m in zip(GPUS, plans[lora], strict=True):
-            peak = max(m.train, m.rollout)
-            yes = "".join(f"{'yes' if peak <= USABLE * size * GIB else '-':>4}" for size in CAPACITIES)
+    """Some 40 lines of at most 110 columns."""
+    model, rank = named_model(config.model), config.lora.rank
+    blocks = []  # (title, configuration, with LoRA, whether it is the given one)
+    for way in ("last", "each"):
+        title = f"all weights{', vision frozen' * config.freeze_vision}, reduce_gradients={way}"
+        mine = not rank and way == config.reduce_gradients
+        blocks.append((title, dataclasses.replace(config, reduce_gradients=way), False, mine))
+    blocks.append((f"LoRA of rank {rank or LORA_RANK}", config, True, bool(rank)))
+    counts = [gpus for gpus in GPUS if config.batch_size % gpus == 0]  # ranks have equally many prompts
+    plans = [[memory(block, model, gpus, lora) for gpus in counts] for _, block, lora, _ in blocks]
+    unit, name = (GIB, "GiB") if plans[0][-1].train >= GIB else (MIB, "MiB")
+    lines = [
+        *_sizes(config, model),
+        f"Memory of each GPU in {name}; whether it fits into one of 24 to 141 GiB:",
+    ]
+    heads = "".join(f"{column:>8}" for column in COLUMNS) + "".join(f"{size:>4}" for size in CAPACITIES)
+    for (title, _, _, mine), plan in zip(blocks, plans, strict=True):
+        lines += ["", f"{title}{' <- this config' * mine}", f"GPUs prompts{heads}"]
+        for gpus, m in zip(counts, plan, strict=True):
             numbers = "".join(f"{value / unit:8.1f}" for value in dataclasses.astuple(m))
-            prompts = config.batch_size / gpus
-            lines.append(f"{gpus:4}{prompts:8g}{numbers}{yes}")
+            fits = [max(m.train, m.rollout) <= USABLE * size * GIB for size in CAPACITIES]
+            marks = "".join(f"{'yes' if fit else '-':>4}" for fit in fits)
+            lines.append(f"{gpus:4}{config.batch_size // gpus:8}{numbers}{marks}")
     return "\n".join([*lines, "", *NOTES])
 
 
@@ -522,15 +549,14 @@ def _sizes(config: Config, model: torch.nn.Module) -> list[str]:
     n, (seconds, frames, width, height) = lengths_of(config, model, 1), frames_of(config, model)
     visual = n.patches // model.config.vision_config.spatial_merge_size**2
     (_, layers, layer), (_, blocks, block), (_, _, root) = groups(model)
-    answers = config.batch_size * n.answers
+    answers, keeps = config.batch_size * n.answers, "on" if config.gradient_checkpointing else "off"
     return [
         f"{config.model}: {count(model):,} parameters; {layers} decoder layers of {layer:,},",
         f"  {blocks} vision blocks of {block:,}, and {root:,} for embeddings, head and merger",
-        f"A clip of {seconds} s at {config.fps:g} fps: {frames} frames of {width} x {height}, {n.patches:,} patches;"
+        f"A clip of {seconds} s at {config.fps:g} fps: {frames} frames of {width} x {height};"
         f" {visual:,} visual + {n.prompt - visual} other = {n.prompt:,} prompt tokens",
-        f"A row to score: {n.prompt:,} + {n.answers} answers x {n.completion:,} = {n.row:,} tokens, {n.rows} of"
-        f" them at a time; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'},"
-        f" {config.precision}",
+        f"A row to score: {n.prompt:,} + {n.answers} answers x {n.completion:,} = {n.row:,} tokens;"
+        f" {n.rows} at a time, gradient checkpointing {keeps}, {config.precision}",
         f"A step: {config.batch_size} prompts x {n.answers} = {answers:,} answers;"
         f" {config.batch_size * n.prompt:,} prompt and at most {answers * n.completion:,} completion tokens",
     ]

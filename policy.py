@@ -182,8 +182,8 @@ def load_tokenizer(checkpoint: str) -> tuple[PreTrainedTokenizerBase, int]:
 def load_policy(checkpoint: str, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> Policy:
     """A policy from a local folder or a hub id, or from a folder of adapters (adapters.py) and their base.
 
-    dtype: of its weights; "auto": as in the files. Raises ModelError where it is no Qwen-VL that we can train,
-    where its files contradict one another, or where it does not load.
+    dtype: of its weights; "auto": as in the files. Raises ModelError where it is no Qwen-VL that we can
+    train, where its files contradict one another, or where it does not load.
     """
     base = base_of(checkpoint)
     if base == checkpoint:

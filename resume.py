@@ -123,12 +123,11 @@ def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def adam(p: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        before = {
+        return optimizer.state.get(p) or {
             "step": torch.tensor(0.0),
             "exp_avg": torch.zeros_like(p),
             "exp_avg_sq": torch.zeros_like(p),
         }
-        return optimizer.state.get(p) or before
 
     adams = {name: adam(p) for name, p in trained.items()}
     return {"model": {name: p.detach() for name, p in trained.items()}, "adam": adams}

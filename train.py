@@ -45,7 +45,7 @@ from evaluate import answer_record, load_split
 from files import read_jsonl, run_script, write_jsonl
 from grpo import group_advantages, loss_normalizer, policy_loss
 from job import Job, Stopped, describe, evaluate_split, open_run, report, save, saved_when_stopped, usage
-from logs import Log
+from logs import Log, check_trackers
 from model import (
     Completion,
     Prompt,
@@ -102,6 +102,7 @@ def main(arguments: list[str]) -> None:
     if "--plan" in arguments:
         print_plan(config)
         return
+    check_trackers(config)
     rank, ranks = distributed.join()
     check_batches(config, ranks)
     if config.threads:
@@ -193,10 +194,10 @@ def reinforce(
                 records = gathered(rollout_records(groups, step + 1, config))
                 diagnostics = gathered([s.diagnostics for group in groups for s in group.scores])
             if records:
-                if job.log:
-                    write_jsonl(records, job.run / "rollouts.jsonl", append=True)
                 with dump_of_nonfinite([contents(group) for group in groups], job.run, f"step_{step + 1}"):
                     check_rewards(records)
+                    if job.log:
+                        write_jsonl(records, job.run / "rollouts.jsonl", append=True)
                     metrics = improve(policy, reference, optimizer, groups, config)
                 metrics = {**summarize(records, diagnostics, config.num_generations), **metrics}
                 metrics |= usage(sum(record["length"] for record in records))
@@ -240,7 +241,8 @@ def sample_and_score(
         for (k, truth, _), prompt, completions in zip(shown, prompts, answers, strict=True):
             scores = [score(c.text, truth, prompt.scale, config.rewards, config.think) for c in completions]
             rewards = torch.tensor([s.rewards["total"] for s in scores], dtype=torch.float64)  # (G,)
-            advantages = group_advantages(rewards, config.scale_rewards)
+            finite = bool(rewards.isfinite().all())  # if not, check_rewards will end the run, on all ranks
+            advantages = group_advantages(rewards, config.scale_rewards) if finite else rewards
             groups.append(Group(samples[k], truth, prompt, completions, scores, advantages))
     return groups
 

@@ -29,139 +29,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-from transformers import AutoConfig
 
+import plan
 from model import completion_logprobs, encode_prompt, pack_completions, rollout
+from plan import GIB, count, empty_model, groups, lasting_bytes
 from policy import FAMILIES, load_policy
 from prompts import TextFormat, build_prompt
 from video import frame_size, read_frames, resize
 
-GIB = 2**30
-TOKENS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
+NAMES = {
+    "3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3-8b": "Qwen/Qwen3-VL-8B-Instruct",
 }
-QWEN2_5 = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "model_type": "qwen2_5_vl",
-    **TOKENS,
-    "vision_token_id": 151654,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "max_position_embeddings": 128000,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "use_cache": True,
-    "use_sliding_window": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.41.2",
-}
-QWEN2_5_VISION = {
-    "depth": 32,
-    "hidden_act": "silu",
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "in_chans": 3,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "spatial_patch_size": 14,
-    "temporal_patch_size": 2,
-    "tokens_per_second": 2,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
-PUBLISHED = {  # name: the config.json of the hub, number of parameters
-    "3b": (
-        {
-            **QWEN2_5,
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 36,
-            "max_window_layers": 70,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "tie_word_embeddings": True,
-            "vision_config": {**QWEN2_5_VISION, "out_hidden_size": 2048},
-        },
-        3_754_622_976,
-    ),
-    "7b": (
-        {
-            **QWEN2_5,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "max_window_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-            "tie_word_embeddings": False,
-            "vision_config": {**QWEN2_5_VISION, "out_hidden_size": 3584},
-        },
-        8_292_166_656,
-    ),
-    "qwen3-8b": (
-        {
-            "architectures": ["Qwen3VLForConditionalGeneration"],
-            "model_type": "qwen3_vl",
-            **TOKENS,
-            "text_config": {
-                "model_type": "qwen3_vl_text",
-                "bos_token_id": 151643,
-                "eos_token_id": 151645,
-                "attention_bias": False,
-                "attention_dropout": 0.0,
-                "dtype": "bfloat16",
-                "head_dim": 128,
-                "hidden_act": "silu",
-                "hidden_size": 4096,
-                "initializer_range": 0.02,
-                "intermediate_size": 12288,
-                "max_position_embeddings": 262144,
-                "num_attention_heads": 32,
-                "num_hidden_layers": 36,
-                "num_key_value_heads": 8,
-                "rms_norm_eps": 1e-06,
-                "rope_scaling": {
-                    "mrope_interleaved": True,
-                    "mrope_section": [24, 20, 20],
-                    "rope_type": "default",
-                },
-                "rope_theta": 5000000,
-                "use_cache": True,
-                "vocab_size": 151936,
-            },
-            "tie_word_embeddings": False,
-            "transformers_version": "4.57.0.dev0",
-            "vision_config": {
-                "model_type": "qwen3_vl",
-                "deepstack_visual_indexes": [8, 16, 24],
-                "depth": 27,
-                "hidden_act": "gelu_pytorch_tanh",
-                "hidden_size": 1152,
-                "in_channels": 3,
-                "initializer_range": 0.02,
-                "intermediate_size": 4304,
-                "num_heads": 16,
-                "num_position_embeddings": 2304,
-                "out_hidden_size": 4096,
-                "patch_size": 16,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-            },
-        },
-        8_767_123_696,
-    ),
-}
+PUBLISHED = {name: plan.PUBLISHED[hub_id] for name, hub_id in NAMES.items()}
 
 
 def published_config(name: str, layers: int | None = None) -> dict:
@@ -172,35 +53,13 @@ def published_config(name: str, layers: int | None = None) -> dict:
     return content
 
 
-def empty_model(content: dict) -> torch.nn.Module:
-    """The model of a config.json, without memory for its parameters."""
-    config = AutoConfig.for_model(**copy.deepcopy(content))  # it changes its arguments
-    with torch.device("meta"):
-        return FAMILIES[config.model_type].model_class(config)
-
-
-def count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())  # tied ones once
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The plan
 
 
-def groups(model: torch.nn.Module) -> list[tuple[str, int, int]]:
-    """(name, how many, parameters of each) of what FSDP2 gathers at once: the blocks, and the rest."""
-    layers, blocks = model.model.language_model.layers, model.model.visual.blocks
-    rest = count(model) - count(layers) - count(blocks)
-    return [
-        ("decoder layer", len(layers), count(layers[0])),
-        ("vision block", len(blocks), count(blocks[0])),
-        ("root (embeddings, head, merger)", 1, rest),
-    ]
-
-
 def static_bytes(parameters: int, gpus: int) -> float:
     """On each GPU: fp32 weights, gradients and AdamW's two moments, and a frozen bf16 reference, sharded."""
-    return parameters * (4 + 4 + 4 + 4 + 2) / gpus
+    return sum(lasting_bytes(parameters, gpus))
 
 
 def print_plan(name: str) -> None:
@@ -214,7 +73,7 @@ def print_plan(name: str) -> None:
     largest = max(size for *_, size in groups(model))
     print("  GiB per GPU    weights   grads    Adam   reference   static   + the largest group")
     for gpus in (1, 2, 4, 8):
-        weights, grads, adam, reference = (total * size / gpus / GIB for size in (4, 4, 8, 2))
+        weights, grads, adam, reference = (size / GIB for size in lasting_bytes(total, gpus))
         static = static_bytes(total, gpus) / GIB
         print(
             f"  with {gpus} of them {weights:10.1f} {grads:7.1f} {adam:7.1f} {reference:11.1f} {static:8.1f}"

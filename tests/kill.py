@@ -1,11 +1,11 @@
-"""Kill a run with signal 9 again and again, let it go on each time, and compare it with one that was left alone.
+"""Kill a run with signal 9 again and again, let it go on each time, and compare it with one left alone.
 
     python tests/kill.py                      twelve kills of a run on two ranks; minutes
     python tests/kill.py --ranks 1 --kills 4 --seed 1
 
-The moments are drawn at random from: somewhere in a step (sampling, backward, the optimiser's step), while a
-checkpoint is written, in an evaluation, before the first checkpoint; what dies is one rank or all of them. At the
-end weights, logs (but for the seconds), rollouts and held-out answers must be equal to the last bit.
+The moments are drawn at random: anywhere in a step (sampling, backward, the optimiser's step), while a
+checkpoint is written, in an evaluation, in the first seconds; what dies is one rank, or all. In the end
+weights, logs (but for the seconds), rollouts and held-out answers must be equal to the last bit.
 """
 
 import argparse
@@ -88,13 +88,18 @@ def outcome(run: Path) -> dict[str, object]:
     """All that must be equal: file name -> content."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     files = {"metrics": [{k: v for k, v in line.items() if k not in TIMED} for line in metrics]}
-    names = ["rollouts.jsonl", "predictions_before.jsonl", "predictions.jsonl", "checkpoint/model.safetensors"]
+    names = [
+        "rollouts.jsonl",
+        "predictions_before.jsonl",
+        "predictions.jsonl",
+        "checkpoint/model.safetensors",
+    ]
     return files | {name: (run / name).read_bytes() for name in names}
 
 
 def differences(config: str, folder: Path, ranks: int, moments: list[str], seed: int) -> list[str]:
-    """Run a configuration twice in folder/whole and folder/killed, the second one killed at these moments, and
-    name what differs between the two."""
+    """Run a configuration twice, in folder/whole and folder/killed, the second one killed at these moments,
+    and name what differs between the two."""
     rng = random.Random(seed)
     whole, killed = folder / "whole", folder / "killed"
     if start(ranks, config, whole).wait():
@@ -129,7 +134,9 @@ def main() -> None:
     try:
         world = f"{folder}/world"
         settings = ROOT / "configs/toy.yaml"
-        text = settings.read_text().replace("toy_world", world).replace("checkpoints/", f"{ROOT}/checkpoints/")
+        text = (
+            settings.read_text().replace("toy_world", world).replace("checkpoints/", f"{ROOT}/checkpoints/")
+        )
         text = text.replace("steps: 80", "steps: 24").replace("batch_size: 16", "batch_size: 4", 1)
         text = text.replace("eval_batch: 64", "eval_batch: 4")
         text += "save_every: 1\neval_every: 6\neval_limit: 32\nkeep: 3\n"
@@ -140,7 +147,9 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     if found:
         sys.exit(f"error: not the same: {', '.join(found)}")
-    print(f"{options.kills} kills on {options.ranks} rank(s): the same weights, logs and answers, to the last bit")
+    print(
+        f"{options.kills} kills, {options.ranks} rank(s): the same weights, logs and answers, to the last bit"
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ and tied embeddings), Qwen2.5-VL-7B (flat, untied), Qwen3-VL-8B (nested, untied)
 """
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_lora import on_two_ranks
 from test_model import answer_logits, copy_of, edit_json, load_error
+from transformers import AutoModelForImageTextToText
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from vocabulary import QWEN2_TEMPLATE, QWEN3_TEMPLATE
 
+import distributed
 import toy
 from benchmarks.full_size import GIB, PUBLISHED, count, empty_model, groups, published_config, static_bytes
 from model import encode_prompt
-from policy import FAMILIES, load_policy, save_policy
+from policy import FAMILIES, ModelError, load_policy, save_policy, speed_up_vision, write_policy
 from prompts import COORDINATES, TextFormat, build_prompt
 from video import frame_size, resize
 
@@ -309,6 +313,192 @@ def test_the_family_table():
     spoken = {family.name: family.coordinates for family in FAMILIES.values()}
     assert spoken == {"Qwen2-VL": "norm1000", "Qwen2.5-VL": "resized", "Qwen3-VL": "norm1000"}
     assert set(spoken.values()) <= set(COORDINATES)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is written
+
+
+def tensors_of(folder):
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+WRITTEN = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
+WRITTEN += ["tokenizer.json", "tokenizer_config.json"]
+
+
+def check_stock(folder, family, dtype, policy):
+    """Stock transformers reads an export without a word about its dtype, as the same model."""
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*WRITTEN, *PREPROCESSORS[family]])
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [FAMILIES[family].model_class.__name__]
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    for loader in (AutoModelForImageTextToText, FAMILIES[family].model_class):
+        stock, found = loader.from_pretrained(folder, output_loading_info=True)
+        assert type(stock) is FAMILIES[family].model_class
+        assert {parameter.dtype for parameter in stock.parameters()} == {dtype}
+        assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert (stock.lm_head.weight is stock.get_input_embeddings().weight) == TIED[family]
+    assert stock.generation_config.to_diff_dict() == policy.model.generation_config.to_diff_dict()
+    theirs = replace(policy, model=stock.float())
+    speed_up_vision(stock)  # which rounds otherwise
+    prompt, ids = encode_prompt(policy, some_frames(policy), "a dog", (1000, 1000), 2.0), [9, 10, 11, 12]
+    with torch.no_grad():
+        logits = [answer_logits(p, prompt, ids) for p in (theirs, policy)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_a_written_policy_is_what_transformers_saves(original, tmp_path):
+    """Byte for byte, in a folder that is made; where it computes in bfloat16, the weights rounded to that."""
+    family, _, folder = original
+    policy = load_policy(str(folder))
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    write_policy(policy, tmp_path / "new" / "ours")
+    check_stock(tmp_path / "new" / "ours", family, torch.float32, policy)
+    policy.model.save_pretrained(tmp_path / "theirs")
+    for path in (tmp_path / "theirs").iterdir():
+        assert path.read_bytes() == (tmp_path / "new" / "ours" / path.name).read_bytes(), path.name
+
+    policy.compute = torch.bfloat16
+    write_policy(policy, tmp_path / "half")
+    full, half = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "half")
+    assert full.keys() == half.keys()
+    for name, value in half.items():
+        assert value.dtype == torch.bfloat16 and torch.equal(value, full[name].bfloat16())
+    assert not torch.equal(full["lm_head.weight" if not TIED[family] else name], half[name].float())
+    check_stock(tmp_path / "half", family, torch.bfloat16, load_policy(str(tmp_path / "half")))
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32}  # these were not rounded
+
+
+def test_a_policy_in_the_dtype_of_its_files(original, checkpoints):
+    family, _, folder = original
+    for checkpoint, dtype in ((folder, torch.bfloat16), (checkpoints[family], torch.float32)):
+        policy = load_policy(str(checkpoint), dtype="auto")
+        assert {p.dtype for p in policy.model.parameters()} == {policy.compute} == {dtype}
+
+
+def export_job(rank, folder, originals):
+    for family, checkpoint in originals.items():
+        for compute in (torch.float32, torch.bfloat16):
+            policy = replace(load_policy(checkpoint, dtype="auto"), compute=compute)
+            distributed.shard(policy.model, policy.blocks, compute)
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter.mul_(2)
+            save = write_policy if family == "qwen2_vl" else save_policy
+            save(policy, folder / f"{family}_{compute}")
+    (folder / "file").write_text("")
+    messages = []
+    for save in (write_policy, save_policy):
+        with pytest.raises(ModelError) as caught:
+            save(policy, folder / "file" / "out")
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_export_from_two_ranks(originals, tmp_path):
+    """Every tensor, by its name on the hub; an error of the one that writes is the error of both."""
+    folders = {family: str(folder) for family, (_, folder) in originals.items()}
+    first, second = on_two_ranks(export_job, tmp_path, folders)
+    assert first == second
+    for message in first:
+        assert message.startswith(f"{tmp_path}/file/out: cannot be written (") and "Not a dir" in message
+    for family, folder in folders.items():
+        published = tensors_of(Path(folder))
+        for compute in (torch.float32, torch.bfloat16):
+            written = tensors_of(tmp_path / f"{family}_{compute}")
+            assert written.keys() == published.keys()
+            for name, value in written.items():
+                assert value.dtype == compute and torch.equal(value, 2 * published[name].to(compute)), name
+            policy = load_policy(folder)
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter.mul_(2)
+            check_stock(tmp_path / f"{family}_{compute}", family, compute, policy)
+    assert {path.name for path in tmp_path.iterdir()} >= {"file", "qwen2_vl_torch.float32"}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# How vLLM reads a checkpoint: hf_to_vllm_mapper of vllm/model_executor/models/qwen2_vl.py, qwen2_5_vl.py and
+# qwen3_vl.py, applied rule after rule (WeightsMapper._map_name in models/utils.py) ...
+_BOTH = {
+    "model.language_model.": "language_model.model.",  # "saved after transformers v4.52"
+    "model.visual.": "visual.",
+    "lm_head.": "language_model.lm_head.",  # "original checkpoint"
+    "model.": "language_model.model.",
+}
+VLLM_RULES = {
+    "qwen2_vl": _BOTH,
+    "qwen2_5_vl": _BOTH,
+    "qwen3_vl": {key: _BOTH[key] for key in ("model.visual.", "lm_head.", "model.language_model.")},
+}
+# ... and what its modules are called: qwen2.py, qwen3.py and the vision transformers of those files.
+_LINEAR, _W = r"\.(weight|bias)", r"\.weight"
+_WORDS = [
+    rf"language_model\.lm_head{_W}",
+    rf"language_model\.model\.(embed_tokens|norm){_W}",
+    rf"language_model\.model\.layers\.\d+\.((input|post_attention)_layernorm|self_attn\.o_proj){_W}",
+    rf"language_model\.model\.layers\.\d+\.mlp\.(gate|up|down)_proj{_W}",
+]
+_QWEN2 = [rf"language_model\.model\.layers\.\d+\.self_attn\.[qkv]_proj{_LINEAR}"]
+_QWEN2 += [rf"visual\.patch_embed\.proj{_W}", rf"visual\.merger\.mlp\.[02]{_LINEAR}"]
+VLLM_NAMES = {
+    "qwen2_vl": [
+        *_WORDS,
+        *_QWEN2,
+        rf"visual\.blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]){_LINEAR}",
+        rf"visual\.merger\.ln_q{_LINEAR}",
+    ],
+    "qwen2_5_vl": [
+        *_WORDS,
+        *_QWEN2,
+        rf"visual\.blocks\.\d+\.norm[12]{_W}",
+        rf"visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate|up|down)_proj){_LINEAR}",
+        rf"visual\.merger\.ln_q{_W}",
+    ],
+    "qwen3_vl": [
+        *_WORDS,
+        rf"language_model\.model\.layers\.\d+\.self_attn\.([qkv]_proj|[qk]_norm){_W}",
+        rf"visual\.patch_embed\.proj{_LINEAR}",
+        rf"visual\.pos_embed{_W}",
+        rf"visual\.blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.linear_fc[12]){_LINEAR}",
+        rf"visual\.(merger|deepstack_merger_list\.\d+)\.(norm|linear_fc[12]){_LINEAR}",
+    ],
+}
+
+
+def test_names_and_shapes_are_what_vllm_reads(original, tmp_path):
+    family, _, folder = original
+    policy = load_policy(str(folder))
+    write_policy(policy, tmp_path / "out")
+    tensors, mapped, used = tensors_of(tmp_path / "out"), {}, set()
+    assert tensors.keys() == tensors_of(folder).keys()  # those of the hub
+    for name, value in tensors.items():
+        for prefix, new in VLLM_RULES[family].items():
+            name = new + name.removeprefix(prefix) if name.startswith(prefix) else name
+        mapped[name] = tuple(value.shape)
+        (pattern,) = (p for p in VLLM_NAMES[family] if re.fullmatch(p, name))
+        used.add(pattern)
+    assert len(mapped) == len(tensors)
+    unused = set(VLLM_NAMES[family]) - used
+    assert unused == ({VLLM_NAMES[family][0]} if TIED[family] else set())  # no lm_head where it is tied
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    words, sight = config["text_config"], config["vision_config"]
+    heads, groups, width = words["num_attention_heads"], words["num_key_value_heads"], words["hidden_size"]
+    size = words.get("head_dim") or width // heads
+    layer = f"language_model.model.layers.{words['num_hidden_layers'] - 1}"
+    assert mapped[f"{layer}.self_attn.q_proj.weight"] == (heads * size, width)
+    assert mapped[f"{layer}.self_attn.k_proj.weight"] == (groups * size, width)
+    assert mapped[f"{layer}.mlp.down_proj.weight"] == (width, words["intermediate_size"])
+    assert mapped["language_model.model.embed_tokens.weight"] == (words["vocab_size"], width)
+    assert f"language_model.model.layers.{words['num_hidden_layers']}.mlp.down_proj.weight" not in mapped
+    inner = sight["embed_dim"] if family == "qwen2_vl" else sight["hidden_size"]
+    patch = (3, sight["temporal_patch_size"], sight["patch_size"], sight["patch_size"])
+    assert mapped["visual.patch_embed.proj.weight"] == (inner, *patch)
+    assert mapped[f"visual.blocks.{sight['depth'] - 1}.attn.qkv.weight"] == (3 * inner, inner)
 
 
 # ----------------------------------------------------------------------------------------------------------

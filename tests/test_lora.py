@@ -1,4 +1,4 @@
-"""LoRA: adapters.py against matrices multiplied out by hand, against peft, and one process against two ranks."""
+"""LoRA: adapters.py against matrices multiplied out by hand, and against peft; two ranks against one."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from config import Lora
 from model import completion_logprobs, pack_completions, rollout, see
 from policy import ModelError, load_policy, load_tokenizer, save_policy, speed_up_vision, write_policy
 
-ALL = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = Lora(rank=3, alpha=6.0, targets=["q_proj", "down_proj"])
 IDS = [11, 12, 13, 14]  # of an answer
 
@@ -183,8 +183,8 @@ def test_gradients_of_adapters_equal_one_at_a_time(policy, checkpointing):
 # Checkpoints of adapters
 
 
-FILES = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "preprocessor_config.json"]
-FILES += ["tokenizer.json", "tokenizer_config.json"]
+FILES = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"]
+FILES += ["preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_broken_adapters_are_refused(saved):
     name, *others = state
     save_file({other: state[other] for other in others}, path)
     assert "does not fit its adapter_config.json and its base: model.language_model." in error_of(saved)
-    save_file({**state, name.replace("down_proj", "lm_head"): state[name]}, path)
+    save_file({**state, name.replace("down_proj", "lm_head"): torch.zeros(3, 48)}, path)
     assert "does not fit its adapter_config.json and its base: " in error_of(saved)
     edit(settings, r=2)
     assert "does not load: RuntimeError" in error_of(saved)
@@ -269,7 +269,8 @@ def test_broken_adapters_are_refused(saved):
     assert "does not load: SafetensorError" in error_of(saved)
     path.unlink()
     assert "does not load: FileNotFoundError" in error_of(saved)
-    edit(settings, peft_type="IA3", target_modules=["q_proj"], feedforward_modules=[])
+    other = {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []}
+    settings.write_text(json.dumps({**other, "base_model_name_or_path": base_of(str(saved))}))
     assert "holds" in error_of(saved) and "only LoRA is known here" in error_of(saved)
 
 
@@ -295,7 +296,7 @@ def test_saved_adapters_are_named_as_vllm_reads_them(policy, tmp_path):
         *module, matrix, kind = name.split(".")
         assert kind == "weight"
         found.add((".".join(module), matrix))
-    kinds = {name: "self_attn" for name in ALL[:4]} | {name: "mlp" for name in ALL[4:]}
+    kinds = dict.fromkeys(ALL[:4], "self_attn") | dict.fromkeys(ALL[4:], "mlp")
     assert found == {
         (f"language_model.model.layers.{layer}.{kinds[name]}.{name}", matrix)
         for layer in (0, 1)
@@ -327,7 +328,7 @@ def _one_rank(rank, port, job, folder, arguments):
     distributed.leave()
 
 
-COMPLETIONS = [[[9, 20, 31], [40, 41]], [[17] * 7], [[5, 6]]]
+COMPLETIONS = [[[9, 20, 31], [40, 41]], [[17] * 7], [[15, 16]]]
 TOKENS = 12  # of the first two prompts, which are trained on
 
 
@@ -389,7 +390,10 @@ def test_adapters_on_two_ranks(checkpoints, tmp_path):
     """The same samples, scores and gradients as in one process; the same files; the tower runs once."""
     checkpoint = str(checkpoints["qwen2_5_vl"])
     results = on_two_ranks(lora_job, tmp_path, checkpoint)
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.05)):
+    for dtype, values_within, gradients_within in (
+        (torch.float32, 2e-5, 1e-6),
+        (torch.bfloat16, 0.15, 0.08),  # a rounding error of 0.4 % in each product; the logits are about 5
+    ):
         policy = adapted(load_policy(checkpoint, dtype=dtype))
         save_policy(policy, tmp_path / "one")
         for folder in (str(dtype), f"{dtype} at once"):
@@ -397,20 +401,20 @@ def test_adapters_on_two_ranks(checkpoints, tmp_path):
             for name in FILES:
                 assert (tmp_path / folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
         (tmp_path / "one").rename(tmp_path / f"one {dtype}")
-        # As it will be evaluated; FSDP2 gathers fp32 adapters in bfloat16.
-        again = load_policy(str(tmp_path / str(dtype)), dtype=dtype)
         prompts = make_prompts(policy)
-        for rank, (samples, *_) in enumerate(result[dtype] for result in results):
-            assert samples == sample(again, prompts, SHARES[rank])
+        if dtype == torch.float32:
+            again = load_policy(str(tmp_path / str(dtype)), dtype=dtype)  # as it will be evaluated
+            for rank, (samples, *_) in enumerate(result[dtype] for result in results):
+                assert samples == sample(again, prompts, SHARES[rank])
 
         policy.autocast = dtype == torch.bfloat16  # how one process mixes adapters in fp32 with the others
         scores = learn(policy, see(policy, prompts), [0, 1], 1)
         found = [torch.cat([result[dtype][1][kind] for result in results]) for kind in (0, 1)]
         for values, expected in zip(found, scores, strict=True):
-            torch.testing.assert_close(values, expected, rtol=0, atol=20 * tolerance)
+            torch.testing.assert_close(values, expected, rtol=0, atol=values_within)
         assert (found[0] - found[1]).abs().max() > 0.5
         for result in results:
-            compare_gradients(result[dtype][2], gradients_of(policy), tolerance)
+            compare_gradients(result[dtype][2], gradients_of(policy), gradients_within)
             assert result[dtype][3] == 1
 
 

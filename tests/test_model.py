@@ -21,7 +21,15 @@ from transformers.utils import logging
 
 import toy
 from data import load_samples
-from model import Completion, completion_logprobs, encode_prompt, pack_completions, rollout, rope_positions
+from model import (
+    Completion,
+    completion_logprobs,
+    encode_prompt,
+    pack_completions,
+    rollout,
+    rope_positions,
+    see,
+)
 from policy import ModelError, load_policy, save_policy, speed_up_vision
 from prompts import TextFormat
 from video import VideoError, read_frames
@@ -431,6 +439,96 @@ def test_temperature_divides_the_logits(qwen2_5):
             expected = (torch.cat(logits) / temperature).log_softmax(-1)  # log_softmax(logits / T)
             expected = expected.gather(1, batch.target[:, None])[:, 0]
             torch.testing.assert_close(logprobs, expected, rtol=0, atol=3e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A vision tower that is frozen
+
+
+def count_visits(policy):
+    """A list that gets an entry each time the vision tower runs."""
+    visits = []
+    policy.model.model.visual.register_forward_hook(lambda *_: visits.append(1))
+    return visits
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_tower_runs_once(policy, checkpointing):
+    """For the samples, the scores and the reference; and all numbers are as if it ran each time."""
+    policy = with_many_ends(policy)
+    policy.model.model.visual.requires_grad_(False)
+    reference = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))
+    if checkpointing:
+        policy.model.activation_checkpointing_enable()
+    policy.model.train()
+    visits, others = count_visits(policy), count_visits(reference)
+    weights = torch.randn(sum(map(sum, LENGTHS)), generator=torch.Generator().manual_seed(0))
+    completions, found = random_completions(policy, LENGTHS), []
+    for prompts in (make_prompts(policy), see(policy, make_prompts(policy))):
+        before = len(visits)
+        samples = ids_of(rollout(policy, prompts, 3, 12, 1.0, KEYS))
+        batch = pack_completions(policy, prompts, completions)
+        logprobs = completion_logprobs(policy, batch, 0.9)
+        with torch.no_grad():
+            again = completion_logprobs(reference, batch, 0.9)
+        torch.testing.assert_close(again, logprobs, rtol=0, atol=1e-6)
+        policy.model.zero_grad()
+        (weights * logprobs[batch.mask]).sum().backward()
+        gradients = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
+        found.append((samples, logprobs.detach(), gradients))
+        found[-1] += (len(visits) - before, len(others))
+    each_time, once = found
+    assert each_time[0] == once[0]
+    torch.testing.assert_close(each_time[1], once[1], rtol=0, atol=1e-6)
+    trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert each_time[2].keys() == once[2].keys() == trained and not any("visual" in name for name in trained)
+    size = torch.cat([gradient.flatten() for gradient in once[2].values()]).norm()
+    for name, gradient in once[2].items():
+        assert (gradient - each_time[2][name]).norm() <= 1e-6 * size, name
+    # Each time: in the rollout and in the scoring; of the reference. Once: before them.
+    assert each_time[3:] == (2, 1) and once[3:] == (0, 1) and len(visits) == 3
+
+
+def test_what_a_frozen_tower_saw(policy):
+    """The features that transformers' own call gives for one video alone, level by level."""
+    prompts = make_prompts(policy)
+    assert see(policy, prompts) is prompts and prompts[0].features is None  # it is trained
+    assert see(policy, []) == []
+    policy.model.model.visual.requires_grad_(False)
+    policy.model.model.visual.merger.requires_grad_(True)
+    assert see(policy, prompts) is prompts  # in part
+    policy.model.model.visual.requires_grad_(False)
+    seen = see(policy, prompts)
+    assert all(prompt.features is None for prompt in prompts)
+    for prompt, (t, h, w) in zip(seen, SHAPES, strict=True):
+        values, grid = policy.patches(prompt.frames)
+        with torch.no_grad():
+            out = policy.model.model.get_video_features(values, grid[None], return_dict=True)
+        levels = [out.pooler_output[0], *(level[0] for level in getattr(out, "deepstack_features", []))]
+        assert len(levels) == (2 if policy.family.name == "Qwen3-VL" else 1)
+        assert prompt.features.shape == (len(levels), -(-t // 2) * h * w, 48)
+        torch.testing.assert_close(prompt.features, torch.stack(levels), rtol=0, atol=2e-5)
+        assert not prompt.features.requires_grad
+    completions = random_completions(policy, LENGTHS)
+    batch = pack_completions(policy, seen, completions)
+    video = batch.inputs["mm_encoder_outputs"]["video"]
+    with torch.no_grad():
+        before = completion_logprobs(policy, batch, 1.0)
+        for level in (video.pooler_output, *video.deepstack_features):  # each of them matters
+            level[0].mul_(0)
+            after = completion_logprobs(policy, batch, 1.0)
+            assert (after[:3] - before[:3]).abs().max() > 0.01  # of the three answers to the first video
+            torch.testing.assert_close(after[3:], before[3:], rtol=0, atol=1e-6)
+            before = after
+
+
+def test_features_have_the_dtype_of_the_arithmetic(checkpoints):
+    policy = load_policy(str(checkpoints["qwen3_vl"]), dtype=torch.bfloat16)
+    policy.model.requires_grad_(False)
+    assert see(policy, make_prompts(policy))[0].features.dtype == torch.bfloat16
+    mixed = replace(load_policy(str(checkpoints["qwen3_vl"])), autocast=True)
+    mixed.model.requires_grad_(False)
+    assert see(mixed, make_prompts(mixed))[0].features.dtype == torch.bfloat16
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Many ranks against one: the same rollouts, losses and weights; unequal answers; what ends a run, and how."""
+"""Many ranks against one: the same rollouts, losses and weights. And what ends a run, and how it goes on."""
 
 import json
 import os
@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 import train
@@ -79,11 +78,11 @@ def runs(tmp_path_factory, write_config):
 
 
 @pytest.mark.parametrize(
-    "other", [(1, 2), (1, 1), (2, 4), (2, 1, "each"), (4, 2)], ids=lambda key: "-".join(map(str, key))
+    "other", [(1, 4), (1, 1), (2, 4), (2, 1, "each"), (4, 2)], ids=lambda key: "-".join(map(str, key))
 )
 def test_ranks_and_parts_change_nothing(runs, other):
-    """Against one process that takes the batch of eight as it is: 1 x 8, 2 x 4, 4 x 2, 8 x 1, and those spread
-    over two and four ranks, with one exchange of gradients a step or one a part."""
+    """Against one process that takes the batch of eight whole: cut into 2 x 4 or 8 x 1, and spread over two
+    and four ranks, with one exchange of gradients a step or one a part."""
     one, many = runs(1, 8), runs(*other)
     rollouts, expected = (read_lines(run / "rollouts.jsonl") for run in (many, one))
     assert len(rollouts) == 5 * 8 * 4 and any(r["advantage"] for r in rollouts)
@@ -116,3 +115,189 @@ def test_a_batch_that_does_not_divide(tmp_path, write_config, monkeypatch):
     message = r"^sft.batch_size: 12 prompts do not divide among 8 ranks; 8 or 16 would$"
     with pytest.raises(train.ConfigError, match=message):
         train.main([write_config(tmp_path), "batch_size=8", "sft.steps=1", "sft.batch_size=12"])
+
+
+def test_answers_of_unequal_length(tmp_path):
+    """One rank samples 3 tokens an answer and the other 200, then both take a step together: nobody hangs,
+    and both leave with the same gradient norm. (That the answers are right: the runs above.)"""
+    script = tmp_path / "unequal.py"
+    script.write_text(UNEQUAL.format(root=str(ROOT), model=str(ROOT / "checkpoints/toy")))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    norms = sorted(re.findall(r"rank (\d): up to (\d+) tokens, norm (\S+)", done.stdout))
+    assert [(rank, length) for rank, length, _ in norms] == [("0", "3"), ("1", "200")]
+    assert norms[0][2] == norms[1][2] and float(norms[0][2]) > 0
+
+
+UNEQUAL = """
+import sys
+sys.path[:0] = ["{root}", "{root}/tests"]
+import torch, distributed
+from model import completion_logprobs, encode_prompt, pack_completions, rollout
+from policy import load_policy
+from steps import backward
+from config import Config
+
+torch.set_num_threads(1)
+rank, _ = distributed.join()
+policy = load_policy("{model}", dtype="auto")
+policy.eos_ids = []  # nothing ends an answer but its length
+distributed.shard(policy.model, policy.blocks, torch.float32)
+frames = torch.full((4, 56, 56, 3), 60 * rank, dtype=torch.uint8)
+prompt = encode_prompt(policy, frames, "Where is the red circle?", (1000, 1000), 2.0)
+length = (3, 200)[rank]
+with distributed.whole(policy.model):
+    (group,) = rollout(policy, [prompt], 2, length, 1.0, [(rank,)])
+policy.model.train()
+logprobs = completion_logprobs(policy, pack_completions(policy, [prompt], [[c.ids for c in group]]), 1.0)
+backward(-logprobs.mean(), policy, True, Config())
+norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).full_tensor()
+print(f"rank {{rank}}: up to {{max(len(c.ids) for c in group)}} tokens, norm {{norm:.9f}}", flush=True)
+distributed.leave()
+"""
+
+
+def test_a_rank_without_a_video(tmp_path, write_config, world):
+    """on_bad_video: skip, and one of two ranks has nothing in a step: it goes along with the other, whose
+    step is the same as if it were alone."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for path in world.iterdir():
+        (videos / path.name).write_bytes(path.read_bytes())
+    settings = {**TOY, "batch_size": 2, "steps": 2, "on_bad_video": "skip", "videos": str(videos)}
+    config = train.load_config(write_config(tmp_path, **settings))
+    samples = train.load_split(config, config.train_annotations)[0]
+    (videos / train.batch_of(samples, 2, 0, config.seed)[1].id).write_bytes(b"no video")
+    lines = {}
+    for ranks in (1, 2):
+        config = write_config(tmp_path, **settings, output_dir=str(tmp_path / f"run{ranks}"))
+        code, _, err = finish(torchrun(ranks, [config], tmp_path))
+        assert code == 0, err
+        lines[ranks] = read_lines(tmp_path / f"run{ranks}/metrics.jsonl")
+    assert [line.get("prompts") for line in lines[1]] == [None, 1, 2, None]
+    for line, wanted in zip(lines[2], lines[1], strict=True):
+        for name in wanted.keys() - {"phase", *TIMED}:
+            assert line[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), name
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What ends a run
+
+
+def wait_until(condition, process, timeout=120):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def logged(run):
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_ends_the_run_after_its_step(tmp_path, write_config, number):
+    """Exit code 0, one line that says how to go on, and a checkpoint of the very step; then it goes on."""
+    path, run = write_config(tmp_path, **{**TOY, "steps": 500}), tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: logged(run) >= 3, process)  # the evaluation and two steps
+    process.send_signal(number)
+    code, out, _ = finish(process)
+    assert code == 0
+    said = r"^stopped after step (\d+); go on with: the same command and resume=auto$"
+    step = int(re.findall(said, out, re.M)[0])
+    assert (run / f"checkpoint_{step}/state/progress.json").is_file()
+    assert read_lines(run / "metrics.jsonl")[-1]["step"] == step
+    train.main([path, "resume=auto", f"steps={step + 1}"])
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [*range(step + 2), step + 1]
+
+
+def test_a_signal_to_torchrun_ends_all_ranks_together(tmp_path, write_config):
+    path, run = write_config(tmp_path, **{**TOY, "steps": 500}), tmp_path / "run"
+    process = torchrun(2, [path], tmp_path)
+    wait_until(lambda: logged(run) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, out, _ = finish(process)  # torchrun itself ends with a code of its own
+    (step,) = re.findall(r"^stopped after step (\d+); go on", out, re.M)
+    assert (run / f"checkpoint_{step}/state/progress.json").is_file()
+
+
+def test_a_signal_in_an_evaluation(tmp_path, write_config):
+    """It ends there, between two answers; the answers stay, and are not asked for again."""
+    path, run = write_config(tmp_path, **TOY, eval_batch=1), tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until((run / "predictions_before.rank0.jsonl").exists, process)
+    process.send_signal(signal.SIGTERM)
+    code, out, _ = finish(process)
+    assert code == 0 and "stopped after step 0" in out and not (run / "predictions_before.jsonl").exists()
+    answers = len(read_lines(run / "predictions_before.rank0.jsonl"))
+    assert 1 <= answers < 6
+    process = subprocess.run([*command, "resume=auto", "steps=0"], capture_output=True, text=True)
+    assert process.returncode == 0 and f"{answers} answers are in {run}/ already" in process.stderr
+    assert len(read_lines(run / "predictions_before.jsonl")) == 6 and not Path(f"{run}.1").exists()
+
+
+def test_a_dead_rank_ends_the_job(tmp_path, write_config):
+    path, run = write_config(tmp_path, **{**TOY, "steps": 500}), tmp_path / "run"
+    process = torchrun(2, [path], tmp_path)
+    wait_until(lambda: logged(run) >= 2, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    code, _, err = finish(process, timeout=60)
+    assert code != 0 and "Signal 9 (SIGKILL)" in err
+
+
+def test_weights_that_explode(tmp_path, write_config):
+    """Both ranks stop in the same step, with the ids, once, and what they had is kept."""
+    path, run = write_config(tmp_path, **{**TOY, "batch_size": 2, "learning_rate": 1e30}), tmp_path / "run"
+    code, _, err = finish(torchrun(2, [path], tmp_path))
+    assert code != 0
+    (message,) = re.findall(r"^error: step 2: loss .*", err, re.M)
+    dumped = [torch.load(run / f"nonfinite_step_2.rank{rank}.pt") for rank in (0, 1)]
+    ids = [item["id"] for part in dumped for item in part]
+    assert f"The batch was {', '.join(ids)}; it is kept in {run}/nonfinite_step_2.rank*.pt" in message
+    config = train.load_config(path)
+    samples = train.load_split(config, config.train_annotations)[0]
+    assert ids == [sample.id for sample in train.batch_of(samples, 2, 1, config.seed)]
+    assert all(len(item["completions"]) == 4 and len(item["frames"]) for part in dumped for item in part)
+
+
+def test_a_reward_that_is_no_number(tmp_path, write_config, monkeypatch):
+    monkeypatch.setattr(train, "score", nan_score)
+    path = write_config(tmp_path, **TOY)
+    with pytest.raises(FloatingPointError, match=r"^step 1: the rewards of an answer to '.\.y4m' are .*nan"):
+        train.main([path])
+    assert (tmp_path / "run/nonfinite_step_1.rank0.pt").is_file()
+
+
+def nan_score(*arguments):
+    from rewards import score
+
+    scored = score(*arguments)
+    scored.rewards["total"] = np.nan
+    return scored
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Killed, and going on
+
+
+def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, write_config):
+    """The short version of `python tests/kill.py`."""
+    from kill import differences
+
+    config = write_config(tmp_path, **TOY, save_every=1, eval_every=3, eval_batch=2, keep=1)
+    assert differences(config, tmp_path, ranks=2, moments=["step", "save"], seed=0) == []

@@ -1,12 +1,13 @@
 """resume.py: what is saved on some ranks and read on others, killed and damaged writes, and other runs."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -120,10 +121,17 @@ def load_and_save(base, source, target, result):
     if distributed.join()[0] == 0:
         torch.save(found, result)
     resume.save(target, policy, optimizer, Progress(step=2), MARKS)
+    reference = load_policy(base, torch.bfloat16)
+    reference.model.requires_grad_(False)
+    distributed.shard(reference.model, reference.blocks, torch.bfloat16)
+    resume.load_weights(source, reference.model)
+    for name, p in reference.model.named_parameters():
+        assert torch.equal(p.full_tensor(), found[name, "weight"].bfloat16())
 
 
 def test_written_on_some_ranks_read_on_others(trained, checkpoints, tmp_path):
-    """1 -> 2 -> 4 -> 2 -> 1, and after each the same bits as in the process that trained."""
+    """1 -> 2 -> 4 -> 2 -> 1, and after each the same bits as in the process that trained; rounded in a frozen
+    reference."""
     source, expected = trained
     base = str(checkpoints["qwen2_5_vl"])
     for n, ranks in enumerate((2, 4, 2)):
@@ -293,7 +301,11 @@ def test_full_disk_of_one_rank(trained, checkpoints, place, tmp_path, full):
     for rank in range(2):
         said = (place / f"said_{rank}").read_text()
         assert said.startswith(f"{place}/checkpoint_2: cannot be written (") and "\n" not in said
-        assert reason in said and said.endswith("; free some space, then start again with resume=auto")
+        assert (
+            reason in said
+            and ".tmp" not in said
+            and said.endswith("; free some space, then start again with resume=auto")
+        )
         (place / f"said_{rank}").unlink()
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
     assert {path.name for path in place.iterdir()} == {"checkpoint_2"}
@@ -306,18 +318,23 @@ def test_full_disk_in_one_process(qwen2_5, place, limit):
     optimizer = adamw(qwen2_5.model)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
     try:
-        with pytest.raises(UserError, match=r"^\S+/checkpoint_1: cannot be written \(.*File too large"):
+        with pytest.raises(UserError, match=r"/checkpoint_1: cannot be written \(.*File too large") as caught:
             resume.save(place / "checkpoint_1", qwen2_5, optimizer, Progress(step=1), MARKS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert ".tmp" not in str(caught.value) and "\n" not in str(caught.value)
     assert not list(place.iterdir())
     resume.save(place / "checkpoint_1", qwen2_5, optimizer, Progress(step=1), MARKS)
     assert resume.last_checkpoint(place).progress.step == 1
 
 
 def test_ctrl_c_while_it_is_written(qwen2_5, place, monkeypatch):
-    """Is what it is, not a disk that is full."""
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", lambda *_: signal.raise_signal(signal.SIGINT))
+    """DCP makes it an error of its own; it is no disk that is full."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", interrupted)
     with pytest.raises(KeyboardInterrupt):
         resume.save(place / "checkpoint_1", qwen2_5, adamw(qwen2_5.model), Progress(step=1), MARKS)
     assert resume.last_checkpoint(place) is None and not list(place.iterdir())
@@ -384,6 +401,25 @@ def test_damaged_ones_are_passed_over(place, capsys, damage):
     assert line.startswith(f"{folder} is damaged and passed over (") and line.count("\n") == 1
     assert said.format(folder / "state") in line
     assert names(place) == {"checkpoint_1", "checkpoint_2"}
+
+
+def look(run):
+    """What rank 0 finds, all find, and only that one says what is damaged; where it fails, all do."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        found = resume.last_checkpoint(run)
+    assert found.folder.name == "checkpoint_2"
+    assert said.getvalue().count("\n") == (distributed.join()[0] == 0)
+    with pytest.raises(OSError, match=r"checkpoint_1.tmp"):
+        resume.prune(run, 1)
+
+
+def test_all_ranks_find_the_same(place, tmp_path):
+    for n in (1, 2, 3):
+        plain(place, f"checkpoint_{n}", step=n)
+    (place / "checkpoint_3/state/__0_0.distcp").unlink()
+    (place / "checkpoint_1.tmp").write_text("a file, over which no folder can be renamed")
+    on_ranks(2, look, place, meet=tmp_path / "meet")
 
 
 def test_kills_while_one_is_replaced(place):

@@ -223,6 +223,17 @@ def test_the_sheet_shows_the_worst_and_the_best(tmp_path):
     assert [word for word in words if word.isdigit()] == ["1", "2", "3", "4", "5"] * 8
 
 
+def test_the_sheet_of_an_evaluation_along_the_way(tmp_path):
+    run = make_run(tmp_path, videos=2)
+    (run / "predictions.jsonl").rename(run / "predictions_5.jsonl")
+    for name, step, expected in (
+        ("predictions_5.jsonl", "STEP 5", ["BEFORE", "STEP 5"] * 2),
+        ("predictions_before.jsonl", "STEP 0", ["STEP 0"] * 2),
+    ):
+        words = [text.get_text() for text in visualize.draw_answers(run, name, step).texts]
+        assert [word.split("\n")[0] for word in words if "\n" in word] == expected
+
+
 def test_texts_of_the_sheet_do_not_overlap(tmp_path):
     run = make_run(tmp_path)
     figure = visualize.draw_answers(run)
