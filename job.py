@@ -47,7 +47,8 @@ def open_run(config: Config, marks: dict) -> tuple[Path, Path | None, Progress]:
     checkpoint, if there is one; where the run stands. Raises ConfigError where another run stands there."""
     run, (rank, _) = Path(config.output_dir), distributed.join()
     found, progress = None, Progress()
-    again = config.resume == "auto" and (run / "config.yaml").is_file()
+    there = distributed.share((run / "config.yaml").is_file(), 0)  # the first rank may soon make it
+    again = config.resume == "auto" and there
     if again:
         found = resume.last_checkpoint(run)
     if found:

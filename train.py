@@ -45,7 +45,7 @@ from evaluate import answer_record, load_split
 from files import read_jsonl, run_script, write_jsonl
 from grpo import group_advantages, loss_normalizer, policy_loss
 from job import Job, Stopped, describe, evaluate_split, open_run, report, save, saved_when_stopped, usage
-from logs import Log, check_trackers
+from logs import Log
 from model import (
     Completion,
     Prompt,
@@ -75,6 +75,7 @@ from steps import (
     set_learning_rate,
     share_of,
 )
+from trackers import check_trackers
 
 ROOT = Path(__file__).parent
 

@@ -361,8 +361,9 @@ def test_a_written_policy_is_what_transformers_saves(original, tmp_path):
     for path in (tmp_path / "theirs").iterdir():
         assert path.read_bytes() == (tmp_path / "new" / "ours" / path.name).read_bytes(), path.name
 
-    policy.compute = torch.bfloat16
+    policy.compute, before = torch.bfloat16, policy.model.config.to_dict()
     write_policy(policy, tmp_path / "half")
+    assert policy.model.config.to_dict() == before
     full, half = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "half")
     assert full.keys() == half.keys()
     for name, value in half.items():

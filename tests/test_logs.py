@@ -16,7 +16,8 @@ import pytest
 import logs
 from config import Config, ConfigError
 from files import read_jsonl, write_jsonl
-from logs import PARTS, Clock, Log, check_trackers, flatten, send_answers
+from logs import PARTS, Clock, Log, flatten, send_answers
+from trackers import check_trackers
 
 ROOT = Path(__file__).parent.parent
 

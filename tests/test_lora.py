@@ -259,7 +259,9 @@ def test_broken_adapters_are_refused(saved):
     state, before = load_file(path), settings.read_text()
     name, *others = state
     save_file({other: state[other] for other in others}, path)
-    assert "does not fit its adapter_config.json and its base: model.language_model." in error_of(saved)
+    message = error_of(saved)
+    assert f"'{saved}': its adapter_model.safetensors does not fit its adapter_config.json and its" in message
+    assert "base: model.language_model." in message and "does not load" not in message
     save_file({**state, name.replace("down_proj", "lm_head"): torch.zeros(3, 48)}, path)
     assert "does not fit its adapter_config.json and its base: " in error_of(saved)
     edit(settings, r=2)

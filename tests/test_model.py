@@ -12,6 +12,7 @@ from dataclasses import replace
 from fractions import Fraction
 from logging import Handler
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -520,6 +521,22 @@ def test_what_a_frozen_tower_saw(policy):
             assert (after[:3] - before[:3]).abs().max() > 0.01  # of the three answers to the first video
             torch.testing.assert_close(after[3:], before[3:], rtol=0, atol=1e-6)
             before = after
+
+
+def test_levels_of_features_keep_their_order(checkpoints, tmp_path, monkeypatch):
+    """The tiny Qwen3-VL has one level beside the last; here two, as the published ones have three."""
+    monkeypatch.setitem(conftest.FAMILIES["qwen3_vl"][2], "deepstack_visual_indexes", [0, 1])
+    policy = load_policy(str(conftest.save_checkpoint("qwen3_vl", tmp_path / "deep")))
+    policy.model.requires_grad_(False)
+    prompts, completions = make_prompts(policy), random_completions(policy, LENGTHS)
+    seen = see(policy, prompts)
+    assert [len(prompt.features) for prompt in seen] == [3, 3, 3]
+    once, each_time, swapped = (
+        completion_logprobs(policy, pack_completions(policy, shown, completions), 1.0)
+        for shown in (seen, prompts, [replace(p, features=p.features[[0, 2, 1]]) for p in seen])
+    )
+    torch.testing.assert_close(once, each_time, rtol=0, atol=1e-6)
+    assert (swapped - once).abs().max() > 0.1
 
 
 def test_features_have_the_dtype_of_the_arithmetic(checkpoints):

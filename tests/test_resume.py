@@ -630,6 +630,8 @@ def test_other_model_data_or_format(place, write_config, checkpoints, world, tmp
     assert said.startswith(f"resume: {place}/checkpoint_5 was made from another model than {other} is now; ")
     hub = refusal(place, write_config, ["model=Qwen/Qwen2.5-VL-7B-Instruct"])
     assert "another model than Qwen/Qwen2.5-VL-7B-Instruct" in hub
+    first, other = (load_config(write_config(place), [f"model=Qwen/{name}"]) for name in ("A", "B"))
+    assert resume.marks_of(first, [])["model"] != resume.marks_of(other, [])["model"]
     said = refusal(place, write_config, format=2)
     assert said.startswith(f"resume: {place}/checkpoint_5 was made by a newer version of this program; ")
     records = json.loads((world / "all.json").read_text())
