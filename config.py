@@ -32,6 +32,10 @@ class Sft:
     batch_size: int = 32  # prompts per optimiser step; not in the paper
 
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
 @dataclass
 class Lora:
     """Low-rank adapters instead of all weights: needs peft. Not in the paper, which trains all weights."""
@@ -39,9 +43,7 @@ class Lora:
     rank: int = 0  # 0: none, all weights are trained
     alpha: float = 32.0  # their product is scaled by alpha / rank
     # linear layers of the language model, by name, that get one
-    targets: list = field(
-        default_factory=lambda: "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-    )
+    targets: list = field(default_factory=lambda: [*ATTENTION, *MLP])
 
 
 @dataclass

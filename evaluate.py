@@ -36,6 +36,7 @@ from clips import Clips, open_clips
 from config import DTYPES, Config, ConfigError, load_config
 from data import DROPS, Report, Sample, check_videos, count_sentences, format_report, load_samples
 from files import DataError, read_jsonl, run_script, write_jsonl
+from marks import weights_mark
 from metrics import Tube, format_table, score_answers, tube_from_answer
 from model import Completion, Prompt, make_prompt, rollout
 from policy import Policy, load_policy
@@ -188,26 +189,13 @@ def answered(output: Path, fingerprint: str) -> dict[str, dict]:
 
 def fingerprint_of(checkpoint: str, config: Config) -> str:
     """A short mark of all that an answer depends on: the weights, the annotations and the settings."""
-    folder = Path(checkpoint)  # none for a hub id, which is its name
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    state = [(path.name, _pieces(path)) for path in weights] or checkpoint
     asked = hashlib.sha256(Path(config.eval_annotations).read_bytes()).hexdigest()
     names = ("dataset", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side", "precision")
     settings = [getattr(config, name) for name in names]
-    text = json.dumps([state, asked, settings, dataclasses.asdict(config.text_format)], sort_keys=True)
+    text = json.dumps(
+        [weights_mark(checkpoint), asked, settings, dataclasses.asdict(config.text_format)], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _pieces(path: Path, size: int = 65536) -> str:
-    """A hash of a file's length, middle and end: enough to tell weights apart, which all change in training,
-    and done in no time. (Its date would change with a copy.)"""
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        pieces = [str(length).encode()]
-        for place in (length // 2, length - size):
-            file.seek(max(0, place))
-            pieces.append(file.read(size))
-    return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
 def place_for_answers(wanted: Path, fingerprint: str, others: bool) -> Path:

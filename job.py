@@ -12,11 +12,12 @@ import distributed
 import logs
 import resume
 from clips import Clips
-from config import Config, save_config
+from config import Config, load_config, save_config
 from data import Sample
 from evaluate import coordinates_note, decode_split, fingerprint_of, score_predictions
 from files import read_jsonl
 from logs import Log
+from marks import settings_of
 from metrics import format_table
 from policy import Policy
 from resume import Progress
@@ -48,14 +49,15 @@ def open_run(config: Config, marks: dict) -> tuple[Path, Path | None, Progress]:
     run, (rank, _) = Path(config.output_dir), distributed.join()
     found, progress = None, Progress()
     there = distributed.share((run / "config.yaml").is_file(), 0)  # the first rank may soon make it
-    again = config.resume == "auto" and there
-    if again:
+    if config.resume == "auto" and there:
         found = resume.last_checkpoint(run)
     if found:
         resume.refuse_other(found, config, marks)
         progress = found.progress
     if rank == 0:
-        if again:
+        # A run that ended before its first checkpoint begins again in its place.
+        begun = config.resume == "auto" and there and settings_of(load_config(run / "config.yaml"))
+        if found or begun == marks["settings"]:
             resume.cut_back(run, progress)
             if found and found.folder.name == "checkpoint" and progress.step < config.steps:  # more steps now
                 (run / "predictions.jsonl").replace(run / f"predictions_{progress.step}.jsonl")

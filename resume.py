@@ -17,7 +17,6 @@ All ranks must see the same files, and call these functions together, where noth
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import re
@@ -34,26 +33,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import distributed
 from config import Config, ConfigError
-from data import Sample
-from evaluate import _pieces
 from files import UserError, write_whole
+from marks import FREE, settings_of
 from policy import Policy, write_policy
 
 FORMAT = 1  # of progress.json; a later one may add to it
 LOGS = ("metrics.jsonl", "rollouts.jsonl")  # lines that follow a checkpoint are written anew
 CHECKPOINT = re.compile(r"checkpoint((_sft)?_\d+)?")
 LEFTOVER = re.compile(rf"({CHECKPOINT.pattern}|best_\d+)\.(tmp|old)")
-FREE = {  # settings that may change when a run goes on: nothing that is learned depends on them
-    # where things are; what is in them is compared by marks_of
-    *("model", "train_annotations", "videos", "vidor", "output_dir", "toy"),
-    # how videos are read. on_bad_video, too: `skip` is how to go on after a run that has stopped at one
-    *("on_bad_video", "decode_workers", "decode_timeout", "frame_cache", "frame_cache_gb"),
-    # when it ends, what is watched, kept and told
-    *("steps", "eval_annotations", "eval_every", "eval_batch", "eval_temperature", "eval_limit"),
-    *("save_every", "keep", "resume", "log_to"),
-    # how a step is split up: the same sums, but for rounding
-    *("rollout_batch", "reduce_gradients", "gradient_checkpointing", "threads"),
-}
 
 
 @dataclass
@@ -295,36 +282,16 @@ def cut_back(run: Path, progress: Progress) -> None:
 # Whether it is the same run
 
 
-def marks_of(config: Config, samples: list[Sample]) -> dict:
-    """What must stay the same when a run goes on: settings that are not FREE, the weights it began with, the
-    sentences and boxes it learns from; by content, for files may be moved."""
-    weights = sorted([*Path(config.model).glob("*.safetensors"), *Path(config.model).glob("*.bin")])
-    model = hashlib.sha256(repr([(path.name, _pieces(path)) for path in weights]).encode())
-    data = hashlib.sha256()
-    for sample in samples:
-        values = {key: value for key, value in vars(sample).items() if key not in ("video", "boxes")}
-        data.update(repr((values, sample.boxes.first)).encode())
-        data.update(sample.boxes.array.tobytes())
-    name = model.hexdigest()[:12] if weights else config.model  # a hub id
-    return {"settings": _settings(config), "model": name, "data": data.hexdigest()[:12]}
-
-
-def _settings(config: Config) -> dict:
-    """Those that are not FREE, by dotted names such as sft.steps."""
-    settings = {}
-    for key, value in dataclasses.asdict(config).items():
-        parts = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {}
-        settings |= {} if key in FREE else parts or {key: value}
-    return settings
-
-
 def refuse_other(found: Checkpoint, config: Config, marks: dict) -> None:
     """Raise ConfigError if the checkpoint is of another run than the marks."""
     where = f"resume: {found.folder} was made"
     again = "; go back to that, or choose another output_dir"
     if found.format > FORMAT:
         raise ConfigError(f"{where} by a newer version of this program{again}")
-    then, now = _settings(Config()) | found.marks["settings"], marks["settings"]  # new ones had their default
+    then, now = (
+        settings_of(Config()) | found.marks["settings"],
+        marks["settings"],
+    )  # new ones had their default
     changed = [key for key in then if key.split(".")[0] not in FREE and then[key] != now.get(key, "unknown")]
     if changed:
         before, after = (

@@ -61,9 +61,9 @@ def supervise(job: Job, train_samples: list[Sample], taught: Path) -> None:
                 ]
                 with dump_of_nonfinite(contents, job.run, f"sft_step_{step + 1}"):
                     metrics = imitate(policy, optimizer, answered, tokens, config)
+                metrics |= usage(tokens)
                 if job.log:
-                    metrics = {"phase": "sft", "step": step + 1, **metrics, **usage(tokens)}
-                    job.log.write(metrics)
+                    job.log.write({"phase": "sft", "step": step + 1, **metrics})
             else:
                 pass_over(batch, step, job.clips)
             done = step + 1

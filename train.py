@@ -46,6 +46,7 @@ from files import read_jsonl, run_script, write_jsonl
 from grpo import group_advantages, loss_normalizer, policy_loss
 from job import Job, Stopped, describe, evaluate_split, open_run, report, save, saved_when_stopped, usage
 from logs import Log
+from marks import marks_of
 from model import (
     Completion,
     Prompt,
@@ -113,7 +114,7 @@ def main(arguments: list[str]) -> None:
     if config.on_bad_video == "error":
         check_videos(train_samples + eval_samples)
     policy = trainable(config)
-    marks = resume.marks_of(config, train_samples)
+    marks = marks_of(config, train_samples)
     run, found, progress = open_run(config, marks)
     if rank == 0:
         print(describe(config, policy, ranks, train_samples, eval_samples), end="")

@@ -103,6 +103,31 @@ def test_ranks_and_parts_change_nothing(runs, other):
     assert max((wanted[name] - start[name]).abs().max() for name in start) > 1e-4
 
 
+def test_supervised_steps(tmp_path, write_config):
+    """Three of them and one of reinforcement, whose reference they have made: the same on two ranks."""
+    sft = {"steps": 3, "learning_rate": 1e-3, "batch_size": 4}
+    lines, weights = {}, {}
+    for ranks in (1, 2):
+        run = tmp_path / f"run{ranks}"
+        config = write_config(tmp_path, sft=sft, steps=1, kl_beta=0.1, output_dir=str(run), eval_limit=2)
+        if ranks == 1:
+            train.main([config])
+        else:
+            code, _, err = finish(torchrun(2, [config], tmp_path))
+            assert code == 0, err
+        lines[ranks] = read_lines(run / "metrics.jsonl")
+        weights[ranks] = load_file(run / "checkpoint/model.safetensors")
+        assert (run / "checkpoint_sft_3/state/progress.json").is_file()
+    assert [line["phase"] for line in lines[1]] == ["eval", "sft", "sft", "sft", "grpo", "eval"]
+    assert lines[1][1]["loss"] > lines[1][3]["loss"] and lines[1][4]["kl"] == 0
+    for line, wanted in zip(lines[2], lines[1], strict=True):
+        assert line.keys() == wanted.keys()
+        for name in wanted.keys() - {"phase", *TIMED}:
+            assert line[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), name
+    for name in weights[1]:
+        torch.testing.assert_close(weights[2][name], weights[1][name], rtol=0, atol=1e-5)
+
+
 def test_a_batch_that_does_not_divide(tmp_path, write_config, monkeypatch):
     monkeypatch.setattr(train.distributed, "join", lambda: (0, 8))
     for setting, nearest in {"batch_size=100": "96 or 104", "batch_size=3": "8"}.items():

@@ -22,6 +22,7 @@ import resume
 from config import Config, ConfigError, load_config
 from data import Track, load_samples
 from files import UserError
+from marks import FREE, marks_of
 from policy import load_policy
 from resume import Progress
 
@@ -566,12 +567,12 @@ def refusal(place, write_config, changes=(), marks=None, **record):
     path = write_config(place)
     config, other = load_config(path), load_config(path, changes)
     samples = load_samples(config.dataset, config.train_annotations, config.videos)[0]
-    found = resume.Checkpoint(place / "checkpoint_5", Progress(step=5), resume.marks_of(config, samples), 1)
+    found = resume.Checkpoint(place / "checkpoint_5", Progress(step=5), marks_of(config, samples), 1)
     found = dataclasses.replace(found, **record)
     found = dataclasses.replace(found, marks=json.loads(json.dumps(found.marks)) | (marks or {}))
     others = load_samples(other.dataset, other.train_annotations, other.videos)[0]
     try:
-        resume.refuse_other(found, other, resume.marks_of(other, others))
+        resume.refuse_other(found, other, marks_of(other, others))
     except ConfigError as error:
         assert "\n" not in str(error)
         return str(error)
@@ -582,14 +583,14 @@ def test_the_same_run_goes_on(place, write_config, world, checkpoints, tmp_path)
     shutil.copytree(world, tmp_path / "world")
     shutil.copytree(checkpoints["qwen2_5_vl"], tmp_path / "model")
     free = {"steps": 9, "decode_workers": 1, "on_bad_video": "skip", "reduce_gradients": "each", "keep": 7}
-    free |= {"model": tmp_path / "model", "videos": tmp_path / "world", "eval_limit": 3, "rollout_batch": 1}
+    free |= {"model": tmp_path / "model", "videos": tmp_path / "world", "save_every": 3, "rollout_batch": 1}
     free |= {"train_annotations": tmp_path / "world/all.json", "output_dir": place, "log_to": "[wandb]"}
     assert refusal(place, write_config) is None
     for key in free:
         moved = {"videos": ["train_annotations"], "train_annotations": ["videos"]}.get(key, [])
         changes = [f"{name}={free[name]}" for name in (key, *moved)]
         assert refusal(place, write_config, changes) is None
-    assert {field.name for field in dataclasses.fields(Config)} >= resume.FREE
+    assert {field.name for field in dataclasses.fields(Config)} >= FREE
 
 
 CHANGED = {
@@ -610,7 +611,7 @@ def test_other_settings(place, write_config, change):
 
 def test_settings_of_other_versions(place, write_config):
     """One that came later had its default; one that is not known any more matters, unless it is free."""
-    marks = resume.marks_of(load_config(write_config(place)), [])["settings"]
+    marks = marks_of(load_config(write_config(place)), [])["settings"]
     for key in ("max_side", "clip_eps"):
         older = {"settings": {name: value for name, value in marks.items() if name != key}}
         said = refusal(place, write_config, marks=older)
@@ -631,7 +632,7 @@ def test_other_model_data_or_format(place, write_config, checkpoints, world, tmp
     hub = refusal(place, write_config, ["model=Qwen/Qwen2.5-VL-7B-Instruct"])
     assert "another model than Qwen/Qwen2.5-VL-7B-Instruct" in hub
     first, other = (load_config(write_config(place), [f"model=Qwen/{name}"]) for name in ("A", "B"))
-    assert resume.marks_of(first, [])["model"] != resume.marks_of(other, [])["model"]
+    assert marks_of(first, [])["model"] != marks_of(other, [])["model"]
     said = refusal(place, write_config, format=2)
     assert said.startswith(f"resume: {place}/checkpoint_5 was made by a newer version of this program; ")
     records = json.loads((world / "all.json").read_text())
@@ -648,7 +649,7 @@ def test_the_mark_of_the_data(world, write_config, place):
     first, *rest = samples
 
     def mark(*changed):
-        return resume.marks_of(config, [*changed])["data"]
+        return marks_of(config, [*changed])["data"]
 
     boxes = first.boxes.array.copy()
     boxes[-1, 2] = 0.123

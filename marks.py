@@ -1,0 +1,65 @@
+"""By what weights, runs and checkpoints are known again: by content and settings, not by names of files."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from config import Config
+from data import Sample
+
+FREE = {  # settings that may change when a run goes on: nothing that is learned depends on them
+    # where things are; what is in them is compared by marks_of
+    *("model", "train_annotations", "videos", "vidor", "output_dir", "toy"),
+    # how videos are read. on_bad_video, too: `skip` is how to go on after a run that has stopped at one
+    *("on_bad_video", "decode_workers", "decode_timeout", "frame_cache", "frame_cache_gb"),
+    # when it ends, what is watched, kept and told
+    *("steps", "eval_annotations", "eval_every", "eval_batch", "save_every"),
+    *("keep", "resume", "log_to"),
+    # how a step is split up: the same sums, but for rounding
+    *("rollout_batch", "reduce_gradients", "gradient_checkpointing", "threads"),
+}
+
+
+def weights_mark(checkpoint: str) -> str:
+    """A short mark of the weights in a checkpoint folder. A hub id is its own."""
+    folder = Path(checkpoint)
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not paths:
+        return checkpoint
+    return hashlib.sha256(repr([(path.name, _pieces(path)) for path in paths]).encode()).hexdigest()[:12]
+
+
+def _pieces(path: Path, size: int = 65536) -> str:
+    """A hash of a file's length, middle and end: enough to tell weights apart, which all change in training,
+    and done in no time. (Its date would change with a copy.)"""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        pieces = [str(length).encode()]
+        for place in (length // 2, length - size):
+            file.seek(max(0, place))
+            pieces.append(file.read(size))
+    return hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+def marks_of(config: Config, samples: list[Sample]) -> dict:
+    """What must stay the same when a run goes on: settings that are not FREE, the weights it began with, the
+    sentences and boxes it learns from; by content, for files may be moved."""
+    data = hashlib.sha256()
+    for sample in samples:
+        values = {key: value for key, value in vars(sample).items() if key not in ("video", "boxes")}
+        data.update(repr((values, sample.boxes.first)).encode())
+        data.update(sample.boxes.array.tobytes())
+    return {
+        "settings": settings_of(config),
+        "model": weights_mark(config.model),
+        "data": data.hexdigest()[:12],
+    }
+
+
+def settings_of(config: Config) -> dict:
+    """Those that are not FREE, by dotted names such as sft.steps."""
+    settings = {}
+    for key, value in dataclasses.asdict(config).items():
+        parts = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {}
+        settings |= {} if key in FREE else parts or {key: value}
+    return settings
