@@ -44,18 +44,32 @@ def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str =
         if not LOST.search(str(error)):
             raise
         _end("error: another process of this job has ended; its own message says why", first=False)
+    if RANKS > 1:
+        _leave(0)
 
 
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 # What gloo and NCCL say when the other end is gone.
 LOST = re.compile(r"gloo.*(closed|reset|refused|timed out)|Connection (closed|reset)|NCCL|ncclRemote", re.S)
 
 
-def _end(message: str, first: bool = int(os.environ.get("RANK", "0")) == 0) -> None:
+def _end(message: str, first: bool = RANK == 0) -> None:
     """Exit with a message. What is wrong with a setting all ranks find at once: the first one says it; the
     others wait to be ended by torchrun, and speak only where that does not come."""
-    if not first and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if RANKS == 1:
+        sys.exit(message)
+    if not first:
         time.sleep(3)
-    sys.exit(message)
+    print(message, file=sys.stderr)
+    _leave(1)
+
+
+def _leave(code: int) -> None:
+    """End one of several ranks without taking the interpreter down: a thread of gloo may still want it, for
+    the tensor that was exchanged last, and would abort the process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def write_whole(path: Path, content: bytes) -> None:
