@@ -40,20 +40,29 @@ def has_adapters(policy) -> bool:
     return hasattr(policy.model, "peft_config")
 
 
+def adapted_layers(model: nn.Module, targets: list[str]) -> list[nn.Linear]:
+    """The linear layers of the language model that have one of these names. Raises ModelError for a name that
+    none has."""
+    layers = {}
+    for path, layer in model.model.language_model.named_modules():
+        if isinstance(layer, nn.Linear):
+            layers.setdefault(path.rpartition(".")[2], []).append(layer)
+    for target in targets:
+        if target not in layers:
+            raise ModelError(
+                f"lora: targets: {target!r} is no linear layer of this language model; name some of"
+                f" {', '.join(sorted(layers))}"
+            )
+    return [layer for target in targets for layer in layers[target]]
+
+
 def add_adapters(policy, lora: Lora, seed: int = 0) -> None:
     """Freeze a policy and give it adapters, in place: trainable, in float32, without effect as yet, and the
     same on every rank. Raises ModelError for a target that is no linear layer of its language model."""
     peft, model = _peft(), policy.model
     if has_adapters(policy):
         raise ModelError("lora: the model has adapters already; set `model` to their base")
-    layers = model.model.language_model.named_modules()
-    known = {name.rpartition(".")[2] for name, layer in layers if isinstance(layer, nn.Linear)}
-    for target in lora.targets:
-        if target not in known:
-            raise ModelError(
-                f"lora: targets: {target!r} is no linear layer of this language model; name some of"
-                f" {', '.join(sorted(known))}"
-            )
+    adapted_layers(model, lora.targets)
     base = Path(model.name_or_path)
     settings = peft.LoraConfig(
         r=lora.rank,

@@ -12,12 +12,11 @@ import contextlib
 import datetime
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -26,6 +25,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+
+from files import UserError
 
 # For the slowest rank: its answers may be longer, its disk slower. One that died is noticed at once, by
 # torchrun and by whoever talks to it; this is for one that hangs.
@@ -98,6 +99,20 @@ def share(value: object, source: int) -> object:
     return values[0]
 
 
+def on_first(function: Callable[[], object]) -> object:
+    """What it returns, or raises of what a user can mend, on rank 0: on every rank."""
+    value = error = None
+    if join()[0] == 0:
+        try:
+            value = function()
+        except (OSError, UserError) as problem:
+            error = problem
+    value, error = share((value, error), 0)
+    if error is not None:
+        raise error
+    return value
+
+
 class Stop:
     """Within it SIGTERM and Ctrl-C only ask for an end, so that what is at hand is finished first. A second
     one is obeyed at once."""
@@ -141,7 +156,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], compute: torch.dtype) -
     _, size = join()
     if size > 1:
         mesh = init_device_mesh(torch.device(device()).type, (size,))
-        precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        # Inputs as they are: the vision tower's rotary tables are fp32 in one process, too.
+        precision = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in [*blocks, model]:
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor):  # the root's: those of the blocks are done already
@@ -180,7 +196,17 @@ def reduce_gradients(model: nn.Module, now: bool) -> None:
         model.set_requires_gradient_sync(now)
 
 
-def full_state(model: nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
-    """name -> the whole tensor, on the CPU of rank 0; {} on the others. All ranks must call it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    return get_model_state_dict(model, options=options)
+def full_state(model: nn.Module, dtype: torch.dtype, trained_only: bool = False) -> dict[str, torch.Tensor]:
+    """name -> the whole tensor, in this dtype, on rank 0; {} on the others. All ranks must call it."""
+    rank, _ = join()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if trained_only and name in frozen:
+            continue
+        tensor = tensor.detach().to(dtype)  # before it is gathered: half the memory and traffic
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if rank == 0:
+            state[name] = tensor.cpu()
+    return state

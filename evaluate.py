@@ -142,7 +142,8 @@ def decode_split(
     part = output.with_name(f"{output.stem}.rank{rank}{output.suffix}")
     if part.exists():
         write_jsonl(read_jsonl(part, "id", skip_cut=True), part)  # without the line that was cut
-    for records in decode(policy, todo[rank::ranks], clips, config, output.stem):
+    name = output.stem.removeprefix("predictions_")
+    for records in decode(policy, todo[rank::ranks], clips, config, name):
         write_jsonl([{**record, "fingerprint": fingerprint} for record in records], part, append=True)
         if stop and stop.asked:
             break

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+from adapters import SETTINGS, base_of
 from config import Config
 from data import Sample
 
@@ -21,21 +22,25 @@ FREE = {  # settings that may change when a run goes on: nothing that is learned
 
 
 def weights_mark(checkpoint: str) -> str:
-    """A short mark of the weights in a checkpoint folder. A hub id is its own."""
-    folder = Path(checkpoint)
-    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    """A short mark of the weights in a checkpoint folder, with those of the base where it holds adapters. A
+    hub id is its own."""
+    folder, base = Path(checkpoint), base_of(checkpoint)
+    paths = [path for kind in ("*.safetensors", "*.bin", SETTINGS) for path in folder.glob(kind)]
     if not paths:
         return checkpoint
-    return hashlib.sha256(repr([(path.name, _pieces(path)) for path in paths]).encode()).hexdigest()[:12]
+    pieces = [(path.name, _pieces(path)) for path in sorted(paths)]
+    pieces += [weights_mark(base)] if base != checkpoint else []
+    return hashlib.sha256(repr(pieces).encode()).hexdigest()[:12]
 
 
 def _pieces(path: Path, size: int = 65536) -> str:
-    """A hash of a file's length, middle and end: enough to tell weights apart, which all change in training,
-    and done in no time. (Its date would change with a copy.)"""
+    """A hash of a file's length and of a piece in each quarter: enough to tell weights apart, for training
+    changes them all, or at least the language model's, and done in no time. (A date would change with a
+    copy.)"""
     length = path.stat().st_size
     with path.open("rb") as file:
         pieces = [str(length).encode()]
-        for place in (length // 2, length - size):
+        for place in (length // 4, length // 2, length * 3 // 4, length - size):
             file.seek(max(0, place))
             pieces.append(file.read(size))
     return hashlib.sha256(b"".join(pieces)).hexdigest()

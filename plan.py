@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 import toy
-from adapters import base_of
+from adapters import adapted_layers, base_of
 from config import Config
 from policy import BROKEN, EXAMPLE, FAMILIES, ModelError
 from video import frame_size
@@ -197,22 +197,6 @@ def groups(model: torch.nn.Module) -> list[tuple[str, int, int]]:
         ("vision block", len(blocks), count(blocks[0])),
         ("root (embeddings, head, merger)", 1, rest),
     ]
-
-
-def adapted_sides(model: torch.nn.Module, targets: list[str]) -> tuple[int, int]:
-    """Inputs and outputs, summed over the linear layers of the language model that LoRA adapts. Its adapters
-    have rank x (inputs + outputs) parameters. Raises ModelError for a name that no layer has."""
-    named = model.model.language_model.named_modules()
-    linear = [(path.rpartition(".")[2], m) for path, m in named if isinstance(m, torch.nn.Linear)]
-    names = sorted({name for name, _ in linear})
-    for target in targets:
-        if target not in names:
-            raise ModelError(
-                f"lora: targets: {target!r} is no linear layer of this language model; name some of"
-                f" {', '.join(names)}"
-            )
-    chosen = [m for name, m in linear if name in targets]
-    return sum(m.in_features for m in chosen), sum(m.out_features for m in chosen)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -435,7 +419,8 @@ def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Len
     frozen = count(model.model.visual) if config.freeze_vision else 0
     trained, trained_layer, trained_root, trained_head = count(model) - frozen, layer, root, head
     if lora:
-        inputs, outputs = adapted_sides(model, config.lora.targets)
+        adapted = adapted_layers(model, config.lora.targets)
+        inputs, outputs = sum(x.in_features for x in adapted), sum(x.out_features for x in adapted)
         frozen, trained_root, trained_head = count(model), 0, 0
         trained = (config.lora.rank or LORA_RANK) * (inputs + outputs)
         trained_layer = trained / layers

@@ -311,44 +311,41 @@ def _embed_patches(self, hidden_states):
 def save_policy(policy: Policy, folder: Path) -> None:
     """write_policy into a folder that appears whole or not at all."""
     temporary = folder.with_name(folder.name + ".tmp")
-    state = distributed.full_state(policy.model, trained_only=has_adapters(policy))
 
-    def write() -> None:
+    def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-        try:
-            _write_files(policy, state, temporary)
-            temporary.rename(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
-    _on_first_rank(write, folder)
+    distributed.on_first(begin)
+    try:
+        write_policy(policy, temporary)
+    except ModelError:
+        distributed.on_first(begin)
+        raise
+    distributed.on_first(lambda: temporary.rename(folder))
 
 
 def write_policy(policy: Policy, folder: Path) -> None:
     """Write a checkpoint into a folder, made where it is not there: what from_pretrained reads, in the dtype
     that the policy computes in; of a policy with adapters only these, as peft reads them. Raises ModelError,
     on every rank, where it cannot be written."""
-    state = distributed.full_state(policy.model, trained_only=has_adapters(policy))
-    _on_first_rank(lambda: _write_files(policy, state, folder), folder)
+    adapted = has_adapters(policy)
+    dtype = torch.float32 if adapted else policy.compute
+    state = distributed.full_state(policy.model, dtype, trained_only=adapted)
 
-
-def _on_first_rank(write: Callable[[], None], folder: Path) -> None:
-    rank, _ = distributed.join()
-    failure = reason = None
-    if rank == 0:
+    def write() -> None:
         try:
-            write()
+            _write_files(policy, state, folder)
         except (OSError, SafetensorError) as error:
-            failure, reason = error, str(error).splitlines()[0]
-    reason = distributed.share(reason, 0)  # the others have waited here
-    if reason is not None:
-        message = f"{folder}: cannot be written ({reason}); free some space, or save elsewhere"
-        raise ModelError(message) from failure
+            reason = str(error).splitlines()[0]
+            place = str(folder).removesuffix(".tmp")  # under which it is filled
+            message = f"{place}: cannot be written ({reason}); free some space, or save elsewhere"
+            raise ModelError(message) from error
+
+    distributed.on_first(write)
 
 
 def _write_files(policy: Policy, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """state: name -> whole tensor, of the adapters or of everything; it is emptied on the way."""
+    """state: name -> whole tensor, of the adapters or of everything."""
     folder.mkdir(parents=True, exist_ok=True)
     if has_adapters(policy):
         write_adapters(policy, state, folder)
@@ -360,7 +357,7 @@ def _write_files(policy: Policy, state: dict[str, torch.Tensor], folder: Path) -
         twin.generation_config = policy.model.generation_config
         for name in twin.all_tied_weights_keys:  # FSDP2 gathers a tied tensor twice
             state.pop(name, None)
-        twin.save_pretrained(folder, state_dict={n: state.pop(n).to(policy.compute) for n in list(state)})
+        twin.save_pretrained(folder, state_dict=state)
     policy.tokenizer.save_pretrained(folder)
     for name, content in policy.preprocessors.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -88,7 +88,7 @@ def replace_best(run: Path, policy: Policy, step: int) -> None:
     """Write the model into best_STEP, and remove the one that was the best before. Raises UserError."""
     best = run / f"best_{step}"
     _write(best, functools.partial(write_policy, policy))
-    _on_first(lambda: _remove(path for path in run.glob("best_*") if path != best))
+    distributed.on_first(lambda: _remove(path for path in run.glob("best_*") if path != best))
 
 
 def prune(run: Path, keep: int, spare: Iterable[Path] = ()) -> None:
@@ -98,7 +98,7 @@ def prune(run: Path, keep: int, spare: Iterable[Path] = ()) -> None:
         numbered = [found.folder for found in _checkpoints(run)[0] if found.folder.name != "checkpoint"]
         _remove(folder for folder in numbered[:-keep] if folder not in spare)
 
-    _on_first(remove)
+    distributed.on_first(remove)
 
 
 def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
@@ -202,7 +202,7 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
         print(*damaged, sep="", end="", file=sys.stderr)
         return whole[-1] if whole else None
 
-    return _on_first(find)
+    return distributed.on_first(find)
 
 
 def _checkpoints(run: Path) -> tuple[list[Checkpoint], list[str]]:
@@ -219,20 +219,6 @@ def _checkpoints(run: Path) -> tuple[list[Checkpoint], list[str]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             damaged.append(f"{folder} is damaged and passed over ({type(error).__name__}: {error})\n")
     return sorted(whole, key=lambda found: (found.progress.sft_step, found.progress.step)), damaged
-
-
-def _on_first(function: Callable[[], object]) -> object:
-    """What it returns, or raises, on rank 0: on every rank."""
-    value = error = None
-    if distributed.join()[0] == 0:
-        try:
-            value = function()
-        except (OSError, UserError) as problem:
-            error = problem
-    value, error = distributed.share((value, error), 0)
-    if error is not None:
-        raise error
-    return value
 
 
 # ----------------------------------------------------------------------------------------------------------

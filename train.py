@@ -37,7 +37,7 @@ from tqdm import trange
 
 import distributed
 import resume
-from adapters import add_adapters, without_adapters
+from adapters import add_adapters, has_adapters, without_adapters
 from clips import Clips, open_clips
 from config import DTYPES, Config, ConfigError, load_config
 from data import Sample, check_videos
@@ -326,12 +326,15 @@ def trainable(config: Config) -> Policy:
     (all but the adapters, or the vision tower) frozen."""
     policy = load_policy(config.model, dtype="auto")
     if config.lora.rank:
-        add_adapters(policy, config.lora)
+        add_adapters(policy, config.lora, config.seed)
+    elif has_adapters(policy):
+        raise ConfigError(f"model: {config.model} holds adapters; set lora.rank, and model to their base")
     elif config.freeze_vision:
         policy.model.model.visual.requires_grad_(False)
     compute, (_, ranks) = compute_dtype(config), distributed.join()
     distributed.shard(policy.model, policy.blocks, compute)
-    return dataclasses.replace(policy, autocast=ranks == 1 and compute != torch.float32)
+    autocast = ranks == 1 and compute != torch.float32  # FSDP2 does it by itself
+    return dataclasses.replace(policy, compute=compute, autocast=autocast)
 
 
 def compute_dtype(config: Config) -> torch.dtype:

@@ -398,7 +398,7 @@ def test_adapters_on_two_ranks(checkpoints, tmp_path):
     results = on_two_ranks(lora_job, tmp_path, checkpoint)
     for dtype, values_within, gradients_within in (
         (torch.float32, 2e-5, 1e-6),
-        (torch.bfloat16, 0.15, 0.08),  # a rounding error of 0.4 % in each product; the logits are about 5
+        (torch.bfloat16, 2e-5, 5e-3),  # each rank's gradients are rounded to bf16 before they are added
     ):
         policy = adapted(load_policy(checkpoint, dtype=dtype))
         save_policy(policy, tmp_path / "one")
@@ -408,10 +408,9 @@ def test_adapters_on_two_ranks(checkpoints, tmp_path):
                 assert (tmp_path / folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
         (tmp_path / "one").rename(tmp_path / f"one {dtype}")
         prompts = make_prompts(policy)
-        if dtype == torch.float32:
-            again = load_policy(str(tmp_path / str(dtype)), dtype=dtype)  # as it will be evaluated
-            for rank, (samples, *_) in enumerate(result[dtype] for result in results):
-                assert samples == sample(again, prompts, SHARES[rank])
+        again = load_policy(str(tmp_path / str(dtype)), dtype=dtype)  # as it will be evaluated
+        for rank, (samples, *_) in enumerate(result[dtype] for result in results):
+            assert samples == sample(again, prompts, SHARES[rank])
 
         policy.autocast = dtype == torch.bfloat16  # how one process mixes adapters in fp32 with the others
         scores = learn(policy, see(policy, prompts), [0, 1], 1)
