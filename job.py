@@ -90,7 +90,7 @@ def describe(
 
 def evaluate_split(job: Job, samples: list[Sample], when: str) -> dict[str, float]:
     """Decode the held-out split, shared among the ranks, write and log the paper's row, and return it. when:
-    before | along the way | after. A second start decodes what is missing. Raises Stopped."""
+    before | step | after. A second start decodes what is missing. Raises Stopped."""
     config, run, progress, policy = job.config, job.run, job.progress, job.policy
     names = {"before": "predictions_before.jsonl", "after": "predictions.jsonl"}
     path = run / names.get(when, f"predictions_{progress.step}.jsonl")

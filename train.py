@@ -178,7 +178,7 @@ def reinforce(
     with bar, saved_when_stopped(job, optimizer):
         for step in range(begin, config.steps):
             if step and config.eval_every and step % config.eval_every == 0:
-                evaluate_split(job, eval_samples, "along the way")
+                evaluate_split(job, eval_samples, "step")
             clock.split()
             warmth = min(1, (step + 1) / max(1, config.warmup_steps))
             set_learning_rate(optimizer, config.learning_rate * warmth)

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+import evaluate
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +103,71 @@ def test_ranks_and_parts_change_nothing(runs, other):
     for name in weights:
         torch.testing.assert_close(weights[name], wanted[name], rtol=0, atol=1e-5)
     assert max((wanted[name] - start[name]).abs().max() for name in start) > 1e-4
+
+
+@pytest.mark.parametrize("setting", ["lora.rank=4", "freeze_vision=true"])
+def test_adapters_and_a_frozen_tower(tmp_path, write_config, setting, capsys):
+    """Two ranks do what one does; what was frozen has not moved; evaluate.py takes the checkpoint as any."""
+    lines, weights = {}, {}
+    for ranks in (1, 2):
+        run = tmp_path / f"run{ranks}"
+        config = write_config(tmp_path, **{**TOY, "steps": 3, "learning_rate": 1e-3, "output_dir": str(run)})
+        if ranks == 1:
+            train.main([config, setting])
+        else:
+            code, _, err = finish(torchrun(2, [config, setting], tmp_path))
+            assert code == 0, err
+        lines[ranks] = read_lines(run / "metrics.jsonl")
+        (path,) = (run / "checkpoint").glob("*.safetensors")
+        weights[ranks] = load_file(path)
+    for line, wanted in zip(lines[2], lines[1], strict=True):
+        for name in wanted.keys() - {"phase", *TIMED}:
+            assert line[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), name
+    assert lines[1][1]["kl"] == 0 < lines[1][3]["kl"]
+    for name in weights[1]:
+        torch.testing.assert_close(weights[2][name], weights[1][name], rtol=0, atol=1e-5)
+    start = load_file(ROOT / "checkpoints/toy/model.safetensors")
+    if setting == "freeze_vision=true":
+        still = {name for name in start if torch.equal(start[name], weights[1][name])}
+        assert still == {name for name in start if "visual" in name}
+    else:
+        assert path.name == "adapter_model.safetensors" and all(".lora_" in name for name in weights[1])
+        state = {name.removeprefix("model.") for name in dcp_names(run / "checkpoint/state")}
+        assert state and all(".lora_" in name for name in state)
+    capsys.readouterr()
+    evaluate.main([str(run), "--json"])
+    out, err = capsys.readouterr()
+    assert "all of them from before" in err  # the fingerprint of the checkpoint is that of the run's end
+    assert json.loads(out)["native"]["m_tIoU"] == lines[2][-1]["m_tIoU"]
+    (run / "predictions.jsonl").unlink()
+    evaluate.main([str(run), "--json"])
+    assert json.loads(capsys.readouterr().out)["native"] == json.loads(out)["native"]
+
+
+def dcp_names(state):
+    return dcp.FileSystemReader(state).read_metadata().state_dict_metadata
+
+
+def test_bf16_on_two_ranks(tmp_path, write_config):
+    """Weights are fp32 while they are trained, and bf16 in the export. Policy and reference begin as the same
+    function. One process rounds at other places (autocast), so that answers come to differ."""
+    rollouts = {}
+    for ranks in (1, 2):
+        run = tmp_path / f"run{ranks}"
+        settings = {**TOY, "steps": 1, "precision": "bf16", "output_dir": str(run)}
+        code, _, err = finish(torchrun(ranks, [write_config(tmp_path, **settings)], tmp_path))
+        assert code == 0, err
+        rollouts[ranks] = [record["completion"] for record in read_lines(run / "rollouts.jsonl")]
+        exported = load_file(run / "checkpoint/model.safetensors")
+        assert {value.dtype for value in exported.values()} == {torch.bfloat16}
+        config = json.loads((run / "checkpoint/config.json").read_text())
+        assert config["dtype"] == "bfloat16"
+        kept = dcp_names(run / "checkpoint/state")
+        assert {kept[name].properties.dtype for name in kept if "step" not in name} == {torch.float32}
+        metrics = read_lines(run / "metrics.jsonl")[1]
+        assert metrics["kl"] == 0 and metrics["ratio_max"] == 1
+    same = sum(map(str.__eq__, rollouts[1], rollouts[2]))
+    assert len(rollouts[1]) > same >= len(rollouts[1]) / 2
 
 
 def test_supervised_steps(tmp_path, write_config):
