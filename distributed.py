@@ -44,7 +44,10 @@ def join() -> tuple[int, int]:
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        # Under a name of its own for each start: torchrun --max-restarts keeps the addresses of dead ranks.
+        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
     return rank, size
 
 

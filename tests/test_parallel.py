@@ -26,13 +26,13 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def torchrun(ranks, arguments, cwd, **environment):
+def torchrun(ranks, arguments, cwd, *options):
     """train.py by torchrun, as a process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
-        [*command, str(ROOT / "train.py"), *arguments],
+        [*command, *options, str(ROOT / "train.py"), *arguments],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -342,14 +342,48 @@ def test_a_signal_in_an_evaluation(tmp_path, write_config):
     assert len(read_lines(run / "predictions_before.jsonl")) == 6 and not Path(f"{run}.1").exists()
 
 
+def kill_second_rank(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+
+
 def test_a_dead_rank_ends_the_job(tmp_path, write_config):
     path, run = write_config(tmp_path, **{**TOY, "steps": 500}), tmp_path / "run"
     process = torchrun(2, [path], tmp_path)
     wait_until(lambda: logged(run) >= 2, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
+    kill_second_rank(process)
     code, _, err = finish(process, timeout=60)
     assert code != 0 and "Signal 9 (SIGKILL)" in err
+
+
+def test_torchrun_starts_again_by_itself(tmp_path, write_config):
+    path, run = write_config(tmp_path, **TOY, save_every=1), tmp_path / "run"
+    process = torchrun(2, [path, "resume=auto"], tmp_path, "--max-restarts=1")
+    wait_until((run / "checkpoint_2").exists, process)
+    kill_second_rank(process)
+    code, out, _ = finish(process)
+    assert code == 0 and "going on from" in out
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 5]
+
+
+def test_an_error_of_one_rank(tmp_path, write_config, world):
+    """A video that only the second rank reads: the job ends with its name, said once."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for path in world.iterdir():
+        (videos / path.name).write_bytes(path.read_bytes())
+    path = write_config(tmp_path, **{**TOY, "batch_size": 2, "videos": str(videos), "eval_limit": 1})
+    config = train.load_config(path)
+    samples = train.load_split(config, config.train_annotations)[0]
+    bad = next(
+        s.id for n in range(5) for s in train.batch_of(samples, 2, n, config.seed)[1:] if s.id != "0.y4m"
+    )
+    (videos / bad).write_bytes(b"no video")
+    code, _, err = finish(torchrun(2, [path], tmp_path))
+    (message,) = re.findall(r"^error: .*", err, re.M)
+    assert code != 0 and message.startswith(
+        f"error: {videos}/{bad}: 8 bytes that cannot be opened as a video"
+    )
 
 
 def test_weights_that_explode(tmp_path, write_config):
