@@ -59,8 +59,10 @@ def open_run(config: Config, marks: dict) -> tuple[Path, Path | None, Progress]:
         begun = config.resume == "auto" and there and settings_of(load_config(run / "config.yaml"))
         if found or begun == marks["settings"]:
             resume.cut_back(run, progress)
-            if found and found.folder.name == "checkpoint" and progress.step < config.steps:  # more steps now
-                (run / "predictions.jsonl").replace(run / f"predictions_{progress.step}.jsonl")
+            answers = run / "predictions.jsonl"
+            ended = found and found.folder.name == "checkpoint"
+            if ended and progress.step < config.steps and answers.exists():  # it gets more steps now
+                answers.replace(run / f"predictions_{progress.step}.jsonl")
             save_config(config, run / "config.yaml")
         else:
             logs.start_run(config)
@@ -131,6 +133,12 @@ def save(job: Job, optimizer: torch.optim.Optimizer, name: str) -> None:
     resume.save(job.run / name, job.policy, optimizer, job.progress, job.marks)
     taught = f"checkpoint_sft_{job.config.sft.steps}"  # the reference, to which a later start must come back
     resume.prune(job.run, job.config.keep, spare=[job.run / taught])
+
+
+def standing(progress: Progress) -> str:
+    if progress.sft_step and not progress.step:
+        return f"step {progress.sft_step} of the supervised phase"
+    return f"step {progress.step}"
 
 
 @contextlib.contextmanager

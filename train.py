@@ -44,7 +44,18 @@ from data import Sample, check_videos
 from evaluate import answer_record, load_split
 from files import read_jsonl, run_script, write_jsonl
 from grpo import group_advantages, loss_normalizer, policy_loss
-from job import Job, Stopped, describe, evaluate_split, open_run, report, save, saved_when_stopped, usage
+from job import (
+    Job,
+    Stopped,
+    describe,
+    evaluate_split,
+    open_run,
+    report,
+    save,
+    saved_when_stopped,
+    standing,
+    usage,
+)
 from logs import Log
 from marks import marks_of
 from model import (
@@ -129,7 +140,7 @@ def main(arguments: list[str]) -> None:
             before, after = learn(job, train_samples, eval_samples)
         except Stopped:
             if rank == 0:
-                print(f"stopped after step {job.progress.step}; go on with: the same command and resume=auto")
+                print(f"stopped after {standing(job.progress)}; go on with: the same command and resume=auto")
         else:
             if rank == 0:
                 report(run, before, after, time.time() - started)
