@@ -45,7 +45,7 @@ def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str =
             raise
         _end("error: another process of this job has ended; its own message says why", first=False)
     if RANKS > 1:
-        _leave(0)
+        leave_process(0)
 
 
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -61,10 +61,10 @@ def _end(message: str, first: bool = RANK == 0) -> None:
     if not first:
         time.sleep(3)
     print(message, file=sys.stderr)
-    _leave(1)
+    leave_process(1)
 
 
-def _leave(code: int) -> None:
+def leave_process(code: int) -> None:
     """End one of several ranks without taking the interpreter down: a thread of gloo may still want it, for
     the tensor that was exchanged last, and would abort the process."""
     sys.stdout.flush()

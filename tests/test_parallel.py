@@ -210,8 +210,9 @@ def test_a_batch_that_does_not_divide(tmp_path, write_config, monkeypatch):
 
 
 def test_answers_of_unequal_length(tmp_path):
-    """One rank samples 3 tokens an answer and the other 200, then both take a step together: nobody hangs,
-    and both leave with the same gradient norm. (That the answers are right: the runs above.)"""
+    """One rank samples 3 tokens an answer and the other 200, without a word between them; then both take a
+    step together and come to the same gradient norm. (That it is the right one: the runs above.) Of its three
+    backward passes the last alone exchanges gradients, once for each group of weights, or each of them."""
     script = tmp_path / "unequal.py"
     script.write_text(UNEQUAL.format(root=str(ROOT), model=str(ROOT / "checkpoints/toy")))
     command = [
@@ -225,19 +226,35 @@ def test_answers_of_unequal_length(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
-    norms = sorted(re.findall(r"rank (\d): up to (\d+) tokens, norm (\S+)", done.stdout))
-    assert [(rank, length) for rank, length, _ in norms] == [("0", "3"), ("1", "200")]
-    assert norms[0][2] == norms[1][2] and float(norms[0][2]) > 0
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    first, second = sorted(said, key=lambda record: record["rank"])
+    assert (first["tokens"], second["tokens"]) == (3, 200)
+    groups = 3 + 2 + 1  # decoder layers, vision blocks, the rest
+    for record in said:
+        assert record["sampling"] == 0
+        assert record["gradients"] == {"last": [0, 0, groups], "each": [groups] * 3}
+    assert first["norm"] == second["norm"] > 0
 
 
 UNEQUAL = """
-import sys
-sys.path[:0] = ["{root}", "{root}/tests"]
-import torch, distributed
+import json, sys
+sys.path[:0] = ["{root}"]
+import torch, distributed, files
+from torch.utils._python_dispatch import TorchDispatchMode
 from model import completion_logprobs, encode_prompt, pack_completions, rollout
 from policy import load_policy
 from steps import backward
 from config import Config
+
+class Heard(TorchDispatchMode):
+    "What is said to the other rank."
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if "c10d" in str(function):
+            self.names.append(str(function))
+        return function(*arguments, **(keywords or {{}}))
 
 torch.set_num_threads(1)
 rank, _ = distributed.join()
@@ -246,15 +263,27 @@ policy.eos_ids = []  # nothing ends an answer but its length
 distributed.shard(policy.model, policy.blocks, torch.float32)
 frames = torch.full((4, 56, 56, 3), 60 * rank, dtype=torch.uint8)
 prompt = encode_prompt(policy, frames, "Where is the red circle?", (1000, 1000), 2.0)
-length = (3, 200)[rank]
 with distributed.whole(policy.model):
-    (group,) = rollout(policy, [prompt], 2, length, 1.0, [(rank,)])
+    with Heard() as heard:
+        (group,) = rollout(policy, [prompt], 2, (3, 200)[rank], 1.0, [(rank,)])
+record = {{"rank": rank, "tokens": len(group[0].ids), "sampling": len(heard.names)}}
 policy.model.train()
-logprobs = completion_logprobs(policy, pack_completions(policy, [prompt], [[c.ids for c in group]]), 1.0)
-backward(-logprobs.mean(), policy, True, Config())
-norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).full_tensor()
-print(f"rank {{rank}}: up to {{max(len(c.ids) for c in group)}} tokens, norm {{norm:.9f}}", flush=True)
+batch = pack_completions(policy, [prompt], [[c.ids for c in group]])
+record["gradients"] = {{}}
+for way in ("last", "each"):
+    counts = []
+    for part in range(3):
+        with Heard() as heard:
+            loss = -completion_logprobs(policy, batch, 1.0).mean() / 3
+            backward(loss, policy, part == 2, Config(reduce_gradients=way))
+        counts.append(sum("reduce_scatter" in name for name in heard.names))
+    record["gradients"][way] = counts
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1e9).full_tensor()
+    record["norm"] = float(norm)
+    policy.model.zero_grad()
+print(json.dumps(record), flush=True)
 distributed.leave()
+files.leave_process(0)
 """
 
 
