@@ -43,14 +43,15 @@ def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str =
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
-        _end("error: another process of this job has ended; its own message says why", first=False)
+        reason = str(error).splitlines()[0]
+        _end(f"error: rank {RANK} has lost another one, whose own message says why ({reason})", first=False)
     if RANKS > 1:
         leave_process(0)
 
 
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 # What gloo and NCCL say when the other end is gone.
-LOST = re.compile(r"gloo.*(closed|reset|refused|timed out)|Connection (closed|reset)|NCCL|ncclRemote", re.S)
+LOST = re.compile(r"gloo.*(closed|reset|refused|timed out)|Connection (closed|reset)|ncclRemoteError", re.S)
 
 
 def _end(message: str, first: bool = RANK == 0) -> None:

@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import distributed
 import logs
 import resume
 from clips import Clips
-from config import Config, load_config, save_config
+from config import Config, ConfigError, load_config, save_config
 from data import Sample
 from evaluate import coordinates_note, decode_split, fingerprint_of, score_predictions
 from files import read_jsonl
@@ -43,21 +46,29 @@ class Stopped(Exception):
     """A signal has asked for an end, and all ranks agree."""
 
 
-def open_run(config: Config, marks: dict) -> tuple[Path, Path | None, Progress]:
+@contextlib.contextmanager
+def open_run(config: Config, marks: dict) -> Iterator[tuple[Path, Path | None, Progress]]:
     """output_dir, new or, with resume: auto, as it was when its last whole checkpoint was written; that
-    checkpoint, if there is one; where the run stands. Raises ConfigError where another run stands there."""
+    checkpoint, if there is one; where the run stands. Within it no other process can open it. Raises
+    ConfigError, and changes nothing, where another run stands or works there."""
     run, (rank, _) = Path(config.output_dir), distributed.join()
     found, progress = None, Progress()
     there = distributed.share((run / "config.yaml").is_file(), 0)  # the first rank may soon make it
-    if config.resume == "auto" and there:
+    again = config.resume == "auto" and there
+    if again:
         found = resume.last_checkpoint(run)
     if found:
         resume.refuse_other(found, config, marks)
         progress = found.progress
+    elif again:  # it ended before its first checkpoint, and begins again in its place; or it is another run
+        again = settings_of(load_config(run / "config.yaml")) == marks["settings"]
+
+    lock = None
     if rank == 0:
-        # A run that ended before its first checkpoint begins again in its place.
-        begun = config.resume == "auto" and there and settings_of(load_config(run / "config.yaml"))
-        if found or begun == marks["settings"]:
+        if there:
+            lock = locked(run)
+        if again:
+            resume.tidy(run)
             resume.cut_back(run, progress)
             answers = run / "predictions.jsonl"
             ended = found and found.folder.name == "checkpoint"
@@ -66,8 +77,25 @@ def open_run(config: Config, marks: dict) -> tuple[Path, Path | None, Progress]:
             save_config(config, run / "config.yaml")
         else:
             logs.start_run(config)
+            lock = locked(run)
     distributed.wait()
-    return run, found and found.folder, progress
+    try:
+        yield run, found and found.folder.with_suffix(""), progress  # tidy has taken NAME.old back
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def locked(run: Path) -> int:
+    """A hold on a run's folder, which ends with this process or os.close. Raises ConfigError where another
+    process has it."""
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ConfigError(f"output_dir: a run is at work in {run}; wait for it, or choose another") from None
+    return folder
 
 
 def describe(

@@ -171,7 +171,10 @@ def draw_pictures(run: Path) -> str:
         return f"for pictures: pip install -r requirements-dev.txt && python visualize.py {run}"
     import visualize
 
-    return "pictures: " + ", ".join(str(path) for path in visualize.draw_run(run))
+    try:
+        return "pictures: " + ", ".join(str(path) for path in visualize.draw_run(run))
+    except OSError as error:  # such as a full disk; all else is done
+        return f"no pictures: {error.filename}: {error.strerror}"
 
 
 def send_answers(log: Log, predictions: str, step: int) -> None:

@@ -48,7 +48,7 @@ def _pieces(path: Path, size: int = 65536) -> str:
 
 def marks_of(config: Config, samples: list[Sample]) -> dict:
     """What must stay the same when a run goes on: settings that are not FREE, the weights it began with, the
-    sentences and boxes it learns from; by content, for files may be moved."""
+    sentences and boxes (of both splits: samples); by content, for files may be moved."""
     data = hashlib.sha256()
     for sample in samples:
         values = {key: value for key, value in vars(sample).items() if key not in ("video", "boxes")}

@@ -493,7 +493,8 @@ NOTES = (
     "train, rollout: the peaks. They can be less than the sums: activations, logits, and the buffers of",
     "weights in use (with their gradients) are at their largest at different times; KV is of rollouts only.",
     f"fits: the larger peak is at most {USABLE:.0%} of the GPU; the rest is for fragmentation, CUDA, NCCL.",
-    "Assumed: every answer runs to max_new_tokens, the worst case. Nothing was measured on a GPU.",
+    "GPUs: numbers that divide batch_size. Assumed: every answer runs to max_new_tokens, the worst case.",
+    "Nothing was measured on a GPU.",
 )
 
 

@@ -77,7 +77,8 @@ def save(
             logs = [folder.parent / name for name in LOGS]
             positions = {path.name: path.stat().st_size for path in logs if path.exists()}
             progress_now = dataclasses.asdict(dataclasses.replace(progress, positions=positions))
-            files = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
+            paths = sorted([*place.iterdir(), *temporary.glob("*.safetensors")])
+            files = {str(path.relative_to(temporary)): path.stat().st_size for path in paths}
             record = {"format": FORMAT, "progress": progress_now, "marks": marks, "files": files}
             write_whole(place / "progress.json", json.dumps(record, indent=2).encode())
 
@@ -147,7 +148,7 @@ def _write(folder: Path, *parts: Callable[[Path], None]) -> None:
         if rank == 0:
             if folder.exists():
                 shutil.rmtree(old, ignore_errors=True)
-                folder.rename(old)  # if it ends here, last_checkpoint takes this back
+                folder.rename(old)  # if it ends here, tidy takes this back
             temporary.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -177,7 +178,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _remove(folders: Iterable[Path]) -> None:
-    """What is half removed must not look whole; last_checkpoint removes the rest."""
+    """What is half removed must not look whole; tidy removes the rest."""
     for folder in [folder for folder in folders if not LEFTOVER.fullmatch(folder.name)]:
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -189,31 +190,34 @@ def _remove(folders: Iterable[Path]) -> None:
 
 
 def last_checkpoint(run: Path) -> Checkpoint | None:
-    """The one that is furthest on among those that are whole; the others get a line on stderr. What a killed
-    run left half done is mended or removed."""
+    """The one that is furthest on among those that are whole; the others get a line on stderr. Nothing is
+    changed. Raises UserError where there are some, but none is whole."""
 
     def find() -> Checkpoint | None:
-        for path in [path for path in run.glob("*") if LEFTOVER.fullmatch(path.name)]:
-            if path.suffix == ".old" and not path.with_suffix("").exists():
-                path.rename(path.with_suffix(""))
-            else:
-                shutil.rmtree(path, ignore_errors=True)
         whole, damaged = _checkpoints(run)
         print(*damaged, sep="", end="", file=sys.stderr)
+        if damaged and not whole:
+            raise UserError(
+                f"resume: no checkpoint in {run} is whole; put one back, or set another output_dir"
+            )
         return whole[-1] if whole else None
 
     return distributed.on_first(find)
 
 
 def _checkpoints(run: Path) -> tuple[list[Checkpoint], list[str]]:
-    """Those that are whole, the furthest last, and a line for each of the others."""
+    """Those that are whole, the furthest last, and a line for each of the others. A NAME.old counts where
+    there is no NAME."""
+    named = [path for path in run.glob("checkpoint*") if CHECKPOINT.fullmatch(path.name.removesuffix(".old"))]
     whole, damaged = [], []
-    for folder in sorted(path for path in run.glob("checkpoint*") if CHECKPOINT.fullmatch(path.name)):
+    for folder in sorted(named):
+        if folder.suffix == ".old" and folder.with_suffix("").exists():
+            continue
         try:
             record = json.loads((folder / "state/progress.json").read_text(encoding="utf-8"))
             for name, size in record["files"].items():
-                if (folder / "state" / name).stat().st_size != size:
-                    raise ValueError(f"state/{name} is not {size} bytes long")
+                if (folder / name).stat().st_size != size:
+                    raise ValueError(f"{name} is not {size} bytes long")
             progress = Progress(**{f.name: record["progress"][f.name] for f in dataclasses.fields(Progress)})
             whole.append(Checkpoint(folder, progress, record["marks"], record["format"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -249,6 +253,15 @@ def _read(folder: Path, state: dict[str, dict]) -> None:
             dcp.load(state, checkpoint_id=folder / "state")
     except CheckpointException as error:
         raise UserError(f"{folder}: cannot be read ({_reason(error)}); remove it, and start again") from None
+
+
+def tidy(run: Path) -> None:
+    """Mend or remove what a killed run has left half done; for the first rank alone."""
+    for path in [path for path in run.glob("*") if LEFTOVER.fullmatch(path.name)]:
+        if path.suffix == ".old" and not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def cut_back(run: Path, progress: Progress) -> None:
@@ -289,4 +302,7 @@ def refuse_other(found: Checkpoint, config: Config, marks: dict) -> None:
     if found.marks["model"] != marks["model"]:
         raise ConfigError(f"{where} from another model than {config.model} is now{again}")
     if found.marks["data"] != marks["data"]:
-        raise ConfigError(f"{where} with other sentences or boxes than in {config.train_annotations}{again}")
+        files = f"{config.train_annotations} and {config.eval_annotations}"
+        raise ConfigError(f"{where} with other sentences or boxes than are in {files} now{again}")
+    if found.progress.step > config.steps:
+        raise ConfigError(f"{where} after {found.progress.step} steps; steps: {config.steps} cannot be fewer")

@@ -125,13 +125,13 @@ def main(arguments: list[str]) -> None:
     if config.on_bad_video == "error":
         check_videos(train_samples + eval_samples)
     policy = trainable(config)
-    marks = marks_of(config, train_samples)
-    run, found, progress = open_run(config, marks)
-    if rank == 0:
-        print(describe(config, policy, ranks, train_samples, eval_samples), end="")
-        if found:
-            print(f"going on from {found}")
+    marks = marks_of(config, train_samples + eval_samples)
     with contextlib.ExitStack() as stack:
+        run, found, progress = stack.enter_context(open_run(config, marks))
+        if rank == 0:
+            print(describe(config, policy, ranks, train_samples, eval_samples), end="")
+            if found:
+                print(f"going on from {found}")
         clips = stack.enter_context(contextlib.closing(open_clips(config, policy.size_factor)))
         log = stack.enter_context(contextlib.closing(Log(run, config))) if rank == 0 else None
         stop = stack.enter_context(distributed.Stop())
