@@ -18,15 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from config import Lora
-from files import UserError
+from files import ModelError
 
 PEFT = "peft==0.21.2"
 NAME = "default"  # of the adapters in peft, where a model may have several sets of them
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-class ModelError(UserError):
-    """A checkpoint that cannot serve as the policy; the message names the folder and the remedy."""
 
 
 def _peft() -> types.ModuleType:
@@ -34,6 +30,12 @@ def _peft() -> types.ModuleType:
         return importlib.import_module("peft")
     except ImportError:
         raise ModelError(f"LoRA needs the package peft: pip install {PEFT}") from None
+
+
+def check_peft(lora: Lora) -> None:
+    """Raises ModelError where adapters are asked for, and peft is not there."""
+    if lora.rank:
+        _peft()
 
 
 def has_adapters(policy) -> bool:
@@ -68,7 +70,7 @@ def add_adapters(policy, lora: Lora, seed: int = 0) -> None:
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(lora.targets),
-        exclude_modules=r"(.*\.)?visual(\..*)?",  # of Qwen2.5-VL has layers of the same names
+        exclude_modules=r"(.*\.)?visual(\..*)?",  # Qwen2.5-VL's has layers of the same names
         base_model_name_or_path=str(base.resolve()) if base.exists() else model.name_or_path,
     )
     with torch.random.fork_rng(devices=[]):

@@ -34,9 +34,9 @@ from data import (
     load_samples,
     missing_videos,
 )
-from files import few
+from files import ModelError, few
 from metrics import PROTOCOLS, format_table, grid_ceiling
-from policy import ModelError, load_tokenizer
+from policy import load_tokenizer
 from prompts import build_prompt, format_answer, truth_answer
 from video import VideoError, check_header, frame_size, probe
 

@@ -212,6 +212,11 @@ def _typed(key: str, value, kind: type, where: str):
     if kind is str and value is None:
         return ""
     if type(value) is not kind:
+        if key in CHOICES:
+            raise ConfigError(f"{where}: {key}: {value!r} is not one of {', '.join(CHOICES[key])}")
+        if kind in (Sft, Lora):
+            example = dataclasses.fields(kind)[0].name
+            raise ConfigError(f"{where}: {key}: {value!r} has parts; write {key}.{example}=..., for example")
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise ConfigError(f"{where}: {key}: {value!r} must be {names.get(kind, 'key: value lines')}")
     return value

@@ -1,11 +1,10 @@
 """Ranks: the processes that `torchrun --nproc_per_node=N` starts, and a model that is shared out among them.
 
-Without torchrun there is one rank, 0, and nothing here does anything: a world of one trains the plain module.
-
-With more, each decoder layer, each vision block, and what is left over (the root: embeddings and head) is a
-group of FSDP2 (`fully_shard`): every rank keeps its part of the group's fp32 weights, gradients and Adam
-states, and the whole group exists, in the compute dtype, only while it computes. A sharded model may only be
-entered by its forward or by `policy.Policy.run`, which gather the root; sampling gathers everything once.
+Without torchrun there is one rank, 0. In fp32 it trains the plain module. In bf16, or with more ranks, each
+decoder layer, each vision block, and what is left over (the root: embeddings and head) is a group of
+FSDP2 (`fully_shard`): every rank keeps its part of the group's fp32 weights, gradients and Adam states;
+the whole group exists, in the compute dtype, only while it computes. A sharded model may only be entered by
+its forward or by `policy.Policy.run`, which gather the root; sampling gathers everything once.
 """
 
 import contextlib
@@ -41,14 +40,17 @@ def join() -> tuple[int, int]:
     """Meet the other processes. Returns this one's rank and their number."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(device())
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # Under a name of its own for each start: torchrun --max-restarts keeps the addresses of dead ranks.
         store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
+        _meet(dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, size)
     return rank, size
+
+
+def _meet(store: dist.Store, rank: int, size: int) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
 
 
 def wait() -> None:
@@ -148,29 +150,38 @@ class Stop:
 # Sharding
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], compute: torch.dtype) -> None:
+def place(model: nn.Module, compute: torch.dtype) -> None:
     """Move a model to this rank's device, in place: parameters that are trained in fp32, others in the dtype
-    `compute`; where there are more ranks, only this rank's part of them. blocks: its layers, each a group of
-    FSDP2, which compute in `compute`.
+    `compute`."""
+    _convert(model, compute)
+    model.to(device())
+
+
+def _convert(module: nn.Module, compute: torch.dtype) -> None:
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor):  # those of blocks that are sharded already
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute)
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], compute: torch.dtype) -> None:
+    """As place, but each rank has a part only, and everything computes in `compute`. blocks: the model's
+    layers, each a group of FSDP2. From then on the model is entered by model(...), or by Policy.run, which
+    calls model.run (policy._run), which is registered here as another forward: both gather the root first.
 
     A group is converted, moved and cut before the next one is touched, so that a checkpoint that is mapped
     from its files takes the memory of one group, and never all of it on each rank.
     """
     _, size = join()
-    if size > 1:
-        mesh = init_device_mesh(torch.device(device()).type, (size,))
-        # Inputs as they are: the vision tower's rotary tables are fp32 in one process, too.
-        precision = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if not dist.is_initialized():
+        _meet(dist.HashStore(), 0, 1)  # a world of one
+    mesh = init_device_mesh(torch.device(device()).type, (size,))
+    # Inputs as they are: the vision tower's rotary tables are fp32 in the plain module, too.
+    precision = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in [*blocks, model]:
-        for parameter in module.parameters():
-            if not isinstance(parameter, DTensor):  # the root's: those of the blocks are done already
-                parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute)
-        if size == 1:
-            module.to(device())
-        else:  # not resharded, the root would be kept after its forward, and be stale after the step
-            fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    if size > 1:
-        register_fsdp_forward_method(model, "run")
+        _convert(module, compute)
+        # Not resharded, the root would be kept after its forward, and be stale after the step.
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    register_fsdp_forward_method(model, "run")
 
 
 def is_sharded(model: nn.Module) -> bool:

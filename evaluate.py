@@ -57,8 +57,9 @@ def decode(
     which the first rank shows.
     A sample whose video cannot be read (on_bad_video: skip) gets an empty answer, which is a failure.
     """
-    rank, _ = distributed.join()
-    with tqdm(total=len(samples), desc=f"evaluate {name}", unit="answer", disable=rank > 0) as bar:
+    rank, ranks = distributed.join()
+    where = f" (rank 0 of {ranks})" if ranks > 1 else ""
+    with tqdm(total=len(samples), desc=f"evaluate {name}{where}", unit="answer", disable=rank > 0) as bar:
         for first in range(0, len(samples), config.eval_batch):
             part = samples[first : first + config.eval_batch]
             ahead = first + 2 * config.eval_batch + config.decode_workers
@@ -389,7 +390,7 @@ def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, 
         path, config = Path(places[0]).resolve(), load_config(places[1], settings)
         name = path.name
         if (path.parent / "config.yaml").is_file():
-            name = path.parent.name + path.name.removeprefix("checkpoint")
+            name = f"{path.parent.name}_{path.name}".replace("_checkpoint", "")
         return places[0], Path(f"{Path(config.output_dir)}_{name}") / "predictions.jsonl", config
     folder = Path(places[0])  # not output_dir: a run may have been moved
     checkpoint = folder / "checkpoint"

@@ -24,6 +24,10 @@ class DataError(UserError):
     """Annotations that cannot be used; the message names the file, the record, the value and the remedy."""
 
 
+class ModelError(UserError):
+    """A checkpoint that cannot serve as the policy; the message names the folder and the remedy."""
+
+
 def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str = "stopped") -> None:
     """Run a script's main function; what a user can mend ends it with one line on stderr and exit code 1.
 
@@ -56,7 +60,7 @@ LOST = re.compile(r"gloo.*(closed|reset|refused|timed out)|Connection (closed|re
 
 def _end(message: str, first: bool = RANK == 0) -> None:
     """Exit with a message. What is wrong with a setting all ranks find at once: the first one says it; the
-    others wait to be ended by torchrun, and speak only where that does not come."""
+    others wait to be ended by torchrun, and print only if that does not happen."""
     if RANKS == 1:
         sys.exit(message)
     if not first:

@@ -37,7 +37,7 @@ class Job:
     clips: Clips
     log: Log | None  # of the first rank
     stop: distributed.Stop
-    marks: dict  # by which a checkpoint knows its run
+    marks: dict  # what identifies the run (marks.py)
     found: Path | None  # the checkpoint that it goes on from
     progress: Progress
 
@@ -141,6 +141,8 @@ def evaluate_split(job: Job, samples: list[Sample], when: str) -> dict[str, floa
         best = {"step": progress.step, "m_vIoU": scores["m_vIoU"]}
         job.progress = dataclasses.replace(progress, best=best)
         resume.replace_best(run, policy, progress.step)
+        if when == "after":
+            resume.note_best(run / "checkpoint", best)
     return scores
 
 
@@ -171,10 +173,10 @@ def standing(progress: Progress) -> str:
 
 @contextlib.contextmanager
 def saved_when_stopped(job: Job, optimizer: torch.optim.Optimizer):
-    """Where the run is stopped in it, a checkpoint is there from which it goes on."""
+    """Where the run is stopped in it, or comes to what is not finite, a checkpoint is there from before."""
     try:
         yield
-    except Stopped:
+    except (Stopped, FloatingPointError):
         phase = f"sft_{job.progress.sft_step}" if not job.progress.step else str(job.progress.step)
         save(job, optimizer, f"checkpoint_{phase}")
         raise

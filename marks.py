@@ -1,4 +1,4 @@
-"""By what weights, runs and checkpoints are known again: by content and settings, not by names of files."""
+"""How weights, runs and checkpoints are recognised: by content and settings, not by the names of files."""
 
 import dataclasses
 import hashlib

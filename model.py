@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from data import Sample
-from policy import VIDEO_BLOCK, ModelError, Policy, render_chat
+from files import ModelError
+from policy import VIDEO_BLOCK, Policy, render_chat
 from prompts import TextFormat, build_prompt
 
 # ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from transformers import AutoConfig, PreTrainedConfig
 import toy
 from adapters import adapted_layers, base_of
 from config import Config
-from policy import BROKEN, EXAMPLE, FAMILIES, ModelError
+from files import ModelError
+from policy import BROKEN, EXAMPLE, FAMILIES
 from video import frame_size
 
 MIB, GIB = 2**20, 2**30
@@ -263,21 +264,20 @@ class Tower:
     rms: bool  # its norms are RMSNorm, computed in fp32
     qk_norm: bool  # queries and keys are normalised, too
     compute: int  # bytes of a number in the matrix products
-    stream: int  # bytes of a number in the hidden states between the layers: under autocast 4, not 2
     frozen: bool  # there are adapters; the weights themselves need no gradient
 
     def norm(self) -> int:
         """Kept by a norm for each token: its input in fp32; for the gradient of its weight the normalised
         input; its output for that of what follows."""
-        weight = 0 if self.frozen else self.stream
-        return self.H * (4 + weight + self.compute if self.rms else self.stream + self.compute)
+        weight = 0 if self.frozen else self.compute
+        return self.H * (4 + weight + self.compute if self.rms else 2 * self.compute)
 
     def mlp(self) -> int:
         """For each token: gate, its activation, up, their product; or up and its activation."""
         return (4 if self.gated else 2) * self.F * self.compute
 
 
-def towers(model: torch.nn.Module, compute: int, stream: int, frozen: bool = False) -> tuple[Tower, Tower]:
+def towers(model: torch.nn.Module, compute: int, frozen: bool = False) -> tuple[Tower, Tower]:
     """The language model and the vision tower."""
     text, layer = model.config.text_config, model.model.language_model.layers[0]
     block, heads = model.model.visual.blocks[0], model.config.vision_config.num_heads
@@ -289,8 +289,8 @@ def towers(model: torch.nn.Module, compute: int, stream: int, frozen: bool = Fal
     sizes = (text.num_hidden_layers, text.hidden_size, A, K, d, text.intermediate_size)
     blocks = (len(model.model.visual.blocks), width, heads, heads, width // heads, inner)
     return (
-        Tower(*sizes, True, True, qk_norm, compute, stream, frozen),
-        Tower(*blocks, gated, rms, False, compute, stream, frozen),
+        Tower(*sizes, True, True, qk_norm, compute, frozen),
+        Tower(*blocks, gated, rms, False, compute, frozen),
     )
 
 
@@ -317,20 +317,20 @@ def block_kept(t: Tower, patches: int) -> int:
 def layer_backward(t: Tower) -> int:
     """What the backward pass through a layer adds for each token at most: in the MLP, where gradients of its
     three inner tensors are there but their product is not any more; the gradients of input and output."""
-    return 2 * t.F * t.compute + 2 * t.H * t.stream
+    return 2 * t.F * t.compute + 2 * t.H * t.compute
 
 
 def layer_forward(t: Tower, tokens: int) -> int:
     """What a pass without gradients or mask through one layer takes: hidden states before and after the norm;
     in attention q, k, v, the latter two also for all heads, and the output; in the MLP three tensors."""
     attention = (4 * t.A + 2 * t.K) * t.d * t.compute
-    return tokens * (t.H * (t.stream + t.compute) + max(attention, 3 * t.F * t.compute))
+    return tokens * (2 * t.H * t.compute + max(attention, 3 * t.F * t.compute))
 
 
 def block_forward(t: Tower, patches: int) -> int:
     """The same of a vision block: rotary positions are applied in fp32, and take most."""
     attention = t.H * (3 * t.compute + 6 * 4)  # q, k, v together; q and k in fp32, and four terms of them
-    return patches * (t.H * (t.stream + t.compute) + max(attention, 3 * t.F * t.compute))
+    return patches * (2 * t.H * t.compute + max(attention, 3 * t.F * t.compute))
 
 
 CHUNK = 1024  # tokens whose logits exist at once: the default of model.completion_logprobs
@@ -350,7 +350,7 @@ def sampled_logits(vocabulary: int, rows: int) -> int:
 def cache_bytes(t: Tower, n: Lengths) -> int:
     """Keys and values of all answers in full length. Rotary positions leave keys in the dtype of the hidden
     states."""
-    return t.layers * t.K * t.d * (t.stream + t.compute) * n.rows * n.answers * (n.prompt + n.completion)
+    return t.layers * t.K * t.d * 2 * t.compute * n.rows * n.answers * (n.prompt + n.completion)
 
 
 def step_activations(
@@ -364,7 +364,7 @@ def step_activations(
     tokens, patches, mask = n.rows * n.row, n.rows * n.patches, n.rows * n.row**2
     of_layer = layer_kept(text, tokens, mask) + tokens * text.compute * own
     # The boolean mask; the final norm; rotary positions; the states that answers are scored from.
-    kept = mask + tokens * (text.norm() + 2 * text.d * text.stream)
+    kept = mask + tokens * (text.norm() + 2 * text.d * text.compute)
     kept += n.rows * n.answers * n.completion * text.H * text.compute
     of_block, work = 0, tokens * layer_backward(text)
     if vision:
@@ -372,8 +372,8 @@ def step_activations(
         work = max(work, patches * layer_backward(vision))
     if not recompute:
         return kept + text.layers * of_layer + (vision.layers * of_block if vision else 0), work
-    kept += text.layers * tokens * text.H * text.stream  # the input of each layer
-    kept += vision.layers * patches * vision.H * vision.stream if vision else 0
+    kept += text.layers * tokens * text.H * text.compute  # the input of each layer
+    kept += vision.layers * patches * vision.H * vision.compute if vision else 0
     return kept, work + max(of_layer, of_block)
 
 
@@ -409,9 +409,9 @@ def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Len
     """What a run takes. lora: adapters on a frozen model, or all weights trained, whatever the config says.
     n: lengths other than the worst case."""
     n = n or lengths_of(config, model, gpus)
-    compute, sharded = 4 if config.precision == "fp32" else 2, gpus > 1
-    # Under autocast, on one GPU, embeddings and norms in fp32 keep the hidden states in fp32.
-    text, vision = towers(model, compute, compute if sharded or lora else 4, lora)
+    compute = 4 if config.precision == "fp32" else 2
+    sharded = gpus > 1 or (compute == 2 and not lora)  # train.trainable
+    text, vision = towers(model, compute, lora)
     (_, layers, layer), (_, _, block), (_, _, root) = groups(model)
     head, vocabulary = model.lm_head.weight.numel(), model.lm_head.out_features
 
@@ -446,8 +446,7 @@ def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Len
         whole = compute * (count(model) + (trained if lora else 0))  # for a rollout
         buffer = compute * max(root, layer)  # in which a group of it arrives
     else:
-        linear = sum(count(module) for module in model.modules() if isinstance(module, torch.nn.Linear))
-        whole = in_layer = 0 if compute == 4 else compute * (trained if lora else linear)  # autocast's copies
+        whole = in_layer = 0 if compute == 4 else compute * trained  # the adapters, cast by autocast
         in_logits = in_layer + 4 * trained_head
         at_end = buffer = 0
     in_adam = 4 * trained / gpus  # the root of the second moments, of all parameters at once
@@ -463,9 +462,9 @@ def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Len
     logits = chunk_logits(vocabulary, n.rows * n.answers * n.completion)
     passing = gathering + pixels + kept + max(in_layer + work, in_logits + logits)
 
-    # A rollout: of one layer the keys are copied to grow, and cast for autocast.
+    # A rollout: of one layer the keys are copied to grow.
     cache = cache_bytes(text, n)
-    growing = cache / layers * (1 if text.stream == compute else 2) / 2
+    growing = cache / layers / 2
     sampling = pixels + cache + growing + sampled_logits(vocabulary, n.rows * n.answers)
     prefill = pixels + max(layer_forward(text, n.rows * n.prompt), block_forward(vision, n.rows * n.patches))
     return Memory(

@@ -38,7 +38,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.utils import cached_file, logging
 
 import distributed
-from adapters import ModelError, base_of, has_adapters, load_adapters, write_adapters
+from adapters import base_of, has_adapters, load_adapters, write_adapters
+from files import ModelError
 from video import patchify
 
 logging.disable_progress_bar()  # transformers' bars for loading and saving, between ours
@@ -100,7 +101,7 @@ class Policy:
     forbidden_ids: list[int]
     video_id: int  # <|video_pad|>
     compute: torch.dtype  # in which it computes, and is saved; weights that are trained may be in float32
-    autocast: bool = False  # compute in bf16 with fp32 weights (FSDP2 does that by itself)
+    autocast: bool = False  # compute in bf16 with adapters in fp32 (FSDP2 does that by itself)
 
     def run(self, function: Callable, *arguments):
         """function(model, *arguments), for whatever enters the model otherwise than by its forward: a sharded

@@ -12,7 +12,7 @@ numbers are functions of (seed, step, prompt, answer): no schedule, cursor or ge
 own. Parameters that are not trained come from the base checkpoint.
 
 A folder NAME is filled as NAME.tmp and then renamed; an older NAME that it replaces is NAME.old meanwhile.
-All ranks must see the same files, and call these functions together, where nothing else is said.
+All ranks must see the same files, and call these functions together, unless a docstring says otherwise.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from marks import FREE, settings_of
 from policy import Policy, write_policy
 
 FORMAT = 1  # of progress.json; a later one may add to it
-LOGS = ("metrics.jsonl", "rollouts.jsonl")  # lines that follow a checkpoint are written anew
+LOGS = ("metrics.jsonl", "rollouts.jsonl")  # lines after the checkpoint are cut, and written anew
 CHECKPOINT = re.compile(r"checkpoint((_sft)?_\d+)?")
 LEFTOVER = re.compile(rf"({CHECKPOINT.pattern}|best_\d+)\.(tmp|old)")
 
@@ -90,6 +90,18 @@ def replace_best(run: Path, policy: Policy, step: int) -> None:
     best = run / f"best_{step}"
     _write(best, functools.partial(write_policy, policy))
     distributed.on_first(lambda: _remove(path for path in run.glob("best_*") if path != best))
+
+
+def note_best(folder: Path, best: dict) -> None:
+    """Add to a checkpoint what its evaluation, which came later, has found."""
+
+    def note() -> None:
+        path = folder / "state/progress.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["progress"]["best"] = best
+        write_whole(path, json.dumps(record, indent=2).encode())
+
+    distributed.on_first(note)
 
 
 def prune(run: Path, keep: int, spare: Iterable[Path] = ()) -> None:
@@ -207,7 +219,7 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
 
 def _checkpoints(run: Path) -> tuple[list[Checkpoint], list[str]]:
     """Those that are whole, the furthest last, and a line for each of the others. A NAME.old counts where
-    there is no NAME."""
+    there is no NAME; the run's end counts as further on than the checkpoint of a stop in its last step."""
     named = [path for path in run.glob("checkpoint*") if CHECKPOINT.fullmatch(path.name.removesuffix(".old"))]
     whole, damaged = [], []
     for folder in sorted(named):
@@ -222,7 +234,11 @@ def _checkpoints(run: Path) -> tuple[list[Checkpoint], list[str]]:
             whole.append(Checkpoint(folder, progress, record["marks"], record["format"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             damaged.append(f"{folder} is damaged and passed over ({type(error).__name__}: {error})\n")
-    return sorted(whole, key=lambda found: (found.progress.sft_step, found.progress.step)), damaged
+
+    def standing(found: Checkpoint) -> tuple[int, int, bool]:
+        return found.progress.sft_step, found.progress.step, found.folder.stem == "checkpoint"
+
+    return sorted(whole, key=standing), damaged
 
 
 # ----------------------------------------------------------------------------------------------------------

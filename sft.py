@@ -30,7 +30,7 @@ from steps import (
 
 def supervise(job: Job, train_samples: list[Sample], taught: Path) -> None:
     """Raise the log-probability of the true answers (Table 5, "SFT"). Leaves a checkpoint in `taught`, which
-    is the reference of what follows."""
+    is the reference of what follows (with LoRA that is the base, in which nothing was taught)."""
     config, policy, begin = job.config, job.policy, job.progress.sft_step
     optimizer = adamw(policy, config.sft.learning_rate, config)
     if job.found:

@@ -19,7 +19,7 @@ from policy import Policy
 from prompts import Truth
 from video import VideoError
 
-clock = Clock()  # where the time of this process goes
+clock = Clock()  # where the time of this process goes; of train.py, sft.py and job.py, too
 
 
 def questions(
@@ -90,7 +90,8 @@ def micro_batches(items: list, config: Config) -> list[tuple[list, bool]]:
 
 
 def backward(loss: torch.Tensor, policy: Policy, last: bool, config: Config) -> None:
-    """Add this rank's part of a global sum to the gradients. last: of the step."""
+    """Add to the gradients. loss: this rank's part of a sum over all ranks and parts, divided by the tokens
+    (grpo.loss_normalizer) of the whole batch already. last: part of the step."""
     distributed.reduce_gradients(policy.model, last or config.reduce_gradients == "each")
     _, ranks = distributed.join()
     (loss * ranks).backward()  # FSDP2 takes the mean of the ranks' gradients

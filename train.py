@@ -37,7 +37,7 @@ from tqdm import trange
 
 import distributed
 import resume
-from adapters import add_adapters, has_adapters, without_adapters
+from adapters import add_adapters, check_peft, has_adapters, without_adapters
 from clips import Clips, open_clips
 from config import DTYPES, Config, ConfigError, load_config
 from data import Sample, check_videos
@@ -107,6 +107,9 @@ class Group:
 def main(arguments: list[str]) -> None:
     started = time.time()
     words = [word for word in arguments if word != "--plan"]
+    for word in words:
+        if word.startswith("-"):
+            raise ConfigError(f"{word}: no such option; there is --plan, and settings are written key=value")
     if not words or "=" in words[0]:
         words = [str(ROOT / "configs/toy.yaml"), *words]
     config = load_config(words[0], words[1:])
@@ -116,6 +119,7 @@ def main(arguments: list[str]) -> None:
         print_plan(config)
         return
     check_trackers(config)
+    check_peft(config.lora)
     rank, ranks = distributed.join()
     check_batches(config, ranks)
     if config.threads:
@@ -127,11 +131,15 @@ def main(arguments: list[str]) -> None:
     policy = trainable(config)
     marks = marks_of(config, train_samples + eval_samples)
     with contextlib.ExitStack() as stack:
+        if ranks == 1:
+            stack.callback(distributed.leave)
         run, found, progress = stack.enter_context(open_run(config, marks))
         if rank == 0:
             print(describe(config, policy, ranks, train_samples, eval_samples), end="")
             if found:
                 print(f"going on from {found}")
+            elif config.resume == "auto":
+                print(f"no checkpoint in {run}: it begins at step 0")
         clips = stack.enter_context(contextlib.closing(open_clips(config, policy.size_factor)))
         log = stack.enter_context(contextlib.closing(Log(run, config))) if rank == 0 else None
         stop = stack.enter_context(distributed.Stop())
@@ -151,12 +159,13 @@ def learn(job: Job, train_samples: list[Sample], eval_samples: list[Sample]) -> 
     """Evaluate, fine-tune on true answers if `sft` asks for it, learn from rewards, evaluate again: from the
     beginning, or from job.found on. Returns the held-out scores before and after. Raises Stopped."""
     config, model = job.config, job.policy.model
-    if job.found is None:
+    if job.found is None:  # otherwise it is in metrics.jsonl
         evaluate_split(job, eval_samples, "before")
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.train()
 
+    # The reference is the supervised model: it is copied before the weights of a later checkpoint come.
     taught = job.run / f"checkpoint_sft_{config.sft.steps}"
     if job.progress.sft_step < config.sft.steps:
         supervise(job, train_samples, taught)
@@ -229,6 +238,7 @@ def reinforce(
                 save(job, optimizer, f"checkpoint_{done}")
             if job.stop.agreed():
                 raise Stopped
+    # If all steps had been done before this start, it is there.
     if job.progress.step > begin or job.found != job.run / "checkpoint":
         save(job, optimizer, "checkpoint")
 
@@ -270,7 +280,7 @@ def improve(
     """updates_per_batch optimiser steps on the groups of all ranks, of which `groups` are this one's,
     accumulated over rollout_batch groups at a time. Returns the metrics of the last one.
 
-    reference: of the KL; the policy itself stands for what it is without its adapters.
+    reference: the KL's; with LoRA the policy itself, whose adapters are then switched off.
     """
     parts = micro_batches(groups, config)
     rows = [
@@ -280,7 +290,7 @@ def improve(
     normalizer = distributed.total(normalizer)
     old_logprobs, ref_logprobs = [None] * len(parts), [None] * len(parts)
     for update in range(config.updates_per_batch):
-        sums: list[dict[str, float]] = []
+        sums: list[dict[str, float]] = []  # of each part: its share of the means over the global batch
         for k, (part, real) in enumerate(parts):
             prompts, completions = [g.prompt for g in part], [[c.ids for c in g.completions] for g in part]
             batch = pack_completions(policy, prompts, completions)
@@ -343,9 +353,12 @@ def trainable(config: Config) -> Policy:
     elif config.freeze_vision:
         policy.model.model.visual.requires_grad_(False)
     compute, (_, ranks) = compute_dtype(config), distributed.join()
-    distributed.shard(policy.model, policy.blocks, compute)
-    autocast = ranks == 1 and compute != torch.float32  # FSDP2 does it by itself
-    return dataclasses.replace(policy, compute=compute, autocast=autocast)
+    policy = dataclasses.replace(policy, compute=compute)
+    if ranks > 1 or (compute != torch.float32 and not config.lora.rank):
+        distributed.shard(policy.model, policy.blocks, compute)
+        return policy
+    distributed.place(policy.model, compute)
+    return dataclasses.replace(policy, autocast=compute != torch.float32)  # for the adapters, in fp32
 
 
 def compute_dtype(config: Config) -> torch.dtype:

@@ -15,7 +15,8 @@ import check
 import data
 from config import load_config
 from data import load_samples
-from policy import ModelError, load_policy
+from files import ModelError
+from policy import load_policy
 from prompts import format_answer, truth_answer
 
 ROOT = Path(__file__).parent.parent

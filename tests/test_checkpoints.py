@@ -23,8 +23,9 @@ from vocabulary import QWEN2_TEMPLATE, QWEN3_TEMPLATE
 import distributed
 import toy
 from benchmarks.full_size import GIB, PUBLISHED, count, empty_model, groups, published_config, static_bytes
+from files import ModelError
 from model import encode_prompt
-from policy import FAMILIES, ModelError, load_policy, save_policy, speed_up_vision, write_policy
+from policy import FAMILIES, load_policy, save_policy, speed_up_vision, write_policy
 from prompts import COORDINATES, TextFormat, build_prompt
 from video import frame_size, resize
 

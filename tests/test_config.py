@@ -82,7 +82,7 @@ BAD = {
     "rewards.think=much": "the weight think is 'much'; write numbers",
     "rewards.think=.nan": "the weight think is nan; write numbers",
     "rewards=5": "rewards: 5 must be key: value lines",
-    "sft=5": "sft: 5 must be key: value lines",
+    "sft=5": "sft: 5 has parts; write sft.steps=..., for example",
     "steps=many": "steps: 'many' must be a whole number",
     "steps=1.5": "steps: 1.5 must be a whole number",
     "steps=true": "steps: True must be a whole number",

@@ -24,8 +24,9 @@ from test_model import (
 import distributed
 from adapters import add_adapters, base_of, has_adapters, without_adapters
 from config import Lora
+from files import ModelError
 from model import completion_logprobs, pack_completions, rollout, see
-from policy import ModelError, load_policy, load_tokenizer, save_policy, speed_up_vision, write_policy
+from policy import load_policy, load_tokenizer, save_policy, speed_up_vision, write_policy
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = Lora(rank=3, alpha=6.0, targets=["q_proj", "down_proj"])

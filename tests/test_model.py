@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 import toy
 from data import load_samples
+from files import ModelError
 from model import (
     Completion,
     completion_logprobs,
@@ -31,7 +32,7 @@ from model import (
     rope_positions,
     see,
 )
-from policy import ModelError, load_policy, save_policy, speed_up_vision
+from policy import load_policy, save_policy, speed_up_vision
 from prompts import TextFormat
 from video import VideoError, read_frames
 
