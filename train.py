@@ -106,6 +106,9 @@ class Group:
 
 def main(arguments: list[str]) -> None:
     started = time.time()
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__.strip())
+        return
     words = [word for word in arguments if word != "--plan"]
     for word in words:
         if word.startswith("-"):
@@ -433,9 +436,6 @@ def check_batches(config: Config, ranks: int) -> None:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__.strip())
-        sys.exit()
     run_script(
         lambda: main(sys.argv[1:]),
         "output_dir",
