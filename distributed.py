@@ -95,7 +95,7 @@ def gather(value: object) -> list:
     return values
 
 
-def share(value: object, source: int) -> object:
+def broadcast(value: object, source: int) -> object:
     """What the rank `source` has, on every rank."""
     if not dist.is_initialized():
         return value
@@ -112,7 +112,7 @@ def on_first(function: Callable[[], object]) -> object:
             value = function()
         except (OSError, UserError) as problem:
             error = problem
-    value, error = share((value, error), 0)
+    value, error = broadcast((value, error), 0)
     if error is not None:
         raise error
     return value
@@ -189,7 +189,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Within it every rank has all weights of a sharded model, in the compute dtype, gathered once: ranks may
     then sample answers of any length, for nothing has to be exchanged."""
     groups = [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -53,7 +53,7 @@ def open_run(config: Config, marks: dict) -> Iterator[tuple[Path, Path | None, P
     ConfigError, and changes nothing, where another run stands or works there."""
     run, (rank, _) = Path(config.output_dir), distributed.join()
     found, progress = None, Progress()
-    there = distributed.share((run / "config.yaml").is_file(), 0)  # the first rank may soon make it
+    there = distributed.broadcast((run / "config.yaml").is_file(), 0)  # the first rank may soon make it
     again = config.resume == "auto" and there
     if again:
         found = resume.last_checkpoint(run)
@@ -63,26 +63,26 @@ def open_run(config: Config, marks: dict) -> Iterator[tuple[Path, Path | None, P
     elif again:  # it ended before its first checkpoint, and begins again in its place; or it is another run
         again = settings_of(load_config(run / "config.yaml")) == marks["settings"]
 
-    lock = None
-    if rank == 0:
-        if there:
-            lock = locked(run)
-        if again:
-            resume.tidy(run)
-            resume.cut_back(run, progress)
-            answers = run / "predictions.jsonl"
-            ended = found and found.folder.name == "checkpoint"
-            if ended and progress.step < config.steps and answers.exists():  # it gets more steps now
-                answers.replace(run / f"predictions_{progress.step}.jsonl")
-            save_config(config, run / "config.yaml")
-        else:
-            logs.start_run(config)
-            lock = locked(run)
-    distributed.wait()
+    locks = []
     try:
+        if rank == 0:
+            if there:
+                locks.append(locked(run))
+            if again:
+                resume.cut_back(run, progress)  # which may refuse, too
+                resume.tidy(run)
+                answers = run / "predictions.jsonl"
+                ended = found and found.folder.with_suffix("").name == "checkpoint"
+                if ended and progress.step < config.steps and answers.exists():  # it gets more steps now
+                    answers.replace(run / f"predictions_{progress.step}.jsonl")
+                save_config(config, run / "config.yaml")
+            else:
+                logs.start_run(config)
+                locks.append(locked(run))
+        distributed.wait()
         yield run, found and found.folder.with_suffix(""), progress  # tidy has taken NAME.old back
     finally:
-        if lock is not None:
+        for lock in locks:  # also of the folder that was moved aside
             os.close(lock)
 
 
@@ -128,7 +128,7 @@ def evaluate_split(job: Job, samples: list[Sample], when: str) -> dict[str, floa
     fingerprint = fingerprint_of(str(run / "checkpoint" if when == "after" else config.model), config)
     if when != "after":
         fingerprint += f"+{progress.sft_step}+{progress.step}"
-    with distributed.whole(policy.model):
+    with distributed.unsharded(policy.model):
         predictions = decode_split(policy, samples, job.clips, config, path, fingerprint, job.stop)
     if predictions is None:
         raise Stopped
@@ -176,7 +176,11 @@ def saved_when_stopped(job: Job, optimizer: torch.optim.Optimizer):
     """Where the run is stopped in it, or comes to what is not finite, a checkpoint is there from before."""
     try:
         yield
-    except (Stopped, FloatingPointError):
+    except (Stopped, FloatingPointError) as error:
+        # An earlier update of the same batch has changed the weights; and before any step there is nothing.
+        half = isinstance(error, FloatingPointError) and job.config.updates_per_batch > 1
+        if half or not (job.progress.sft_step or job.progress.step):
+            raise
         phase = f"sft_{job.progress.sft_step}" if not job.progress.step else str(job.progress.step)
         save(job, optimizer, f"checkpoint_{phase}")
         raise

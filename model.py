@@ -140,7 +140,7 @@ def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
     """The prompts with what the vision tower makes of their frames, where it is frozen: then it runs once
     for the samples, the scores and the reference. Where it is trained, the prompts as they are.
 
-    On a sharded model all ranks must call it together, or each within distributed.whole.
+    On a sharded model all ranks must call it together, or each within distributed.unsharded.
     """
     if not prompts or any(p.requires_grad for p in policy.model.model.visual.parameters()):
         return prompts

@@ -22,9 +22,9 @@ from steps import (
     dump_of_nonfinite,
     micro_batches,
     optimizer_step,
+    own_part,
     pass_over,
     questions,
-    share_of,
 )
 
 
@@ -42,8 +42,8 @@ def supervise(job: Job, train_samples: list[Sample], taught: Path) -> None:
             clock.split()
             size = config.sft.batch_size
             batch, following = (batch_of(train_samples, size, n, config.seed) for n in (step, step + 1))
-            job.clips.ahead([sample for _, sample in share_of(batch) + share_of(following)])
-            samples = [sample for _, sample in share_of(batch)]
+            job.clips.ahead([sample for _, sample in own_part(batch) + own_part(following)])
+            samples = [sample for _, sample in own_part(batch)]
             shown = questions(policy, samples, job.clips, config)
             answered = [
                 (prompt, true_completion(policy, truth, prompt, config)) for _, truth, prompt in shown

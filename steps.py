@@ -53,7 +53,7 @@ def batch_of(samples: list[Sample], batch_size: int, step: int, seed: int) -> li
     return batch
 
 
-def share_of(batch: list[Sample]) -> list[tuple[int, Sample]]:
+def own_part(batch: list[Sample]) -> list[tuple[int, Sample]]:
     """This rank's part of a batch, each sample with its place in the batch: neighbours, so that the parts of
     all ranks, one after the other, are the batch."""
     rank, ranks = distributed.join()
@@ -84,7 +84,7 @@ def micro_batches(items: list, config: Config) -> list[tuple[list, bool]]:
     if min(counts) < max(counts):
         donor = counts.index(max(counts))
         rank, _ = distributed.join()
-        spare = distributed.share(items[:1] if rank == donor else None, donor)
+        spare = distributed.broadcast(items[:1] if rank == donor else None, donor)
         parts += [(spare, False)] * (max(counts) - len(parts))
     return parts
 

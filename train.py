@@ -82,10 +82,10 @@ from steps import (
     gathered,
     micro_batches,
     optimizer_step,
+    own_part,
     pass_over,
     questions,
     set_learning_rate,
-    share_of,
 )
 from trackers import check_trackers
 
@@ -207,11 +207,11 @@ def reinforce(
             set_learning_rate(optimizer, config.learning_rate * warmth)
             size = config.batch_size
             batch, following = (batch_of(train_samples, size, n, config.seed) for n in (step, step + 1))
-            job.clips.ahead([sample for _, sample in share_of(batch) + share_of(following)])
+            job.clips.ahead([sample for _, sample in own_part(batch) + own_part(following)])
 
             groups = []
-            with distributed.whole(policy.model):
-                for part in cut(share_of(batch), config.rollout_batch):
+            with distributed.unsharded(policy.model):
+                for part in cut(own_part(batch), config.rollout_batch):
                     keys = [(config.seed, step, k) for k, _ in part]  # of their random numbers
                     samples = [sample for _, sample in part]
                     groups += sample_and_score(policy, samples, keys, job.clips, config)
@@ -221,12 +221,11 @@ def reinforce(
             if records:
                 with dump_of_nonfinite([contents(group) for group in groups], job.run, f"step_{step + 1}"):
                     check_rewards(records)
-                    if job.log:
-                        write_jsonl(records, job.run / "rollouts.jsonl", append=True)
                     metrics = improve(policy, reference, optimizer, groups, config)
                 metrics = {**summarize(records, diagnostics, config.num_generations), **metrics}
                 metrics |= usage(sum(record["length"] for record in records))
-                if job.log:
+                if job.log:  # now, and not before: a checkpoint that a failing step leaves counts these bytes
+                    write_jsonl(records, job.run / "rollouts.jsonl", append=True)
                     job.log.write({"phase": "grpo", "step": step + 1, **metrics})
                 recent = [*recent[-9:], (metrics["reward"], metrics["viou_pred"])]
                 reward, viou = np.mean(recent, axis=0)

@@ -375,7 +375,7 @@ def lora_job(rank, folder, checkpoint):
         policy.model.activation_checkpointing_enable()
         policy.model.train()
         prompts = make_prompts(policy)
-        with distributed.whole(policy.model):
+        with distributed.unsharded(policy.model):
             prompts = see(policy, prompts)
             samples = sample(policy, prompts, SHARES[rank])
         scores = learn(policy, prompts, [rank], 2)

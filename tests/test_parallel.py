@@ -267,7 +267,7 @@ policy.eos_ids = []  # nothing ends an answer but its length
 distributed.shard(policy.model, policy.blocks, torch.float32)
 frames = torch.full((4, 56, 56, 3), 60 * rank, dtype=torch.uint8)
 prompt = encode_prompt(policy, frames, "Where is the red circle?", (1000, 1000), 2.0)
-with distributed.whole(policy.model):
+with distributed.unsharded(policy.model):
     with Heard() as heard:
         (group,) = rollout(policy, [prompt], 2, (3, 200)[rank], 1.0, [(rank,)])
 record = {{"rank": rank, "tokens": len(group[0].ids), "sampling": len(heard.names)}}

@@ -142,7 +142,7 @@ def known(alive, *models, optimizer):
 
 
 def sample(policy, prompts, n, rows):
-    with distributed.whole(policy.model):
+    with distributed.unsharded(policy.model):
         rollout(policy, prompts, n.answers, n.completion, 1.0, [(0, b) for b in range(rows)])
 
 
@@ -249,7 +249,7 @@ def test_peaks_of_a_sharded_step(way, precision, rank, wide, monkeypatch):
             optimizer.zero_grad(set_to_none=True)
 
         def sample():
-            with distributed.whole(policy.model):
+            with distributed.unsharded(policy.model):
                 rollout(policy, prompts, n.answers, n.completion, 1.0, [(0,)])
 
         step()

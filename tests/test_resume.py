@@ -21,6 +21,7 @@ import distributed
 import resume
 from config import Config, ConfigError, load_config
 from data import Track, load_samples
+from evaluate import load_split
 from files import UserError
 from marks import FREE, marks_of
 from policy import load_policy
@@ -248,8 +249,9 @@ def test_files_and_progress(qwen2_5, place, recwarn, capfd):
     assert progress.positions == {}
     assert not recwarn.list and capfd.readouterr() == ("", "")
     record = json.loads((place / "checkpoint_7/state/progress.json").read_text())
-    files = {path.name: path.stat().st_size for path in (place / "checkpoint_7/state").iterdir()}
-    assert files.pop("progress.json") and record["files"] == files and ".metadata" in files
+    kept = ("state/.metadata", "state/__0_0.distcp", "model.safetensors")
+    files = {name: size for name, size in listing(place / "checkpoint_7").items() if name in kept}
+    assert record["files"] == files and len(files) == 3 and min(files.values()) > 0
     assert {path.name for path in place.iterdir()} == {"metrics.jsonl", "checkpoint_7"}
 
 
@@ -338,7 +340,9 @@ def test_ctrl_c_while_it_is_written(qwen2_5, place, monkeypatch):
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", interrupted)
     with pytest.raises(KeyboardInterrupt):
         resume.save(place / "checkpoint_1", qwen2_5, adamw(qwen2_5.model), Progress(step=1), MARKS)
-    assert resume.last_checkpoint(place) is None and not list(place.iterdir())
+    assert resume.last_checkpoint(place) is None and names(place) == {"checkpoint_1.tmp"}
+    resume.tidy(place)
+    assert not list(place.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -350,8 +354,10 @@ def plain(run, name, sft_step=0, step=0, weights=b"weights"):
     state = run / name / "state"
     state.mkdir(parents=True)
     (state / "__0_0.distcp").write_bytes(weights)
+    (run / name / "model.safetensors").write_bytes(weights * 2)
     progress = {"sft_step": sft_step, "step": step, "positions": {}, "best": None}
-    record = {"format": 1, "progress": progress, "marks": MARKS, "files": {"__0_0.distcp": len(weights)}}
+    files = {"state/__0_0.distcp": len(weights), "model.safetensors": 2 * len(weights)}
+    record = {"format": 1, "progress": progress, "marks": MARKS, "files": files}
     (state / "progress.json").write_text(json.dumps(record))
     return run / name
 
@@ -360,18 +366,51 @@ def names(run):
     return {path.name for path in run.iterdir()}
 
 
+def listing(folder):
+    """All that is in it: relative path -> size, None for a folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): None if path.is_dir() else path.stat().st_size for path in paths}
+
+
+def last(run):
+    """last_checkpoint, which changes nothing, whatever it finds."""
+    before = listing(run)
+    try:
+        return resume.last_checkpoint(run)
+    finally:
+        assert listing(run) == before
+
+
 def test_the_furthest_one(place):
     assert resume.last_checkpoint(place) is None and resume.last_checkpoint(place / "none") is None
     order = {"checkpoint_sft_2": (2, 0), "checkpoint_sft_10": (10, 0), "checkpoint_2": (10, 2)}
     order |= {"checkpoint_10": (10, 10), "checkpoint": (10, 12)}
     for name, steps in order.items():
         plain(place, name, *steps)
-        found = resume.last_checkpoint(place)
+        found = last(place)
         assert (found.folder.name, found.progress.sft_step, found.progress.step) == (name, *steps)
-    plain(place, "checkpoint_40.mine", 10, 40)  # a user's
-    plain(place, "best_40", 10, 40)
-    assert resume.last_checkpoint(place).progress.step == 12
-    assert names(place) == {*order, "checkpoint_40.mine", "best_40"}
+    for name in (
+        "checkpoint_40.mine",
+        "checkpoint_40.old.mine",
+        "best_40",
+        "best_41.old",
+        "checkpoint_40.tmp",
+    ):
+        plain(place, name, 10, 40)  # a user's, and no checkpoints
+    assert last(place).folder == place / "checkpoint"
+
+
+def test_the_end_is_further_on_than_a_stop_in_the_last_step(place):
+    """After a signal in the last of twelve steps there is checkpoint_12; gone on, the end is there, too, with
+    all that comes after the steps."""
+    plain(place, "checkpoint_12", step=12)
+    assert last(place).folder.name == "checkpoint_12"
+    plain(place, "checkpoint", step=12)
+    assert last(place).folder.name == "checkpoint"
+    (place / "checkpoint").rename(place / "checkpoint.old")
+    assert last(place).folder.name == "checkpoint.old"
+    plain(place, "checkpoint_13", step=13)
+    assert last(place).folder.name == "checkpoint_13"
 
 
 DAMAGES = {
@@ -380,6 +419,19 @@ DAMAGES = {
         "No such file or directory: '{}/__0_0.distcp'",
     ),
     "cut": (lambda state: os.truncate(state / "__0_0.distcp", 3), "state/__0_0.distcp is not 7 bytes long"),
+    "weights missing": (
+        lambda state: (state.parent / "model.safetensors").unlink(),
+        "No such file or directory: '{.parent}/model.safetensors'",
+    ),
+    "weights cut": (
+        lambda state: os.truncate(state.parent / "model.safetensors", 3),
+        "(ValueError: model.safetensors is not 14 bytes long)",
+    ),
+    "weights longer": (
+        lambda state: os.truncate(state.parent / "model.safetensors", 15),
+        "(ValueError: model.safetensors is not 14 bytes long)",
+    ),
+    "no state": (shutil.rmtree, "No such file or directory: '{}/progress.json'"),
     "progress cut": (lambda state: os.truncate(state / "progress.json", 30), "JSONDecodeError: "),
     "progress empty": (lambda state: os.truncate(state / "progress.json", 0), "JSONDecodeError: "),
     "progress missing": (lambda state: (state / "progress.json").unlink(), "'{}/progress.json'"),
@@ -397,14 +449,40 @@ def test_damaged_ones_are_passed_over(place, capsys, damage):
     folder = plain(place, "checkpoint_2", step=2)
     act, said = DAMAGES[damage]
     act(folder / "state")
-    assert resume.last_checkpoint(place).folder.name == "checkpoint_1"
+    assert last(place).folder.name == "checkpoint_1"
     line = capsys.readouterr().err
     assert line.startswith(f"{folder} is damaged and passed over (") and line.count("\n") == 1
     assert said.format(folder / "state") in line
-    assert names(place) == {"checkpoint_1", "checkpoint_2"}
+    shutil.rmtree(place / "checkpoint_1")
+    with pytest.raises(UserError) as caught:
+        last(place)
+    remedy = "put one back, or set another output_dir"
+    assert str(caught.value) == f"resume: no checkpoint in {place} is whole; {remedy}"
+    assert capsys.readouterr().err == line  # why
 
 
-def look(run):
+def test_one_that_was_being_replaced_counts_where_its_successor_is_missing(place, capsys):
+    """Killed between two renames; and what is left of one that was replaced is no damage."""
+    plain(place, "checkpoint_2.old", step=2)
+    plain(place, "checkpoint_2.tmp", step=2)
+    plain(place, "checkpoint_1", step=1)
+    assert last(place).folder.name == "checkpoint_2.old"
+    plain(place, "checkpoint_1.old", step=9)  # all is there but for the removal of this
+    plain(place, "checkpoint_2", step=2)
+    (place / "checkpoint_2.old/state/progress.json").unlink()
+    assert last(place).folder.name == "checkpoint_2" and capsys.readouterr().err == ""
+    shutil.rmtree(place / "checkpoint_2")
+    assert last(place).folder.name == "checkpoint_1"
+    assert capsys.readouterr().err.startswith(f"{place}/checkpoint_2.old is damaged and passed over (")
+    for name in ("checkpoint_1", "checkpoint_1.old"):
+        shutil.rmtree(place / name)
+    with pytest.raises(UserError, match=f"resume: no checkpoint in {place} is whole; "):
+        last(place)
+    shutil.rmtree(place / "checkpoint_2.old")
+    assert last(place) is None  # a .tmp was never whole
+
+
+def look(run, damaged):
     """What rank 0 finds, all find, and only that one says what is damaged; where it fails, all do."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
@@ -413,6 +491,8 @@ def look(run):
     assert said.getvalue().count("\n") == (distributed.join()[0] == 0)
     with pytest.raises(OSError, match=r"checkpoint_1.tmp"):
         resume.prune(run, 1)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        resume.last_checkpoint(damaged)
 
 
 def test_all_ranks_find_the_same(place, tmp_path):
@@ -420,24 +500,53 @@ def test_all_ranks_find_the_same(place, tmp_path):
         plain(place, f"checkpoint_{n}", step=n)
     (place / "checkpoint_3/state/__0_0.distcp").unlink()
     (place / "checkpoint_1.tmp").write_text("a file, over which no folder can be renamed")
-    on_ranks(2, look, place, meet=tmp_path / "meet")
+    shutil.rmtree(plain(tmp_path / "other", "checkpoint", step=1) / "state")
+    on_ranks(2, look, place, tmp_path / "other", meet=tmp_path / "meet")
 
 
-def test_kills_while_one_is_replaced(place):
-    """After the first rename, after the second, and while what was there is being removed."""
-    for name in ("checkpoint_4", "checkpoint_sft_4", "checkpoint", "best_4"):
-        plain(place, f"{name}.old", step=4, weights=b"old")
-        plain(place, f"{name}.tmp", step=4, weights=b"new")
-    assert resume.last_checkpoint(place).progress.step == 4
-    assert names(place) == {"checkpoint_4", "checkpoint_sft_4", "checkpoint", "best_4"}
-    for folder in place.iterdir():
-        assert (folder / "state/__0_0.distcp").read_bytes() == b"old"
-        (folder / "state/__0_0.distcp").write_bytes(b"new")
-        plain(place, f"{folder.name}.old", step=4, weights=b"old")
-        (place / f"{folder.name}.old/state/progress.json").unlink()
-    assert resume.last_checkpoint(place).progress.step == 4
-    assert names(place) == {"checkpoint_4", "checkpoint_sft_4", "checkpoint", "best_4"}
-    assert {(folder / "state/__0_0.distcp").read_bytes() for folder in place.iterdir()} == {b"new"}
+LEFT = {  # what a kill leaves of NAME -> which of it NAME is afterwards
+    "tmp": None,  # the first time, while it is written
+    "name tmp": "name",  # while it is written again
+    "old tmp": "old",  # between the two renames
+    "name old": "name",  # while what was there is removed
+    "old": "old",
+    "name old tmp": "name",
+    "name": "name",
+}
+
+
+@pytest.mark.parametrize("name", ["checkpoint_4", "checkpoint_sft_4", "checkpoint", "best_4"])
+@pytest.mark.parametrize("left", LEFT)
+def test_kills_while_one_is_replaced(place, name, left):
+    """tidy takes what was there back, or removes it; the checkpoint that was found is that one, too."""
+    for part in left.split():
+        folder = plain(place, name if part == "name" else f"{name}.{part}", step=4, weights=part.encode())
+        if part == "tmp" or (part == "old" and "name" in left):  # half written, half removed
+            (folder / "state/progress.json").unlink()
+    found = last(place)
+    assert bool(found) == (LEFT[left] is not None and name != "best_4")
+    resume.tidy(place)
+    assert names(place) == ({name} if LEFT[left] else set())
+    if LEFT[left]:
+        expected = LEFT[left].encode()
+        assert (place / name / "state/__0_0.distcp").read_bytes() == expected
+        assert (place / name / "model.safetensors").read_bytes() == expected * 2
+    if found:
+        assert found.folder.with_suffix("") == place / name == last(place).folder
+
+
+def test_what_is_no_leftover_stays(place):
+    """Whatever else is there, also of a similar name."""
+    for name in ("checkpoint_4.mine", "checkpoint_4.old.mine", "my_checkpoint_4.old", "checkpoint_a.tmp"):
+        plain(place, name)
+    for name in ("best.old", "pictures.tmp", "predictions.old"):
+        plain(place, name)
+    for name in ("metrics.jsonl", "config.yaml.1234.tmp", "notes.old"):
+        (place / name).write_text("mine")
+    before = listing(place)
+    plain(place, "checkpoint_5.tmp")
+    resume.tidy(place)
+    assert listing(place) == before
 
 
 def test_a_kill_at_any_rename(qwen2_5, place, monkeypatch):
@@ -469,8 +578,12 @@ def test_a_kill_at_any_rename(qwen2_5, place, monkeypatch):
             assert kill < 3
         assert len(renames) == min(kill, 2)
         monkeypatch.setattr(Path, "rename", rename)
-        assert resume.last_checkpoint(place).progress.best == {"kill": best}
-        assert names(place) == {"checkpoint_1"}
+        found = last(place)
+        assert found.progress.best == {"kill": best} and found.folder.stem == "checkpoint_1"
+        left = {1: {"checkpoint_1", "checkpoint_1.tmp"}, 2: {"checkpoint_1.old", "checkpoint_1.tmp"}}
+        assert names(place) == left.get(kill, {"checkpoint_1"})
+        resume.tidy(place)
+        assert last(place).progress.best == {"kill": best} and names(place) == {"checkpoint_1"}
 
 
 def test_stale_folders_are_no_part_of_the_next(qwen2_5, place):
@@ -488,7 +601,7 @@ def test_state_that_cannot_be_read(trained, place, qwen2_5):
     folder = shutil.copytree(trained[0], place / "checkpoint_2")
     data = folder / "state/__0_0.distcp"
     data.write_bytes(bytes(data.stat().st_size))
-    assert resume.last_checkpoint(place).folder == folder
+    assert last(place).folder == folder
     with pytest.raises(
         UserError, match=r"checkpoint_2: cannot be read \(.*\); remove it, and start again"
     ) as caught:
@@ -526,7 +639,8 @@ def test_a_kill_while_one_is_removed(place, monkeypatch):
     resume.prune(place, 1)
     assert names(place) == {"checkpoint_1.tmp", "checkpoint_2"}
     monkeypatch.undo()
-    assert resume.last_checkpoint(place).progress.step == 2
+    assert last(place).progress.step == 2
+    resume.tidy(place)
     assert names(place) == {"checkpoint_2"}
 
 
@@ -562,17 +676,21 @@ def test_logs_are_cut_back(place):
 # Whether it is the same run
 
 
+def marks_now(config):
+    """As train.main takes them: of both splits."""
+    splits = [load_split(config, path)[0] for path in (config.train_annotations, config.eval_annotations)]
+    return marks_of(config, splits[0] + splits[1][: config.eval_limit or None])
+
+
 def refusal(place, write_config, changes=(), marks=None, **record):
     """What refuse_other says to a run with these changes, of a checkpoint of the run without them."""
-    path = write_config(place)
+    path = write_config(place, steps=5)
     config, other = load_config(path), load_config(path, changes)
-    samples = load_samples(config.dataset, config.train_annotations, config.videos)[0]
-    found = resume.Checkpoint(place / "checkpoint_5", Progress(step=5), marks_of(config, samples), 1)
+    found = resume.Checkpoint(place / "checkpoint_5", Progress(step=5), marks_now(config), 1)
     found = dataclasses.replace(found, **record)
     found = dataclasses.replace(found, marks=json.loads(json.dumps(found.marks)) | (marks or {}))
-    others = load_samples(other.dataset, other.train_annotations, other.videos)[0]
     try:
-        resume.refuse_other(found, other, marks_of(other, others))
+        resume.refuse_other(found, other, marks_now(other))
     except ConfigError as error:
         assert "\n" not in str(error)
         return str(error)
@@ -585,12 +703,20 @@ def test_the_same_run_goes_on(place, write_config, world, checkpoints, tmp_path)
     free = {"steps": 9, "decode_workers": 1, "on_bad_video": "skip", "reduce_gradients": "each", "keep": 7}
     free |= {"model": tmp_path / "model", "videos": tmp_path / "world", "save_every": 3, "rollout_batch": 1}
     free |= {"train_annotations": tmp_path / "world/all.json", "output_dir": place, "log_to": "[wandb]"}
+    free |= {"eval_annotations": tmp_path / "world/all.json", "eval_every": 1, "eval_batch": 2}
     assert refusal(place, write_config) is None
     for key in free:
-        moved = {"videos": ["train_annotations"], "train_annotations": ["videos"]}.get(key, [])
-        changes = [f"{name}={free[name]}" for name in (key, *moved)]
+        data = ("videos", "train_annotations", "eval_annotations")
+        changes = [f"{name}={free[name]}" for name in (data if key in data else (key,))]
         assert refusal(place, write_config, changes) is None
     assert {field.name for field in dataclasses.fields(Config)} >= FREE
+
+
+def test_fewer_steps_than_are_done(place, write_config):
+    said = refusal(place, write_config, ["steps=4"])
+    assert said == f"resume: {place}/checkpoint_5 was made after 5 steps; steps: 4 cannot be fewer"
+    assert refusal(place, write_config, ["steps=5"]) is None
+    assert refusal(place, write_config, ["steps=4"], progress=Progress(sft_step=9, step=4)) is None
 
 
 CHANGED = {
@@ -599,6 +725,8 @@ CHANGED = {
     "rewards.giou=2": "rewards.giou: 1.0, and this run asks for rewards.giou: 2.0",
     "lora.targets=[q_proj]": "and this run asks for lora.targets: ['q_proj']",
     "precision=bf16": "precision: fp32, and this run asks for precision: bf16",
+    "eval_limit=2": "eval_limit: 0, and this run asks for eval_limit: 2",
+    "eval_temperature=0.5": "eval_temperature: 0.0, and this run asks for eval_temperature: 0.5",
 }
 
 
@@ -638,8 +766,11 @@ def test_other_model_data_or_format(place, write_config, checkpoints, world, tmp
     records = json.loads((world / "all.json").read_text())
     records["1.y4m"]["caption"] += " again"
     (tmp_path / "all.json").write_text(json.dumps(records))
-    said = refusal(place, write_config, [f"train_annotations={tmp_path}/all.json"])
-    assert f"with other sentences or boxes than in {tmp_path}/all.json; " in said
+    now, there = tmp_path / "all.json", world / "all.json"
+    for split, files in {"train": f"{now} and {there}", "eval": f"{there} and {now}"}.items():
+        said = refusal(place, write_config, [f"{split}_annotations={now}"])
+        made = f"resume: {place}/checkpoint_5 was made with other sentences or boxes than are in {files} now"
+        assert said == f"{made}; go back to that, or choose another output_dir"
 
 
 def test_the_mark_of_the_data(world, write_config, place):
