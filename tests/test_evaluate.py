@@ -561,3 +561,21 @@ def test_an_open_model_is_asked_for_csv(decoding, tmp_path, capsys):
     evaluate.main([*decoding, *csv])
     (record,) = read(tmp_path / "csv.jsonl")
     assert "rewards" not in record and record["scale"] == [1, 1]
+
+
+def test_answers_of_another_fingerprint_are_asked_for_again(tmp_path, monkeypatch, write_config):
+    config = load_config(write_config(tmp_path))
+    samples, output = (
+        evaluate.load_split(config, config.eval_annotations)[0][:2],
+        tmp_path / "predictions_1.jsonl",
+    )
+    old = [{"id": s.id, "completion": "old", "fingerprint": "theirs"} for s in samples]
+    evaluate.write_jsonl(old, output)
+
+    def decode(policy, todo, *_):
+        yield [{"id": sample.id, "completion": "new"} for _, sample in todo]
+
+    monkeypatch.setattr(evaluate, "decode", decode)
+    records = evaluate.decode_split(None, samples, None, config, output, "ours")
+    assert [r["completion"] for r in records] == ["new", "new"]
+    assert [json.loads(line) for line in output.read_text().splitlines()] == records

@@ -1,5 +1,6 @@
 """Many ranks against one: the same rollouts, losses and weights. And what ends a run, and how it goes on."""
 
+import datetime
 import json
 import os
 import re
@@ -14,9 +15,18 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from test_lora import adapters_of, learn, on_two_ranks
+from test_model import make_prompts
 
+import distributed
 import evaluate
+import job
+import logs
 import train
+from config import Config
+from policy import load_policy
+from resume import Progress
+from steps import optimizer_step
 
 ROOT = Path(__file__).parent.parent
 TIMED = ("seconds", "tokens_per_second", "peak_memory")
@@ -292,26 +302,82 @@ files.leave_process(0)
 
 
 def test_a_rank_without_a_video(tmp_path, write_config, world):
-    """on_bad_video: skip, and one of two ranks has nothing in a step: it goes along with the other, whose
-    step is the same as if it were alone."""
+    """on_bad_video: skip, and the second of two ranks has nothing in a step: it goes along with the other,
+    whose two parts are the step as if it were alone."""
     videos = tmp_path / "videos"
     videos.mkdir()
     for path in world.iterdir():
         (videos / path.name).write_bytes(path.read_bytes())
-    settings = {**TOY, "batch_size": 2, "steps": 2, "on_bad_video": "skip", "videos": str(videos)}
+    settings = {**TOY, "batch_size": 4, "rollout_batch": 1, "steps": 1, "on_bad_video": "skip"}
+    settings |= {"videos": str(videos), "eval_limit": 1}
     config = train.load_config(write_config(tmp_path, **settings))
     samples = train.load_split(config, config.train_annotations)[0]
-    (videos / train.batch_of(samples, 2, 0, config.seed)[1].id).write_bytes(b"no video")
+    for bad in train.batch_of(samples, 4, 0, config.seed)[2:]:
+        (videos / bad.id).write_bytes(b"no video")
     lines = {}
     for ranks in (1, 2):
         config = write_config(tmp_path, **settings, output_dir=str(tmp_path / f"run{ranks}"))
         code, _, err = finish(torchrun(ranks, [config], tmp_path))
         assert code == 0, err
         lines[ranks] = read_lines(tmp_path / f"run{ranks}/metrics.jsonl")
-    assert [line.get("prompts") for line in lines[1]] == [None, 1, 2, None]
+    assert [line.get("prompts") for line in lines[1]] == [None, 2, None] and lines[1][1]["grad_norm"] > 0
     for line, wanted in zip(lines[2], lines[1], strict=True):
         for name in wanted.keys() - {"phase", *TIMED}:
             assert line[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), name
+
+
+def clip_job(rank, folder, checkpoint):
+    policy = load_policy(checkpoint)
+    distributed.shard(policy.model, policy.blocks, torch.float32)
+    policy.model.train()
+    before = [p.detach().full_tensor().clone() for p in policy.model.parameters()]
+    learn(policy, make_prompts(policy), [rank], 2)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
+    norm = optimizer_step(policy, optimizer, Config(max_grad_norm=0.1), 0.0)
+    after = [p.detach().full_tensor() for p in policy.model.parameters()]
+    moved = torch.cat([(new - old).flatten() for new, old in zip(after, before, strict=True)]).norm()
+    return norm, float(moved)
+
+
+def test_the_whole_gradient_is_clipped(checkpoints, tmp_path):
+    """By its norm over both ranks: plain descent then moves the weights that far."""
+    first, second = on_two_ranks(clip_job, tmp_path, str(checkpoints["qwen2_5_vl"]))
+    assert first == second and first[0] > 0.2
+    assert first[1] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_usage_of_two_ranks(monkeypatch):
+    """Seconds are the mean of the ranks, the peak is the largest."""
+
+    def other(value):
+        return [value, {k: v + 2 for k, v in value.items()} if isinstance(value, dict) else value + 1]
+
+    monkeypatch.setattr(distributed, "gather", other)
+    monkeypatch.setattr(job.clock, "split", lambda: {"step": 2.0, "wait": 0.0})
+    monkeypatch.setattr(logs, "peak_memory", lambda: 5.0)
+    assert job.usage(12) == {"tokens_per_second": 4, "peak_memory": 6, "seconds": {"step": 3, "wait": 1}}
+
+
+def test_the_seed_draws_the_adapters(tmp_path, write_config):
+    """And nothing else."""
+    path, made = write_config(tmp_path), []
+    for seed in (0, 0, 1):
+        policy = train.trainable(train.load_config(path, ["lora.rank=2", f"seed={seed}"]))
+        made.append(torch.cat([p.flatten() for p in adapters_of(policy).values()]))
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def open_late(rank, folder, path):
+    distributed.PATIENCE = datetime.timedelta(seconds=60)
+    time.sleep(rank)  # by then the first one has made config.yaml
+    config = train.load_config(path, ["resume=auto"])
+    with job.open_run(config, {"settings": {}}) as (_, found, progress):
+        return found, progress
+
+
+def test_the_first_rank_decides_whether_a_run_goes_on(tmp_path, write_config):
+    results = on_two_ranks(open_late, tmp_path, write_config(tmp_path))
+    assert results == [(None, Progress())] * 2
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -329,6 +395,11 @@ def wait_until(condition, process, timeout=120):
 def logged(run):
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def signal_second_rank(process, number):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
@@ -359,6 +430,29 @@ def test_a_signal_to_torchrun_ends_all_ranks_together(tmp_path, write_config):
     assert (run / f"checkpoint_{step}/state/progress.json").is_file()
 
 
+def test_a_signal_to_one_rank_ends_all(tmp_path, write_config):
+    path, run = write_config(tmp_path, **{**TOY, "steps": 500}), tmp_path / "run"
+    process = torchrun(2, [path], tmp_path)
+    wait_until(lambda: logged(run) >= 2, process)
+    signal_second_rank(process, signal.SIGTERM)
+    code, out, err = finish(process, timeout=60)
+    assert code == 0 and "stopped after step " in out, err
+
+
+def test_a_second_signal_is_obeyed_at_once():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    try:
+        with distributed.Stop() as stop:
+            assert not stop.agreed()
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.agreed() and not heard
+            signal.raise_signal(signal.SIGTERM)
+            assert heard == [1]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_signal_in_an_evaluation(tmp_path, write_config):
     """It ends there, between two answers; the answers stay, and are not asked for again."""
     path, run = write_config(tmp_path, **TOY, eval_batch=1), tmp_path / "run"
@@ -375,16 +469,11 @@ def test_a_signal_in_an_evaluation(tmp_path, write_config):
     assert len(read_lines(run / "predictions_before.jsonl")) == 6 and not Path(f"{run}.1").exists()
 
 
-def kill_second_rank(process):
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
-
-
 def test_a_dead_rank_ends_the_job(tmp_path, write_config):
     path, run = write_config(tmp_path, **{**TOY, "steps": 500}), tmp_path / "run"
     process = torchrun(2, [path], tmp_path)
     wait_until(lambda: logged(run) >= 2, process)
-    kill_second_rank(process)
+    signal_second_rank(process, signal.SIGKILL)
     code, _, err = finish(process, timeout=60)
     assert code != 0 and "Signal 9 (SIGKILL)" in err
 
@@ -393,10 +482,42 @@ def test_torchrun_starts_again_by_itself(tmp_path, write_config):
     path, run = write_config(tmp_path, **TOY, save_every=1), tmp_path / "run"
     process = torchrun(2, [path, "resume=auto"], tmp_path, "--max-restarts=1")
     wait_until((run / "checkpoint_2").exists, process)
-    kill_second_rank(process)
+    signal_second_rank(process, signal.SIGKILL)
     code, out, _ = finish(process)
     assert code == 0 and "going on from" in out
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 5]
+
+
+RESTARTED = """
+import os, sys, time
+sys.path[:0] = ["{root}"]
+import distributed, files
+again = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+if again and os.environ["RANK"] == "0":
+    time.sleep(2)  # so that the other one looks for its address before it is there
+rank, _ = distributed.join()
+assert distributed.total(1) == 2
+if not again:
+    distributed.wait()
+    files.leave_process(rank)  # the second one fails
+print("met again", flush=True)
+distributed.leave()
+files.leave_process(0)
+"""
+
+
+def test_ranks_that_start_again_find_one_another(tmp_path):
+    script = tmp_path / "restarted.py"
+    script.write_text(RESTARTED.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["--max-restarts=1", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.count("met again") == 2, done.stderr
+
+
+def test_a_wrong_setting_is_said_once(tmp_path, write_config):
+    code, _, err = finish(torchrun(2, [write_config(tmp_path), "batch_size=3"], tmp_path))
+    assert code != 0 and len(re.findall(r"^error: batch_size", err, re.M)) == 1
 
 
 def test_an_error_of_one_rank(tmp_path, write_config, world):
@@ -425,6 +546,7 @@ def test_weights_that_explode(tmp_path, write_config):
     code, _, err = finish(torchrun(2, [path], tmp_path))
     assert code != 0
     (message,) = re.findall(r"^error: step 2: loss .*", err, re.M)
+    assert (run / "checkpoint_1/state/progress.json").is_file()
     dumped = [torch.load(run / f"nonfinite_step_2.rank{rank}.pt") for rank in (0, 1)]
     ids = [item["id"] for part in dumped for item in part]
     assert f"The batch was {', '.join(ids)}; it is kept in {run}/nonfinite_step_2.rank*.pt" in message
