@@ -101,7 +101,7 @@ class Config:
     # --- how it runs; none of these changes what is computed
     rollout_batch: int = 1  # prompts whose answers are decoded, and scored, in one batch
     # of a step's backward passes, how many exchange gradients among ranks: the last | each. The last alone
-    # communicates less and takes 4 bytes a parameter more on every GPU
+    # communicates less and takes 4 * (1 - 1 / ranks) bytes a parameter more on every GPU
     reduce_gradients: str = "last"
     gradient_checkpointing: bool = True  # recompute activations: a third slower, a sixth of the memory
     threads: int = 0  # CPU threads; 0 leaves the choice to torch

@@ -37,7 +37,7 @@ PATIENCE = datetime.timedelta(hours=1)
 
 
 def join() -> tuple[int, int]:
-    """Meet the other processes. Returns this one's rank and their number."""
+    """This process's rank, and the number of ranks; the first call meets the others."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and not dist.is_initialized():
         # Under a name of its own for each start: torchrun --max-restarts keeps the addresses of dead ranks.
@@ -47,6 +47,7 @@ def join() -> tuple[int, int]:
 
 
 def _meet(store: dist.Store, rank: int, size: int) -> None:
+    """Numbers and Python objects go by gloo, tensors of a GPU by NCCL."""
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -82,8 +83,8 @@ def total(value: float) -> float:
 
 
 def most(value: float) -> float:
-    """The largest over all ranks; NaN if one is."""
-    return max(gather(value), key=lambda v: (v != v, v))
+    """The largest over all ranks."""
+    return max(gather(value))
 
 
 def gather(value: object) -> list:
@@ -158,6 +159,7 @@ def place(model: nn.Module, compute: torch.dtype) -> None:
 
 
 def _convert(module: nn.Module, compute: torch.dtype) -> None:
+    """Only the dtypes of place."""
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor):  # those of blocks that are sharded already
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute)

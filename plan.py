@@ -390,7 +390,7 @@ class Memory:
     gradients: float
     adam: float
     reference: float
-    gathered: float  # FSDP2: whole groups and their gradients, for as long as they compute; or autocast's
+    gathered: float  # FSDP2: whole groups and their gradients, for as long as they compute; or cast adapters
     activations: float  # kept for the backward pass, and what the pass through one layer adds
     logits: float  # of one chunk of tokens, with gradients
     cache: float  # keys and values of a rollout

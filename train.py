@@ -292,7 +292,7 @@ def improve(
     normalizer = distributed.total(normalizer)
     old_logprobs, ref_logprobs = [None] * len(parts), [None] * len(parts)
     for update in range(config.updates_per_batch):
-        sums: list[dict[str, float]] = []  # of each part: its share of the means over the global batch
+        shares: list[dict[str, float]] = []  # of each part: its share of the means over the global batch
         for k, (part, real) in enumerate(parts):
             prompts, completions = [g.prompt for g in part], [[c.ids for c in g.completions] for g in part]
             batch = pack_completions(policy, prompts, completions)
@@ -316,11 +316,11 @@ def improve(
                 )
                 backward(loss if real else 0 * loss, policy, k == len(parts) - 1, config)
             if real:
-                sums.append({name: float(v) for name, v in {"loss": loss.detach(), **metrics}.items()})
+                shares.append({name: float(v) for name, v in {"loss": loss.detach(), **metrics}.items()})
         with clock("wait"):
-            sums = gathered(sums)
-        totals = {name: sum(part[name] for part in sums) for name in sums[0]}
-        totals["ratio_max"] = max(part["ratio_max"] for part in sums)
+            shares = gathered(shares)
+        totals = {name: sum(part[name] for part in shares) for name in shares[0]}
+        totals["ratio_max"] = max(part["ratio_max"] for part in shares)
         with clock("update"):
             totals["grad_norm"] = optimizer_step(policy, optimizer, config, totals["loss"])
     return totals

@@ -397,6 +397,14 @@ def logged(run):
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def two_at_work(tmp_path, write_config):
+    """(process of torchrun, run folder) of a long run on two ranks that has done its first step."""
+    run = tmp_path / "run"
+    process = torchrun(2, [write_config(tmp_path, **{**TOY, "steps": 500})], tmp_path)
+    wait_until(lambda: logged(run) >= 2, process)
+    return process, run
+
+
 def signal_second_rank(process, number):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), number)
@@ -421,9 +429,7 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, write_config, number):
 
 
 def test_a_signal_to_torchrun_ends_all_ranks_together(tmp_path, write_config):
-    path, run = write_config(tmp_path, **{**TOY, "steps": 500}), tmp_path / "run"
-    process = torchrun(2, [path], tmp_path)
-    wait_until(lambda: logged(run) >= 2, process)
+    process, run = two_at_work(tmp_path, write_config)
     process.send_signal(signal.SIGTERM)
     _, out, _ = finish(process)  # torchrun itself ends with a code of its own
     (step,) = re.findall(r"^stopped after step (\d+); go on", out, re.M)
@@ -431,9 +437,7 @@ def test_a_signal_to_torchrun_ends_all_ranks_together(tmp_path, write_config):
 
 
 def test_a_signal_to_one_rank_ends_all(tmp_path, write_config):
-    path, run = write_config(tmp_path, **{**TOY, "steps": 500}), tmp_path / "run"
-    process = torchrun(2, [path], tmp_path)
-    wait_until(lambda: logged(run) >= 2, process)
+    process, _ = two_at_work(tmp_path, write_config)
     signal_second_rank(process, signal.SIGTERM)
     code, out, err = finish(process, timeout=60)
     assert code == 0 and "stopped after step " in out, err
@@ -470,9 +474,7 @@ def test_a_signal_in_an_evaluation(tmp_path, write_config):
 
 
 def test_a_dead_rank_ends_the_job(tmp_path, write_config):
-    path, run = write_config(tmp_path, **{**TOY, "steps": 500}), tmp_path / "run"
-    process = torchrun(2, [path], tmp_path)
-    wait_until(lambda: logged(run) >= 2, process)
+    process, _ = two_at_work(tmp_path, write_config)
     signal_second_rank(process, signal.SIGKILL)
     code, _, err = finish(process, timeout=60)
     assert code != 0 and "Signal 9 (SIGKILL)" in err
