@@ -100,6 +100,11 @@ class Config:
 
     # --- how it runs; none of these changes what is computed
     rollout_batch: int = 1  # prompts whose answers are decoded, and scored, in one batch
+    # keep what a rollout made of its prompts, activations included, for the update: one pass over them less,
+    # but the activations of all of a rank's prompts of a step are there at once
+    keep_prompts: bool = False
+    decode_block: int = 8  # tokens after which, each time, answers that have ended leave their batch
+    static_shapes: bool = False  # they stay, so that a GPU can record the work of one token and replay it
     # of a step's backward passes, how many exchange gradients among ranks: the last | each. The last alone
     # communicates less and takes 4 * (1 - 1 / ranks) bytes a parameter more on every GPU
     reduce_gradients: str = "last"
@@ -233,7 +238,16 @@ CHOICES = {
 }
 AT_LEAST = {
     **dict.fromkeys(
-        ("max_side", "max_new_tokens", "batch_size", "rollout_batch", "eval_batch", "updates_per_batch"), 1
+        (
+            "max_side",
+            "max_new_tokens",
+            "batch_size",
+            "rollout_batch",
+            "decode_block",
+            "eval_batch",
+            "updates_per_batch",
+        ),
+        1,
     ),
     **dict.fromkeys(
         ("steps", "warmup_steps", "threads", "eval_every", "eval_limit", "save_every", "seed"), 0

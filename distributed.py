@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -30,6 +31,8 @@ from files import UserError
 # For the slowest rank: its answers may be longer, its disk slower. One that died is noticed at once, by
 # torchrun and by whoever talks to it; this is for one that hangs.
 PATIENCE = datetime.timedelta(hours=1)
+# FSDP2 warns of outputs that are views (those of model.encode): they must not be changed in place.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -71,7 +71,16 @@ def decode(
                 if clip is not None
             ]
             prompts, keys = [prompt for _, prompt in shown], [(config.seed, number) for number, _ in shown]
-            answers = rollout(policy, prompts, 1, config.max_new_tokens, config.eval_temperature, keys)
+            answers = rollout(
+                policy,
+                prompts,
+                1,
+                config.max_new_tokens,
+                config.eval_temperature,
+                keys,
+                block=config.decode_block,
+                static=config.static_shapes,
+            )
             given = {number: (p, answer) for (number, p), (answer,) in zip(shown, answers, strict=True)}
             yield [prediction(sample, *given.get(number, (None, None)), config) for number, sample in part]
             bar.update(len(part))

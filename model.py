@@ -2,10 +2,8 @@
 
 Nothing in the network is changed. Three things are done our way, since the obvious way is wrong or slow:
   * 3-D rotary positions are computed here and passed to every call (rope_positions says why);
-  * sampling encodes the prompt, vision tower included, once and expands its KV cache to the G answers
-    (rollout);
-  * scoring runs the G answers of a prompt in one packed forward with a tree attention mask
-    (completion_logprobs).
+  * a prompt, vision tower included, is read once for its G answers (encode), which are sampled (rollout)
+    and scored (completion_logprobs) as continuations of the same keys and values (attention.py).
 """
 
 import types
@@ -15,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache
 
+from attention import NO_MASK, AnswerAttention, DecodeAttention, KeysValues, PromptAttention
 from data import Sample
 from files import ModelError
 from policy import VIDEO_BLOCK, Policy, render_chat
@@ -172,6 +170,51 @@ def _visual_inputs(policy: Policy, prompts: list[Prompt]) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Reading a prompt
+
+
+@dataclass
+class Encoded:
+    """What a policy makes of a prompt, of which its answers are continuations."""
+
+    prefix: list[KeysValues]  # of each layer
+    state: torch.Tensor  # (H,) from which the first token of an answer is predicted
+
+
+def encode(policy: Policy, prompts: list[Prompt]) -> list[Encoded]:
+    """Vision tower and language model over B prompts, once for all their answers. Where gradients are enabled
+    they flow back through what is returned."""
+    return policy.run(_encode, policy, prompts)
+
+
+def _encode(model: torch.nn.Module, policy: Policy, prompts: list[Prompt]) -> list[Encoded]:
+    lengths = [len(prompt.ids) for prompt in prompts]
+    attention = PromptAttention(lengths)
+    states = _states(
+        model,
+        torch.cat([prompt.ids for prompt in prompts]),
+        torch.cat([prompt.positions for prompt in prompts], 1),
+        attention,
+        **_visual_inputs(policy, prompts),
+    )
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    return [Encoded(*parts) for parts in zip(attention.prefixes(), states[ends], strict=True)]
+
+
+def _states(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, attention, **visual):
+    """ids: (n,), of one packed row; positions: (3, n). Returns the hidden states (n, H)."""
+    out = model.model(
+        input_ids=ids[None].to(model.device),
+        position_ids=positions[:, None].to(model.device),
+        attention_mask=NO_MASK,
+        use_cache=False,
+        shared_prefix=attention,
+        **visual,
+    )
+    return out.last_hidden_state[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -190,93 +233,94 @@ def rollout(
     max_new_tokens: int,
     temperature: float,
     keys: list,
+    encoded: list[Encoded] | None = None,
+    block: int = 8,
+    static: bool = False,
 ) -> list[list[Completion]]:
     """Sample num_generations (G) answers to each of B prompts, at temperature 0 the single greedy one.
 
     keys: for each prompt a tuple of non-negative integers, such as (seed, step, number of the prompt): answer
     g draws its random numbers from its key and g, so it is the same whoever else is in the batch. Keys of
-    different length, as of training and evaluation, never give the same numbers. The prompts are encoded
-    once, in one padded batch; their KV cache is then expanded to B * G rows, which leave it as they end.
+    different length, as of training and evaluation, never give the same numbers.
+    encoded: of the prompts, where this policy has read them already.
+    block: after so many tokens, each time, rows whose answers have ended leave, and the cache grows.
+    static: rows stay, and the cache has room for max_new_tokens from the start: all shapes stay the same.
     """
     if not prompts:
         return []
-    model, device, G = policy.model, policy.device, num_generations
+    model, device, B, G = policy.model, policy.device, len(prompts), num_generations
     was_training = model.training
-    # In training mode gradient checkpointing drops the KV cache and the samples are silently wrong.
-    model.eval()
-    rows, lengths = len(prompts) * G, [len(p.ids) for p in prompts]
-    P, total = max(lengths), max(lengths) + max_new_tokens
-
-    # Padded on the right, so that no row is without a key.
-    ids = torch.zeros(len(prompts), P, dtype=torch.long)
-    positions = torch.zeros(3, len(prompts), P, dtype=torch.long)
-    real = torch.ones(len(prompts), total, dtype=torch.bool)  # keys that may be seen
-    for b, prompt in enumerate(prompts):
-        ids[b, : lengths[b]], positions[:, b, : lengths[b]] = prompt.ids, prompt.positions
-        real[b, lengths[b] : P] = False
-    inputs = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
-    inputs |= _visual_inputs(policy, prompts)
-    logits, cache = policy.run(_prefill, inputs, torch.tensor(lengths) - 1)
-    logits = logits.repeat_interleave(G, 0)  # (B * G, V)
-    cache.batch_repeat_interleave(G)
-    real = real.repeat_interleave(G, 0).to(device)
-    position = torch.tensor([p.next_position for p in prompts], device=device)
-    position = position.repeat_interleave(G)  # (B * G,)
+    model.eval()  # checkpointing has nothing to do here
+    encoded = encoded or encode(policy, prompts)
+    first = torch.stack([prompt.state for prompt in encoded])
+    logits = policy.run(lambda model: model.lm_head(first)).repeat_interleave(G, 0)  # (B * G, V)
+    attention = DecodeAttention([e.prefix for e in encoded], G, max_new_tokens if static else block)
+    position = torch.tensor([prompt.next_position for prompt in prompts], device=device).repeat_interleave(G)
     # The length stands first, since numpy takes [5, 0] and [5, 0, 0] for the same seed.
     seeds = [[len(key), *key, g] for key in keys for g in range(G)]
     uniform = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
     uniform = torch.tensor(uniform, device=device)  # (B * G, max_new_tokens)
 
     eos = torch.tensor(policy.eos_ids, device=device)
-    alive = torch.arange(rows, device=device)  # which answer each row of the cache belongs to
-    tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
-    ended = torch.full((rows,), max_new_tokens, device=device)  # length of each answer, end token included
+    forbidden = torch.tensor(policy.forbidden_ids, device=device)
+    rows = torch.arange(B * G, device=device).view(B, G)  # which answer each row of the batch belongs to
+    tokens = torch.zeros(B * G, max_new_tokens, dtype=torch.long, device=device)
     for t in range(max_new_tokens):
-        logits = _policy_logits(logits, temperature, policy)  # (rows, V)
-        sampled = _sample(logits, uniform[alive, t], temperature)  # (rows,)
-        tokens[alive, t] = sampled
-        stop = torch.isin(sampled, eos)
-        ended[alive[stop]] = t + 1
-        if stop.any():
-            keep = (~stop).nonzero().flatten()
-            if len(keep) == 0:
-                break
-            alive, sampled = alive[keep], sampled[keep]
-            cache.batch_select_indices(keep)
+        row = rows.flatten()
+        sampled = _sample(_policy_logits(logits, temperature, forbidden), uniform[row, t], temperature)
+        tokens[row, t] = sampled
         if t + 1 == max_new_tokens:
             break
-        with policy.arithmetic():
-            out = model(
-                input_ids=sampled[:, None],
-                position_ids=(position[alive] + t).expand(3, -1)[..., None],
-                attention_mask=real[alive, None, None, : P + t + 1],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        logits = out.logits[:, -1]
+        if t and t % block == 0:
+            ended = torch.isin(tokens[row, : t + 1], eos).any(1).view(rows.shape).cpu()
+            if ended.all():
+                break
+            if not static:
+                going = _going_on(ended)
+                if going[1].numel() < rows.numel():
+                    attention.keep(*going)
+                    rows = rows[going[0][:, None], going[1]]
+                    sampled = tokens[rows.flatten(), t]
+                attention.grow(min(block, max_new_tokens - t))
+        logits = policy.run(_next_logits, sampled, position[rows.flatten()], attention)
     model.train(was_training)
-
-    tokens, ended = tokens.tolist(), ended.tolist()
-    done = []
-    for row in range(rows):
-        row_ids = tokens[row][: ended[row]]
-        whole = row_ids[-1] in policy.eos_ids
-        text = policy.tokenizer.decode(row_ids[:-1] if whole else row_ids, clean_up_tokenization_spaces=False)
-        done.append(Completion(row_ids, text, truncated=not whole))
-    return [done[b * G : (b + 1) * G] for b in range(len(prompts))]
+    done = [_completion(policy, ids) for ids in tokens.tolist()]
+    return [done[b * G : (b + 1) * G] for b in range(B)]
 
 
-def _prefill(model: torch.nn.Module, inputs: dict, last: torch.Tensor) -> tuple[torch.Tensor, Cache]:
-    """Logits (B, V) of the first token of each answer, and the keys and values of the B prompts. last: (B,)
-    index of each prompt's last token."""
-    out = model.model(**inputs, use_cache=True)
-    return model.lm_head(out.last_hidden_state[torch.arange(len(last)), last]), out.past_key_values
+def _next_logits(
+    model: torch.nn.Module, tokens: torch.Tensor, first: torch.Tensor, attention: DecodeAttention
+) -> torch.Tensor:
+    """(rows, V) of the tokens after these, (rows,). first: (rows,) position of each answer's first token."""
+    out = model.model(
+        input_ids=tokens[:, None],
+        position_ids=(first + attention.step).expand(3, -1)[..., None],
+        attention_mask=NO_MASK,
+        use_cache=False,
+        shared_prefix=attention,
+    )
+    attention.advance()
+    return model.lm_head(out.last_hidden_state[:, 0])
 
 
-def _policy_logits(logits: torch.Tensor, temperature: float, policy: Policy) -> torch.Tensor:
+def _going_on(ended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ended: (B, G), of which answers. Returns which prompts to go on with, (B',), and which answers to each,
+    (B', G'): those that go on and, where they are fewer than of another prompt, some that have ended."""
+    prompts = (~ended).any(1).nonzero().flatten()
+    most = int((~ended).sum(1).max())
+    return prompts, ended[prompts].int().argsort(dim=1, stable=True)[:, :most]
+
+
+def _completion(policy: Policy, ids: list[int]) -> Completion:
+    """ids: what was sampled, up to the end token and beyond."""
+    end = next((n for n, token in enumerate(ids) if token in policy.eos_ids), None)
+    text = policy.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+    return Completion(ids if end is None else ids[: end + 1], text, truncated=end is None)
+
+
+def _policy_logits(logits: torch.Tensor, temperature: float, forbidden: torch.Tensor) -> torch.Tensor:
     """The one distribution that is sampled from and scored: fp32, at the temperature, no placeholders."""
-    logits = logits.float() / (temperature or 1.0)
-    return logits.index_fill(-1, torch.tensor(policy.forbidden_ids, device=logits.device), -torch.inf)
+    return (logits.float() / (temperature or 1.0)).index_fill_(-1, forbidden, -torch.inf)
 
 
 def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -293,47 +337,35 @@ def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> 
 
 
 @dataclass
-class TreeBatch:
-    """B prompts with their completions, packed for scoring: row b is [prompt b, completion 1, ...,
-    completion G], padded on the right to N tokens. The completions, R in all, do not see one another."""
+class Answers:
+    """Completions of B prompts, R in all, packed for scoring: one row of M tokens, one after the other."""
 
-    inputs: dict[str, torch.Tensor]
-    source: torch.Tensor  # (M,) of the B * N places, the one whose state predicts each token
-    target: torch.Tensor  # (M,) the token: all tokens of all R completions, one after the other
+    prompts: list[Prompt]
+    lengths: list[list[int]]  # of each prompt, those of its completions
+    ids: torch.Tensor  # (M,)
+    positions: torch.Tensor  # (3, M)
+    source: (
+        torch.Tensor
+    )  # (M,) which of B + M states predicts each token: the prompts' last, then the tokens'
     mask: torch.Tensor  # (R, C) which places of a padded table of completions are tokens
 
 
-def pack_completions(policy: Policy, prompts: list[Prompt], completions: list[list[list[int]]]) -> TreeBatch:
+def pack_completions(policy: Policy, prompts: list[Prompt], completions: list[list[list[int]]]) -> Answers:
     """completions[b][g]: token ids of answer g to prompt b. None may be empty."""
-    device = policy.device
-    N = max(len(p.ids) + sum(map(len, group)) for p, group in zip(prompts, completions, strict=True))
-    ids = torch.zeros(len(prompts), N, dtype=torch.long)
-    positions = torch.zeros(3, len(prompts), N, dtype=torch.long)
-    segment = torch.full((len(prompts), N), -1)  # 0: the prompt, g: completion g, -1: padding
-    source, target = [], []
-    for b, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        P = k = len(prompt.ids)
-        ids[b, :P], positions[:, b, :P], segment[b, :P] = prompt.ids, prompt.positions, 0
-        for g, completion in enumerate(group):
-            n = len(completion)
-            ids[b, k : k + n] = torch.tensor(completion)
-            positions[:, b, k : k + n] = prompt.next_position + torch.arange(n)
-            segment[b, k : k + n] = g + 1
-            source += [b * N + P - 1, *range(b * N + k, b * N + k + n - 1)]  # the first follows the prompt
-            target += completion
-            k += n
-    i = torch.arange(N)
-    causal = i[:, None] >= i[None, :]  # (N, N)
-    related = (segment[:, None, :] == 0) | (segment[:, :, None] == segment[:, None, :])  # (B, N, N)
-    inputs = {
-        "input_ids": ids.to(device),
-        "position_ids": positions.to(device),
-        "attention_mask": (causal & related)[:, None].to(device),
-        **_visual_inputs(policy, prompts),
-    }
-    mask = completion_mask([len(completion) for group in completions for completion in group])
-    return TreeBatch(
-        inputs, torch.tensor(source, device=device), torch.tensor(target, device=device), mask.to(device)
+    lengths = [[len(completion) for completion in group] for group in completions]
+    positions, source, m = [], [], len(prompts)
+    for b, (prompt, group) in enumerate(zip(prompts, lengths, strict=True)):
+        for n in group:
+            positions.append(prompt.next_position + torch.arange(n))
+            source += [b, *range(m, m + n - 1)]  # the first token follows the prompt
+            m += n
+    return Answers(
+        prompts,
+        lengths,
+        torch.tensor([token for group in completions for completion in group for token in completion]),
+        torch.cat(positions).expand(3, -1),
+        torch.tensor(source, device=policy.device),
+        completion_mask([n for group in lengths for n in group]).to(policy.device),
     )
 
 
@@ -343,23 +375,31 @@ def completion_mask(lengths: list[int]) -> torch.Tensor:
 
 
 def completion_logprobs(
-    policy: Policy, batch: TreeBatch, temperature: float, chunk: int = 1024
+    policy: Policy,
+    batch: Answers,
+    temperature: float,
+    encoded: list[Encoded] | None = None,
+    chunk: int = 1024,
 ) -> torch.Tensor:
     """Log-probability of every completion token under the policy that is sampled from: (R, C), 0 on padding.
 
-    One forward over the packed rows. Each prompt is encoded once for its G answers, and the (M, V) table of
+    encoded: of the batch's prompts, where this policy has read them already, with gradients if they are to be
+    trained on. Each prompt is read once for its G answers, no padding is computed, and the (M, V) table of
     logits exists only a chunk of tokens at a time, in the backward pass too.
     """
 
     def logprobs_of(model: torch.nn.Module) -> torch.Tensor:  # (M,)
-        hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state  # (B, N, H)
-        hidden = hidden.flatten(0, 1)[batch.source]  # (M, H)
+        read = encoded or _encode(model, policy, batch.prompts)
+        attention = AnswerAttention([prompt.prefix for prompt in read], batch.lengths)
+        states = _states(model, batch.ids, batch.positions, attention)
+        states = torch.cat([torch.stack([prompt.state for prompt in read]), states])[batch.source]  # (M, H)
+        forbidden = torch.tensor(policy.forbidden_ids, device=states.device)
 
         def chunk_logprobs(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            logits = _policy_logits(model.lm_head(states), temperature, policy)  # (chunk, V)
+            logits = _policy_logits(model.lm_head(states), temperature, forbidden)  # (chunk, V)
             return logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1)
 
-        chunks = zip(hidden.split(chunk), batch.target.split(chunk), strict=True)
+        chunks = zip(states.split(chunk), batch.ids.to(states.device).split(chunk), strict=True)
         if torch.is_grad_enabled():
             return torch.cat([checkpoint(chunk_logprobs, *c, use_reentrant=False) for c in chunks])
         return torch.cat([chunk_logprobs(*c) for c in chunks])

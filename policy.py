@@ -37,6 +37,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.utils import cached_file, logging
 
+import attention
 import distributed
 from adapters import base_of, has_adapters, load_adapters, write_adapters
 from files import ModelError
@@ -232,11 +233,14 @@ def _load_whole(checkpoint: str, dtype: torch.dtype | str, device: str) -> Polic
     for problem in _problems(config, tokenizer, video, generation):
         raise ModelError(f"model: {checkpoint!r}: {problem}")
     with _loading(checkpoint):
-        # sdpa: the eager path misreads boolean masks, flash attention cannot take a tree mask at all.
         model, found = family.model_class.from_pretrained(
             checkpoint,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation={
+                "": "sdpa",
+                "text_config": attention.IMPLEMENTATION,
+                "vision_config": "sdpa",
+            },
             ignore_mismatched_sizes=True,  # they are refused below, with their names
             output_loading_info=True,
         )

@@ -60,9 +60,11 @@ from logs import Log
 from marks import marks_of
 from model import (
     Completion,
+    Encoded,
     Prompt,
     completion_logprobs,
     completion_mask,
+    encode,
     pack_completions,
     rollout,
     see,
@@ -102,6 +104,7 @@ class Group:
     completions: list[Completion]
     scores: list[Score]
     advantages: torch.Tensor  # (G,) float64
+    encoded: Encoded | None = None  # what the policy made of the prompt, with gradients, where that is kept
 
 
 def main(arguments: list[str]) -> None:
@@ -258,17 +261,27 @@ def sample_and_score(
     keys = [keys[k] for k, _, _ in shown]
     with clock("rollout"):
         prompts = see(policy, [prompt for _, _, prompt in shown])
+        encoded = encode(policy, prompts) if prompts and config.keep_prompts else None
         answers = rollout(
-            policy, prompts, config.num_generations, config.max_new_tokens, config.temperature, keys
+            policy,
+            prompts,
+            config.num_generations,
+            config.max_new_tokens,
+            config.temperature,
+            keys,
+            encoded,
+            block=config.decode_block,
+            static=config.static_shapes,
         )
     groups = []
     with clock("score"):
-        for (k, truth, _), prompt, completions in zip(shown, prompts, answers, strict=True):
+        kept = encoded or [None] * len(prompts)
+        for (k, truth, _), prompt, read, completions in zip(shown, prompts, kept, answers, strict=True):
             scores = [score(c.text, truth, prompt.scale, config.rewards, config.think) for c in completions]
             rewards = torch.tensor([s.rewards["total"] for s in scores], dtype=torch.float64)  # (G,)
             finite = bool(rewards.isfinite().all())  # if not, check_rewards will end the run, on all ranks
             advantages = group_advantages(rewards, config.scale_rewards) if finite else rewards
-            groups.append(Group(samples[k], truth, prompt, completions, scores, advantages))
+            groups.append(Group(samples[k], truth, prompt, completions, scores, advantages, read))
     return groups
 
 
@@ -284,6 +297,9 @@ def improve(
 
     reference: the KL's; with LoRA the policy itself, whose adapters are then switched off.
     """
+    if config.keep_prompts and len(set(distributed.gather(len(groups)))) > 1:
+        # A rank with fewer must read another's prompt, and they go through a sharded model together.
+        groups = [dataclasses.replace(group, encoded=None) for group in groups]
     parts = micro_batches(groups, config)
     rows = [
         completion_mask([len(c.ids) for g in part for c in g.completions]) for part, real in parts if real
@@ -300,7 +316,8 @@ def improve(
                 with clock("reference"), torch.no_grad(), without_adapters(reference):
                     ref_logprobs[k] = completion_logprobs(reference, batch, config.temperature)
             with clock("update"):
-                logprobs = completion_logprobs(policy, batch, config.temperature)  # (R, C), R answers in it
+                kept = [group.encoded for group in part] if update == 0 and part[0].encoded else None
+                logprobs = completion_logprobs(policy, batch, config.temperature, kept)  # (R, C), R answers
                 if update == 0:
                     old_logprobs[k] = logprobs.detach()  # nothing has been updated yet: the sampling policy's
                 loss, metrics = policy_loss(

@@ -226,7 +226,9 @@ def test_a_batch_that_does_not_divide(tmp_path, write_config, monkeypatch):
 def test_answers_of_unequal_length(tmp_path):
     """One rank samples 3 tokens an answer and the other 200, without a word between them; then both take a
     step together and come to the same gradient norm. (That it is the right one: the runs above.) Of its three
-    backward passes the last alone exchanges gradients, once for each group of weights, or each of them."""
+    backward passes the last alone exchanges gradients, for each group of weights, or each of them does. (A
+    decoder layer is passed twice, by answers and by prompts. What has been kept for the last is exchanged
+    after the first of them, what they add after the second.)"""
     script = tmp_path / "unequal.py"
     script.write_text(UNEQUAL.format(root=str(ROOT), model=str(ROOT / "checkpoints/toy")))
     command = [
@@ -246,7 +248,7 @@ def test_answers_of_unequal_length(tmp_path):
     groups = 3 + 2 + 1  # decoder layers, vision blocks, the rest
     for record in said:
         assert record["sampling"] == 0
-        assert record["gradients"] == {"last": [0, 0, groups], "each": [groups] * 3}
+        assert record["gradients"] == {"last": [0, 0, groups + 3], "each": [groups] * 3}
     assert first["norm"] == second["norm"] > 0
 
 

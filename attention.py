@@ -1,0 +1,159 @@
+"""Attention of a prompt and the answers to it, in which the prompt is computed, and kept, once.
+
+The answers to one prompt see the prompt and themselves, never one another: a token of an answer attends to
+the prompt's keys and to those of its own answer, so nothing of a prompt is computed or stored for each of
+them. There are three passes through the model, each with an object that does its attention:
+
+    PromptAttention    B prompts, one after the other in one row: keeps the keys and values of each
+    AnswerAttention    whole answers, one after the other in one row: to be scored
+    DecodeAttention    one more token of each answer: sampling
+
+`model.model(..., shared_prefix=OBJECT)` hands it down to every layer of the language model, whose
+attention function this is by the name of IMPLEMENTATION. Without one the model behaves as it always does.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+IMPLEMENTATION = "shared_prefix"  # for from_pretrained(attn_implementation=...)
+# Transformers takes a mask of four dimensions as it is. None is needed; without this it would make one.
+NO_MASK = torch.empty(1, 1, 1, 1)
+
+KeysValues = tuple[Tensor, Tensor]  # of one layer, each (1, K, tokens, d): K heads of width d
+
+
+def attend(module, query, key, value, attention_mask, shared_prefix=None, scaling=None, **kwargs):
+    """The attention function of a layer. query: (rows, A, tokens, d); key, value: (rows, K, tokens, d)."""
+    if shared_prefix is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return shared_prefix.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+class PromptAttention:
+    """Each prompt attends to itself. lengths: tokens of each of the B prompts in the row."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+        self._layers: dict[int, KeysValues] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self._layers.setdefault(layer, (key, value))  # not again when checkpointing recomputes the layer
+        prompts = zip(*(x.split(self.lengths, 2) for x in (query, key, value)), strict=True)
+        out = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            for q, k, v in prompts
+        ]
+        return torch.cat(out, 2).transpose(1, 2)  # (1, N, A, d)
+
+    def prefixes(self) -> list[list[KeysValues]]:
+        """Of each prompt, the keys and values of all layers."""
+        layers = [self._layers[n] for n in range(len(self._layers))]
+        cut = [zip(k.split(self.lengths, 2), v.split(self.lengths, 2), strict=True) for k, v in layers]
+        return [list(layers) for layers in zip(*cut, strict=True)]
+
+
+class AnswerAttention:
+    """Each answer attends to its prompt and to itself.
+
+    prefixes: of each of the B prompts, as PromptAttention gives them. lengths: of each prompt, those of the
+    answers to it; they stand one after the other in the row. Answers to one prompt are padded to the longest
+    of them for the attention alone; what stands after an answer's end is never seen by it.
+    """
+
+    def __init__(self, prefixes: list[list[KeysValues]], lengths: list[list[int]]):
+        self.prefixes, self.lengths, self.masks = prefixes, lengths, []
+        for (key, _), *_ in prefixes:
+            C, P = max(lengths[len(self.masks)]), key.shape[2]
+            # (C, P + C), added to the scores: token i sees the prompt and the first i + 1 of its answer.
+            self.masks.append(key.new_full((C, P + C), -torch.inf).triu(P + 1))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        sizes = [sum(group) for group in self.lengths]
+        groups = zip(*(x[0].transpose(0, 1).split(sizes) for x in (query, key, value)), strict=True)
+        out = []
+        for prefix, lengths, mask, group in zip(self.prefixes, self.lengths, self.masks, groups, strict=True):
+            padded = (pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in group)
+            q, k, v = padded  # (G, A or K, C, d)
+            k, v = (
+                torch.cat([shared.expand(len(lengths), -1, -1, -1), own], 2)
+                for shared, own in zip(prefix[layer], (k, v), strict=True)
+            )
+            if q.device.type != "cpu":  # no fast kernel there takes a mask and fewer heads of keys
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            attended = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] < q.shape[1]
+            )
+            out += [answer[:n] for answer, n in zip(attended.transpose(1, 2), lengths, strict=True)]
+        return torch.cat(out)[None]  # (1, M, A, d)
+
+
+class DecodeAttention:
+    """The next token of each of G answers to each of B prompts attends to its prompt and to what its answer
+    has so far. The B * G rows stand prompt by prompt.
+
+    A prompt's keys are multiplied with the queries of all its answers at once. room: for how many tokens of
+    each answer there is space. Between two calls of `grow` or `keep` no tensor changes its shape, and all
+    that changes from token to token is data: a GPU can record the work of one token and replay it.
+    """
+
+    def __init__(self, prefixes: list[list[KeysValues]], num_generations: int, room: int):
+        lengths = torch.tensor([prefix[0][0].shape[2] for prefix in prefixes])
+        self.prompts = []  # of each layer, keys and values: (B, K, P, d), padded on the right
+        for layer in zip(*prefixes, strict=True):
+            both = zip(*layer, strict=True)
+            padded = (pad_sequence([x[0].transpose(0, 1) for x in xs], batch_first=True) for xs in both)
+            self.prompts.append([x.transpose(1, 2).contiguous() for x in padded])
+        B, K, P, d = self.prompts[0][0].shape
+        shape, device = (B, num_generations, K, 0, d), self.prompts[0][0].device
+        self.answers = [[x.new_zeros(shape) for x in layer] for layer in self.prompts]
+        # Added to the scores: 0 where there is a key, -inf where there is none.
+        self.padding = _bias(torch.arange(P) < lengths[:, None])[:, None, None, None].to(device)
+        self.step = torch.zeros(1, dtype=torch.long, device=device)  # tokens that each answer has
+        self.grow(room)
+
+    def grow(self, room: int) -> None:
+        """Make space for as many tokens more."""
+        self.answers = [[F.pad(x, (0, 0, 0, room)) for x in layer] for layer in self.answers]
+        self._places = torch.arange(self.answers[0][0].shape[3], device=self.step.device)
+        self.future = _bias(self._places <= self.step)  # (room,)
+
+    def advance(self) -> None:
+        """The token at hand is done."""
+        self.step += 1
+        self.future = _bias(self._places <= self.step)
+
+    def keep(self, prompts: Tensor, answers: Tensor) -> None:
+        """Go on with these of the prompts, (B',) indices, and these of the answers to them, (B', G')."""
+        self.padding = self.padding[prompts]
+        self.prompts = [[x[prompts] for x in layer] for layer in self.prompts]
+        self.answers = [[x[prompts[:, None], answers] for x in layer] for layer in self.answers]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query: (B * G, A, 1, d). Computed in fp32, in which fused kernels add up, too."""
+        B, G, K, room, d = self.answers[layer][0].shape
+        for kept, new in zip(self.answers[layer], (key, value), strict=True):
+            kept.index_copy_(3, self.step, new.view(B, G, K, 1, d))
+        with torch.autocast(query.device.type, enabled=False):
+            keys, values = (x.float() for x in self.prompts[layer])
+            own_keys, own_values = (x.float() for x in self.answers[layer])
+            q = query.float().view(B, G, K, -1, d) * scale  # (B, G, K, r, d): r = A / K queries share a key
+            to_prompt = q.transpose(1, 2).flatten(2, 3) @ keys.transpose(2, 3)  # (B, K, G * r, P)
+            to_own = (q @ own_keys.transpose(3, 4)).transpose(1, 2)  # (B, K, G, r, room)
+            scores = torch.cat([to_prompt.unflatten(2, (G, -1)) + self.padding, to_own + self.future], -1)
+            to_prompt, to_own = scores.softmax(-1).split([keys.shape[2], room], -1)
+            out = (to_prompt.flatten(2, 3) @ values).unflatten(2, (G, -1)).transpose(1, 2)  # (B, G, K, r, d)
+            out = out + to_own.transpose(1, 2) @ own_values
+        return out.reshape(B * G, 1, -1, d).to(query.dtype)
+
+
+def _bias(seen: Tensor) -> Tensor:
+    return torch.where(seen, 0.0, -torch.inf)
