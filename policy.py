@@ -30,11 +30,9 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionPatchEmbed,
-    Qwen2_5_VLVisionAttention,
-    apply_rotary_pos_emb_vision,
-)
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.utils import cached_file, logging
 
 import attention
@@ -277,16 +275,25 @@ def _run(self, function: Callable, *arguments):
     return function(self, *arguments)
 
 
-def speed_up_vision(model: torch.nn.Module) -> None:
-    """Qwen2.5-VL's vision tower without two detours that are slow on a CPU; the same numbers, up to rounding.
+VISION_ATTENTION = (
+    qwen2_vl.VisionAttention,
+    qwen2_5_vl.Qwen2_5_VLVisionAttention,
+    qwen3_vl.Qwen3VLVisionAttention,
+)
+PATCH_EMBED = (qwen2_vl.PatchEmbed, qwen2_5_vl.Qwen2_5_VisionPatchEmbed, qwen3_vl.Qwen3VLVisionPatchEmbed)
 
-    Attention calls its kernel once for each distinct size of window, not in a Python loop over all windows;
-    the patch embedding, a convolution whose stride is its kernel, becomes the matrix product that it is.
+
+def speed_up_vision(model: torch.nn.Module) -> None:
+    """The vision towers without two detours that are slow on a CPU; the same numbers, up to rounding.
+
+    Attention calls its kernel once for each distinct size of window or frame, not in a Python loop over all
+    of them; the patch embedding, a convolution whose stride is its kernel, becomes the matrix product that it
+    is.
     """
     for module in model.modules():
-        if isinstance(module, Qwen2_5_VLVisionAttention):
+        if isinstance(module, VISION_ATTENTION):
             module.forward = types.MethodType(_window_attention, module)
-        elif isinstance(module, Qwen2_5_VisionPatchEmbed):
+        elif isinstance(module, PATCH_EMBED):
             module.forward = types.MethodType(_embed_patches, module)
 
 
@@ -294,19 +301,19 @@ def _window_attention(self, hidden_states, cu_seqlens, position_embeddings, **_)
     """hidden_states: (n, H), windows one after the other; cu_seqlens: where they begin, and n."""
     n = len(hidden_states)
     q, k, v = self.qkv(hidden_states).reshape(n, 3, self.num_heads, -1).unbind(1)  # (n, heads, d)
-    q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+    q, k = qwen2_5_vl.apply_rotary_pos_emb_vision(q, k, *position_embeddings)
     lengths = cu_seqlens.diff()
     window_length = lengths.repeat_interleave(lengths)  # (n,) of the window that each patch is in
-    out = torch.empty_like(q)
-    for length in lengths.unique().tolist():
-        rows = window_length == length
+    distinct, out = lengths.unique().tolist(), torch.empty_like(q)
+    for length in distinct:
+        rows = window_length == length if len(distinct) > 1 else slice(None)  # a slice copies nothing
         windows = [x[rows].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v)]  # (w, heads, l, d)
         out[rows] = F.scaled_dot_product_attention(*windows).transpose(1, 2).flatten(0, 1)
     return self.proj(out.flatten(1))
 
 
 def _embed_patches(self, hidden_states):
-    return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1))
+    return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ until the last step. Everything here runs in the calling process; clips.py runs 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import decord
@@ -54,7 +54,7 @@ def probe(path: str) -> Header:
     """What a file says about itself. Its index is read, which decord collects from the whole file, and its
     first frame is decoded, for the size. Raises VideoError for a file that cannot be opened."""
     reader, spans, hidden = _open(path)
-    height, width = next(_decode(path, reader, 1)).shape[:2]
+    height, width = next(_decode(path, reader, [0], hidden)).shape[:2]
     return Header(len(spans), float(spans[-1, 1]), width, height, hidden)
 
 
@@ -147,9 +147,9 @@ def read_frames(
     chosen = np.searchsorted(spans[:, 0], wanted + TIMESTAMP_ERROR, side="right") - 1
     # Where frames are hidden the rest is decoded too: only then is it known that they are as many as the
     # index says, and so that they are those that the index means.
-    last = len(spans) - 1 if hidden else chosen[-1]
+    needed = range(len(spans)) if hidden else np.unique(chosen).tolist()
     shown, kept = None, 0
-    for index, frame in enumerate(_decode(path, reader, last + 1)):
+    for index, frame in zip(needed, _decode(path, reader, needed, hidden), strict=True):
         while kept < len(chosen) and chosen[kept] == index:
             pixels = frame.asnumpy()  # (H, W, 3)
             pixels = pixels if size is None else resize(pixels[None], size)[0].numpy()
@@ -194,17 +194,26 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
     return reader, spans[hidden:] - spans[hidden, 0], hidden
 
 
-def _decode(path: str, reader: decord.VideoReader, count: int) -> Iterator[decord.nd.NDArray]:
-    """The first `count` shown frames of a fresh reader, (H, W, 3) each, one after the other.
+def _decode(
+    path: str, reader: decord.VideoReader, wanted: Sequence[int], hidden: int
+) -> Iterator[decord.nd.NDArray]:
+    """The shown frames of a fresh reader with these indices, which ascend; (H, W, 3) each.
 
-    Never by decord's seeking (get_batch, seek_accurate, skip_frames, reader[i]): it is wrong by 1 to 4 frames
-    in files with open groups of pictures (those of x265 and, with B-frames, of MPEG-4), and on files with
-    hidden frames it gives wrong ones or spins for ever (dmlc/decord issues 269, 373, 375). Decoding
-    everything takes 0.26 s instead of 0.15 s for a clip of 20 s.
+    Never by decord's seeking (get_batch, seek_accurate, reader[i]): it is wrong by 1 to 4 frames in files
+    with open groups of pictures (those of x265 and, with B-frames, of MPEG-4), and on files with hidden
+    frames it gives wrong ones or spins for ever (dmlc/decord issues 269, 373, 375). skip_frames decodes, too,
+    and only leaves out the conversion to RGB; but it seeks where a key frame is among the skipped or right
+    after them, so the frame before a key frame is never skipped. Where frames are hidden its count is off.
     """
+    before_keys = [] if hidden else [key - 1 for key in reader.get_key_indices() if 0 < key <= wanted[-1]]
+    done = 0
     try:
-        for _ in range(count):
-            yield reader.next()
+        for index in sorted({*wanted, *before_keys}):
+            if index > done:
+                reader.skip_frames(index - done)
+            frame, done = reader.next(), index + 1
+            if index in wanted:
+                yield frame
     except DECORD_ERRORS as error:
         raise VideoError(f"{path}: a frame cannot be decoded; fetch or re-encode the file") from error
 

@@ -17,10 +17,8 @@ import numpy as np
 import pytest
 import torch
 from shown import shown_prompt
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
-import toy
 from data import load_samples
 from files import ModelError
 from model import (
@@ -32,7 +30,7 @@ from model import (
     rope_positions,
     see,
 )
-from policy import load_policy, save_policy, speed_up_vision
+from policy import load_policy, save_policy
 from prompts import TextFormat
 from video import VideoError, read_frames
 
@@ -725,21 +723,24 @@ def test_weights_of_another_shape_or_name_are_refused(checkpoints, tmp_path, req
     assert heard == ["heard again"]
 
 
-def test_the_fast_vision_tower_changes_no_number():
-    """Values and gradients, for two videos and windows of several sizes (112 pixels do not divide them)."""
-    model = toy.tiny_model(toy.tiny_tokenizer())
-    config = model.config.to_dict()
-    config["vision_config"]["fullatt_block_indexes"] = [1]
-    slow = Qwen2_5_VLForConditionalGeneration._from_config(
-        Qwen2_5_VLConfig(**config), attn_implementation="sdpa"
-    ).model.visual
-    fast = copy.deepcopy(slow)
-    speed_up_vision(fast)
+def test_the_fast_vision_tower_changes_no_number(policy, checkpoints):
+    """Values and gradients, for two videos and, in Qwen2.5, windows of several sizes."""
+    family = policy.model.config.model_type
+    stock = type(policy.model).from_pretrained(checkpoints[family], attn_implementation="sdpa")
+    slow, fast = stock.model.visual, policy.model.model.visual
+    with torch.no_grad():
+        for parameter in slow.parameters():  # biases, too
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    fast.load_state_dict(slow.state_dict())
     grid = torch.tensor([[3, 14, 24], [2, 4, 4]])
-    patches = torch.randn(int(grid.prod(1).sum()), 3 * 2 * 14 * 14)
-    outputs = [tower(patches, grid_thw=grid).pooler_output for tower in (slow, fast)]
-    torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-5)
-    for output in outputs:
-        output.pow(2).sum().backward()
+    side = policy.patch_size
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(int(grid.prod(1).sum()), 3 * 2 * side * side, generator=generator)
+    levels = []
+    for tower in (slow, fast):
+        out = tower(patches, grid_thw=grid)
+        levels.append([out.pooler_output, *getattr(out, "deepstack_features", [])])
+        sum(level.pow(2).sum() for level in levels[-1]).backward()
+    torch.testing.assert_close(*levels, atol=2e-5, rtol=1e-5)
     for a, b in zip(slow.parameters(), fast.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4 * float(a.grad.abs().max()), rtol=1e-3)

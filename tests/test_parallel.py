@@ -69,14 +69,16 @@ TOY |= {"steps": 5, "learning_rate": 1e-4, "eval_limit": 6, "kl_beta": 0.05, "gr
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, write_config):
-    """(ranks, rollout_batch, reduce_gradients) -> folder of a run of five steps of the toy's checkpoint."""
+    """(ranks, rollout_batch, reduce_gradients, keep_prompts) -> folder of a run of five steps of the toy's
+    checkpoint."""
     folders = {}
 
-    def run(ranks, rollout_batch, reduce_gradients="last"):
-        key = ranks, rollout_batch, reduce_gradients
+    def run(ranks, rollout_batch, reduce_gradients="last", keep_prompts=False):
+        key = ranks, rollout_batch, reduce_gradients, keep_prompts
         if key not in folders:
             folder = tmp_path_factory.mktemp("parallel")
             settings = {"rollout_batch": rollout_batch, "reduce_gradients": reduce_gradients}
+            settings |= {"keep_prompts": keep_prompts}
             config = write_config(folder, **TOY, **settings)
             if ranks == 1:
                 train.main([config])
@@ -90,11 +92,14 @@ def runs(tmp_path_factory, write_config):
 
 
 @pytest.mark.parametrize(
-    "other", [(1, 4), (1, 1), (2, 4), (2, 1, "each"), (4, 2)], ids=lambda key: "-".join(map(str, key))
+    "other",
+    [(1, 4), (1, 1), (1, 2, "last", True), (2, 4), (2, 1, "each"), (2, 2, "last", True), (4, 2)],
+    ids=lambda key: "-".join(map(str, key)),
 )
 def test_ranks_and_parts_change_nothing(runs, other):
     """Against one process that takes the batch of eight whole: cut into 2 x 4 or 8 x 1, and spread over two
-    and four ranks, with one exchange of gradients a step or one a part."""
+    and four ranks, with one exchange of gradients a step or one a part, its prompts read anew for the update
+    or kept from the rollout."""
     one, many = runs(1, 8), runs(*other)
     rollouts, expected = (read_lines(run / "rollouts.jsonl") for run in (many, one))
     assert len(rollouts) == 5 * 8 * 4 and any(r["advantage"] for r in rollouts)
@@ -303,7 +308,8 @@ files.leave_process(0)
 """
 
 
-def test_a_rank_without_a_video(tmp_path, write_config, world):
+@pytest.mark.parametrize("keep_prompts", [False, True])
+def test_a_rank_without_a_video(tmp_path, write_config, world, keep_prompts):
     """on_bad_video: skip, and the second of two ranks has nothing in a step: it goes along with the other,
     whose two parts are the step as if it were alone."""
     videos = tmp_path / "videos"
@@ -311,6 +317,7 @@ def test_a_rank_without_a_video(tmp_path, write_config, world):
     for path in world.iterdir():
         (videos / path.name).write_bytes(path.read_bytes())
     settings = {**TOY, "batch_size": 4, "rollout_batch": 1, "steps": 1, "on_bad_video": "skip"}
+    settings |= {"keep_prompts": keep_prompts}
     settings |= {"videos": str(videos), "eval_limit": 1}
     config = train.load_config(write_config(tmp_path, **settings))
     samples = train.load_split(config, config.train_annotations)[0]

@@ -308,15 +308,32 @@ def test_first_update_has_ratio_one(qwen2_5, write_config, tmp_path):
         train.improve(qwen2_5, None, optimizer, groups, replace(config, kl_beta=0.1))
 
 
-def test_rollout_batch_changes_nothing(taught, write_config, tmp_path):
-    """1, 2 or all prompts at a time: the same answers, the same rewards, the same weights after the step."""
+WAYS = (
+    ["rollout_batch=3"],
+    ["rollout_batch=1"],
+    ["rollout_batch=2"],
+    ["rollout_batch=3", "keep_prompts=true"],
+)
+WAYS += (["rollout_batch=2", "keep_prompts=true", "gradient_checkpointing=true"],)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_ways_of_a_step_change_nothing(taught, write_config, tmp_path, updates):
+    """1, 2 or all prompts at a time, read anew for the update or kept from the rollout: the same answers, the
+    same rewards, the same weights after the step. The vision tower visits each prompt once less where it is
+    kept."""
     path = write_config(tmp_path, model=str(taught / "checkpoint"), batch_size=3, seed=2, **SHORT)
-    results = []
-    for size in (1, 2, 3):
-        config = load_config(path, [f"rollout_batch={size}"])
-        policy = load_policy(config.model)
+    results, visits = [], []
+    for way in WAYS:
+        config = load_config(path, [f"updates_per_batch={updates}", *way])
+        policy, size = load_policy(config.model), config.rollout_batch
         reference, samples = nudged(policy), samples_of(config)[:3]
         clips = open_clips(config, policy.size_factor)
+        if config.gradient_checkpointing:
+            policy.model.activation_checkpointing_enable()
+        policy.model.train()
+        seen = []
+        policy.model.model.visual.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         groups = []
         for first in range(0, 3, size):
             keys = [(0, 0, k) for k in range(first, min(first + size, 3))]
@@ -325,6 +342,7 @@ def test_rollout_batch_changes_nothing(taught, write_config, tmp_path):
         metrics = train.improve(policy, reference, optimizer, groups, config)
         records = train.rollout_records(groups, 1, config)
         results.append((records, metrics, torch.cat([p.flatten() for p in policy.model.parameters()])))
+        visits.append(len(seen))
     before = torch.cat([p.flatten() for p in load_policy(config.model).model.parameters()])
     records, metrics, weights = results[0]
     assert any(record["advantage"] for record in records) and (weights - before).abs().max() > 1e-3
@@ -332,6 +350,7 @@ def test_rollout_batch_changes_nothing(taught, write_config, tmp_path):
         assert other_records == records
         assert other_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
         assert (other_weights - weights).abs().max() <= 1e-5
+    assert visits == [1 + updates, 3 + 3 * updates, 2 + 2 * updates, updates, 2 * updates]  # parts, each time
 
 
 def test_reference_does_not_move(qwen2_5, write_config, tmp_path):
