@@ -99,7 +99,8 @@ class Config:
     precision: str = "bf16"  # of the arithmetic: bf16 | fp32. Weights that are trained are kept in fp32
 
     # --- how it runs; none of these changes what is computed
-    rollout_batch: int = 1  # prompts whose answers are decoded, and scored, in one batch
+    rollout_batch: int = 1  # prompts whose answers are sampled in one batch
+    micro_batch: int = 1  # prompts whose answers are scored, and learnt from, in one pass
     # keep what a rollout made of its prompts, activations included, for the update: one pass over them less,
     # but the activations of all of a rank's prompts of a step are there at once
     keep_prompts: bool = False
@@ -111,7 +112,7 @@ class Config:
     gradient_checkpointing: bool = True  # recompute activations: a third slower, a sixth of the memory
     threads: int = 0  # CPU threads; 0 leaves the choice to torch
     eval_every: int = 0  # steps between evaluations on the held-out split; 0: only before and after
-    eval_batch: int = 1  # sentences that are decoded in one batch
+    eval_batch: int = 8  # sentences that are answered in one batch
     eval_temperature: float = 0.0  # 0: greedy, as in every table
     eval_limit: int = 0  # evaluate at most this many sentences; 0: all
     save_every: int = 0  # steps between checkpoints; 0: only the last
@@ -243,6 +244,7 @@ AT_LEAST = {
             "max_new_tokens",
             "batch_size",
             "rollout_batch",
+            "micro_batch",
             "decode_block",
             "eval_batch",
             "updates_per_batch",

@@ -17,7 +17,7 @@ FREE = {  # settings that may change when a run goes on: nothing that is learned
     *("steps", "eval_annotations", "eval_every", "eval_batch", "save_every"),
     *("keep", "resume", "log_to"),
     # how a step is split up: the same sums, but for rounding
-    *("rollout_batch", "keep_prompts", "decode_block", "static_shapes"),
+    *("rollout_batch", "micro_batch", "keep_prompts", "decode_block", "static_shapes"),
     *("reduce_gradients", "gradient_checkpointing", "threads"),
 }
 

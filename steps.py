@@ -76,10 +76,10 @@ def gathered(items: list) -> list:
 
 
 def micro_batches(items: list, config: Config) -> list[tuple[list, bool]]:
-    """This rank's items, rollout_batch at a time, each part with True. All ranks get equally many, since they
+    """This rank's items, micro_batch at a time, each part with True. All ranks get equally many, since they
     must enter a sharded model together: one that has fewer (on_bad_video: skip) goes through another's first
     item, for nothing: False."""
-    parts = [(part, True) for part in cut(items, config.rollout_batch)]
+    parts = [(part, True) for part in cut(items, config.micro_batch)]
     counts = distributed.gather(len(parts))
     if min(counts) < max(counts):
         donor = counts.index(max(counts))

@@ -261,7 +261,8 @@ def sample_and_score(
     keys = [keys[k] for k, _, _ in shown]
     with clock("rollout"):
         prompts = see(policy, [prompt for _, _, prompt in shown])
-        encoded = encode(policy, prompts) if prompts and config.keep_prompts else None
+        # Each by itself: the update may take them in other parts, and a graph is gone after one backward pass.
+        encoded = [encode(policy, [prompt])[0] for prompt in prompts] if config.keep_prompts else None
         answers = rollout(
             policy,
             prompts,
@@ -293,7 +294,7 @@ def improve(
     config: Config,
 ) -> dict[str, float]:
     """updates_per_batch optimiser steps on the groups of all ranks, of which `groups` are this one's,
-    accumulated over rollout_batch groups at a time. Returns the metrics of the last one.
+    accumulated over micro_batch groups at a time. Returns the metrics of the last one.
 
     reference: the KL's; with LoRA the policy itself, whose adapters are then switched off.
     """

@@ -162,6 +162,7 @@ def write_config(world, checkpoints):
             "steps": 2,
             "learning_rate": 1e-3,
             "rollout_batch": 2,
+            "micro_batch": 2,
             "eval_batch": 6,
             "threads": 1,
             "decode_workers": 0,
@@ -198,6 +199,12 @@ def taught(tmp_path_factory, write_config):
 
     folder = tmp_path_factory.mktemp("taught")
     sft = {"steps": 36, "learning_rate": 7e-3, "batch_size": 6}
-    changes = {"steps": 0, "max_new_tokens": 72, "rollout_batch": 6, "gradient_checkpointing": False}
+    changes = {
+        "steps": 0,
+        "max_new_tokens": 72,
+        "rollout_batch": 6,
+        "micro_batch": 6,
+        "gradient_checkpointing": False,
+    }
     train.main([write_config(folder, think=False, sft=sft, **changes)])
     return folder / "run"

@@ -77,8 +77,8 @@ def runs(tmp_path_factory, write_config):
         key = ranks, rollout_batch, reduce_gradients, keep_prompts
         if key not in folders:
             folder = tmp_path_factory.mktemp("parallel")
-            settings = {"rollout_batch": rollout_batch, "reduce_gradients": reduce_gradients}
-            settings |= {"keep_prompts": keep_prompts}
+            settings = {"rollout_batch": rollout_batch, "micro_batch": min(rollout_batch, 4)}
+            settings |= {"reduce_gradients": reduce_gradients, "keep_prompts": keep_prompts}
             config = write_config(folder, **TOY, **settings)
             if ranks == 1:
                 train.main([config])
@@ -316,7 +316,7 @@ def test_a_rank_without_a_video(tmp_path, write_config, world, keep_prompts):
     videos.mkdir()
     for path in world.iterdir():
         (videos / path.name).write_bytes(path.read_bytes())
-    settings = {**TOY, "batch_size": 4, "rollout_batch": 1, "steps": 1, "on_bad_video": "skip"}
+    settings = {**TOY, "batch_size": 4, "micro_batch": 1, "steps": 1, "on_bad_video": "skip"}
     settings |= {"keep_prompts": keep_prompts}
     settings |= {"videos": str(videos), "eval_limit": 1}
     config = train.load_config(write_config(tmp_path, **settings))

@@ -308,28 +308,25 @@ def test_first_update_has_ratio_one(qwen2_5, write_config, tmp_path):
         train.improve(qwen2_5, None, optimizer, groups, replace(config, kl_beta=0.1))
 
 
-WAYS = (
-    ["rollout_batch=3"],
-    ["rollout_batch=1"],
-    ["rollout_batch=2"],
-    ["rollout_batch=3", "keep_prompts=true"],
-)
-WAYS += (["rollout_batch=2", "keep_prompts=true", "gradient_checkpointing=true"],)
+# rollout_batch, micro_batch, keep_prompts, gradient_checkpointing
+WAYS = ((3, 3, 0, 0), (1, 1, 0, 0), (2, 3, 0, 1), (1, 2, 0, 0), (3, 3, 1, 0), (2, 1, 1, 1))
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_ways_of_a_step_change_nothing(taught, write_config, tmp_path, updates):
-    """1, 2 or all prompts at a time, read anew for the update or kept from the rollout: the same answers, the
-    same rewards, the same weights after the step. The vision tower visits each prompt once less where it is
-    kept."""
+    """1, 2 or all prompts sampled, and learnt from, at a time; read anew for the update or kept from the
+    rollout: the same answers, the same rewards, the same weights after the step. The vision tower runs once
+    for each part; where prompts are kept, once for each of them, and not for the first update."""
     path = write_config(tmp_path, model=str(taught / "checkpoint"), batch_size=3, seed=2, **SHORT)
     results, visits = [], []
-    for way in WAYS:
-        config = load_config(path, [f"updates_per_batch={updates}", *way])
-        policy, size = load_policy(config.model), config.rollout_batch
+    for size, micro, keep, checkpointing in WAYS:
+        way = [f"rollout_batch={size}", f"micro_batch={micro}", f"keep_prompts={bool(keep)}"]
+        way += [f"gradient_checkpointing={bool(checkpointing)}", f"updates_per_batch={updates}"]
+        config = load_config(path, way)
+        policy = load_policy(config.model)
         reference, samples = nudged(policy), samples_of(config)[:3]
         clips = open_clips(config, policy.size_factor)
-        if config.gradient_checkpointing:
+        if checkpointing:
             policy.model.activation_checkpointing_enable()
         policy.model.train()
         seen = []
@@ -342,7 +339,7 @@ def test_ways_of_a_step_change_nothing(taught, write_config, tmp_path, updates):
         metrics = train.improve(policy, reference, optimizer, groups, config)
         records = train.rollout_records(groups, 1, config)
         results.append((records, metrics, torch.cat([p.flatten() for p in policy.model.parameters()])))
-        visits.append(len(seen))
+        visits.append((len(seen), (3 if keep else -(-3 // size)) + -(-3 // micro) * (updates - keep)))
     before = torch.cat([p.flatten() for p in load_policy(config.model).model.parameters()])
     records, metrics, weights = results[0]
     assert any(record["advantage"] for record in records) and (weights - before).abs().max() > 1e-3
@@ -350,7 +347,7 @@ def test_ways_of_a_step_change_nothing(taught, write_config, tmp_path, updates):
         assert other_records == records
         assert other_metrics == pytest.approx(metrics, rel=1e-3, abs=1e-5)
         assert (other_weights - weights).abs().max() <= 1e-5
-    assert visits == [1 + updates, 3 + 3 * updates, 2 + 2 * updates, updates, 2 * updates]  # parts, each time
+    assert all(found == expected for found, expected in visits)
 
 
 def test_reference_does_not_move(qwen2_5, write_config, tmp_path):
