@@ -100,12 +100,13 @@ class DecodeAttention:
     """The next token of each of G answers to each of B prompts attends to its prompt and to what its answer
     has so far. The B * G rows stand prompt by prompt.
 
-    A prompt's keys are multiplied with the queries of all its answers at once. room: for how many tokens of
-    each answer there is space. Between two calls of `grow` or `keep` no tensor changes its shape, and all
-    that changes from token to token is data: a GPU can record the work of one token and replay it.
+    A prompt's keys are multiplied with the queries of all its answers at once. There is room for max_tokens
+    of each answer; `width` of them are computed with, as many as `widen` says. Between two calls of `widen`
+    or `keep` no tensor changes its shape, and all that changes from token to token is data: a GPU can record
+    the work of one token and replay it.
     """
 
-    def __init__(self, prefixes: list[list[KeysValues]], num_generations: int, room: int):
+    def __init__(self, prefixes: list[list[KeysValues]], num_generations: int, max_tokens: int):
         lengths = torch.tensor([prefix[0][0].shape[2] for prefix in prefixes])
         self.prompts = []  # of each layer, keys and values: (B, K, P, d), padded on the right
         for layer in zip(*prefixes, strict=True):
@@ -113,18 +114,18 @@ class DecodeAttention:
             padded = (pad_sequence([x[0].transpose(0, 1) for x in xs], batch_first=True) for xs in both)
             self.prompts.append([x.transpose(1, 2).contiguous() for x in padded])
         B, K, P, d = self.prompts[0][0].shape
-        shape, device = (B, num_generations, K, 0, d), self.prompts[0][0].device
+        shape, device = (B, num_generations, K, max_tokens, d), self.prompts[0][0].device
         self.answers = [[x.new_zeros(shape) for x in layer] for layer in self.prompts]
         # Added to the scores: 0 where there is a key, -inf where there is none.
         self.padding = _bias(torch.arange(P) < lengths[:, None])[:, None, None, None].to(device)
         self.step = torch.zeros(1, dtype=torch.long, device=device)  # tokens that each answer has
-        self.grow(room)
+        self.widen(max_tokens)
 
-    def grow(self, room: int) -> None:
-        """Make space for as many tokens more."""
-        self.answers = [[F.pad(x, (0, 0, 0, room)) for x in layer] for layer in self.answers]
-        self._places = torch.arange(self.answers[0][0].shape[3], device=self.step.device)
-        self.future = _bias(self._places <= self.step)  # (room,)
+    def widen(self, width: int) -> None:
+        """Compute with the first `width` tokens of each answer from now on."""
+        self.width = width
+        self._places = torch.arange(width, device=self.step.device)
+        self.future = _bias(self._places <= self.step)  # (width,)
 
     def advance(self) -> None:
         """The token at hand is done."""
@@ -139,17 +140,17 @@ class DecodeAttention:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query: (B * G, A, 1, d). Computed in fp32, in which fused kernels add up, too."""
-        B, G, K, room, d = self.answers[layer][0].shape
+        B, G, K, _, d = self.answers[layer][0].shape
         for kept, new in zip(self.answers[layer], (key, value), strict=True):
             kept.index_copy_(3, self.step, new.view(B, G, K, 1, d))
         with torch.autocast(query.device.type, enabled=False):
             keys, values = (x.float() for x in self.prompts[layer])
-            own_keys, own_values = (x.float() for x in self.answers[layer])
+            own_keys, own_values = (x[:, :, :, : self.width].float() for x in self.answers[layer])
             q = query.float().view(B, G, K, -1, d) * scale  # (B, G, K, r, d): r = A / K queries share a key
             to_prompt = q.transpose(1, 2).flatten(2, 3) @ keys.transpose(2, 3)  # (B, K, G * r, P)
-            to_own = (q @ own_keys.transpose(3, 4)).transpose(1, 2)  # (B, K, G, r, room)
+            to_own = (q @ own_keys.transpose(3, 4)).transpose(1, 2)  # (B, K, G, r, width)
             scores = torch.cat([to_prompt.unflatten(2, (G, -1)) + self.padding, to_own + self.future], -1)
-            to_prompt, to_own = scores.softmax(-1).split([keys.shape[2], room], -1)
+            to_prompt, to_own = scores.softmax(-1).split([keys.shape[2], self.width], -1)
             out = (to_prompt.flatten(2, 3) @ values).unflatten(2, (G, -1)).transpose(1, 2)  # (B, G, K, r, d)
             out = out + to_own.transpose(1, 2) @ own_values
         return out.reshape(B * G, 1, -1, d).to(query.dtype)

@@ -243,8 +243,8 @@ def rollout(
     g draws its random numbers from its key and g, so it is the same whoever else is in the batch. Keys of
     different length, as of training and evaluation, never give the same numbers.
     encoded: of the prompts, where this policy has read them already.
-    block: after so many tokens, each time, rows whose answers have ended leave, and the cache grows.
-    static: rows stay, and the cache has room for max_new_tokens from the start: all shapes stay the same.
+    block: after so many tokens, each time, rows whose answers have ended leave.
+    static: they stay, and attention is to all max_new_tokens, those to come masked: no shape ever changes.
     """
     if not prompts:
         return []
@@ -254,7 +254,9 @@ def rollout(
     encoded = encoded or encode(policy, prompts)
     first = torch.stack([prompt.state for prompt in encoded])
     logits = policy.run(lambda model: model.lm_head(first)).repeat_interleave(G, 0)  # (B * G, V)
-    attention = DecodeAttention([e.prefix for e in encoded], G, max_new_tokens if static else block)
+    attention = DecodeAttention([prompt.prefix for prompt in encoded], G, max_new_tokens)
+    if not static:
+        attention.widen(min(block, max_new_tokens))
     position = torch.tensor([prompt.next_position for prompt in prompts], device=device).repeat_interleave(G)
     # The length stands first, since numpy takes [5, 0] and [5, 0, 0] for the same seed.
     seeds = [[len(key), *key, g] for key in keys for g in range(G)]
@@ -281,7 +283,7 @@ def rollout(
                     attention.keep(*going)
                     rows = rows[going[0][:, None], going[1]]
                     sampled = tokens[rows.flatten(), t]
-                attention.grow(min(block, max_new_tokens - t))
+                attention.widen(min(t + block, max_new_tokens))
         logits = policy.run(_next_logits, sampled, position[rows.flatten()], attention)
     model.train(was_training)
     done = [_completion(policy, ids) for ids in tokens.tolist()]

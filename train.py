@@ -261,7 +261,7 @@ def sample_and_score(
     keys = [keys[k] for k, _, _ in shown]
     with clock("rollout"):
         prompts = see(policy, [prompt for _, _, prompt in shown])
-        # Each by itself: the update may take them in other parts, and a graph is gone after one backward pass.
+        # Each by itself: the update may take them in other parts, and a graph lives for one backward pass.
         encoded = [encode(policy, [prompt])[0] for prompt in prompts] if config.keep_prompts else None
         answers = rollout(
             policy,

@@ -290,9 +290,10 @@ def patchify(
     if count == 0 or height % (p * m) or width % (p * m):
         raise ValueError(f"frames {tuple(frames.shape)}: need at least one, sides in multiples of {p * m}")
     frames = torch.cat([frames, frames[-1:].expand(-count % t, -1, -1, -1)])  # (gt * t, h, w, 3)
-    # (x / 255 - mean) / std, fused as HF fuses it, in float32.
-    pixels = (frames.float() - torch.tensor(mean) * 255.0) / (torch.tensor(std) * 255.0)
     grid = gt, gh, gw = len(frames) // t, height // p, width // p
-    pixels = pixels.reshape(gt, t, gh // m, m, p, gw // m, m, p, channels)
+    pixels = frames.reshape(gt, t, gh // m, m, p, gw // m, m, p, channels)
     pixels = pixels.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (gt, gh/m, gw/m, m, m, 3, t, p, p)
-    return pixels.reshape(gt * gh * gw, channels * t * p * p), torch.tensor(grid)
+    pixels = pixels.reshape(gt * gh * gw, channels, t * p * p).float()  # moved as bytes
+    # (x / 255 - mean) / std, fused as HF fuses it, in float32.
+    mean, std = (torch.tensor(values)[:, None] * 255.0 for values in (mean, std))  # (3, 1)
+    return pixels.sub_(mean).div_(std).flatten(1), torch.tensor(grid)

@@ -74,16 +74,16 @@ def test_prompts_and_answers_attend_as_written_out(rows):
         torch.testing.assert_close(y, x, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("room", [1, 2, 7], ids=lambda room: f"room {room}")
-def test_decoding_attends_token_by_token(rows, room):
-    """Answers of six tokens each, which grow by as much room at a time; from the third token on the middle
-    answer of each prompt is left out, from the fifth the second prompt."""
+@pytest.mark.parametrize("block", [1, 2, 7], ids=lambda block: f"{block} at a time")
+def test_decoding_attends_token_by_token(rows, block):
+    """Answers of six tokens each, of which so many more at a time are computed with; from the third token on
+    the middle answer of each prompt is left out, from the fifth the second prompt."""
     prompts = PromptAttention(list(PROMPTS))
     prompts.attend(0, *rows[0], SCALE)
     lengths = [[6] * 3] * 2
     own = [random_rows(36, heads, 20 + n) for n, heads in enumerate((A, K, K))]
     whole = AnswerAttention(prompts.prefixes(), lengths).attend(0, *own, SCALE)[0].view(2, 3, 6, A, D)
-    decode, left = DecodeAttention(prompts.prefixes(), 3, room), torch.arange(6).view(2, 3)
+    decode, left = DecodeAttention(prompts.prefixes(), 3, 7), torch.arange(6).view(2, 3)
     for t in range(6):
         if t == 2:
             left = left[:, [0, 2]]
@@ -91,8 +91,8 @@ def test_decoding_attends_token_by_token(rows, room):
         if t == 4:
             left = left[:1]
             decode.keep(torch.tensor([0]), torch.tensor([[0, 1]]))
-        if t and t % room == 0:
-            decode.grow(room)
+        if t % block == 0:
+            decode.widen(t + block)
         token = [x[0].transpose(0, 1).view(6, 6, -1, D)[left.flatten(), t, :, None] for x in own]
         out = decode.attend(0, *token, SCALE)
         decode.advance()

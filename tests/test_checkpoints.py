@@ -25,7 +25,7 @@ import toy
 from benchmarks.full_size import GIB, PUBLISHED, count, empty_model, groups, published_config, static_bytes
 from files import ModelError
 from model import encode_prompt
-from policy import FAMILIES, load_policy, save_policy, speed_up_vision, write_policy
+from policy import FAMILIES, load_policy, save_policy, speed_up, write_policy
 from prompts import COORDINATES, TextFormat, build_prompt
 from video import frame_size, resize
 
@@ -342,7 +342,7 @@ def check_stock(folder, family, dtype, policy):
     assert (stock.lm_head.weight is stock.get_input_embeddings().weight) == TIED[family]
     assert stock.generation_config.to_diff_dict() == policy.model.generation_config.to_diff_dict()
     theirs = replace(policy, model=stock.float())
-    speed_up_vision(stock)  # which rounds otherwise
+    speed_up(stock)  # which rounds otherwise
     prompt, ids = encode_prompt(policy, some_frames(policy), "a dog", (1000, 1000), 2.0), [9, 10, 11, 12]
     with torch.no_grad():
         logits = [answer_logits(p, prompt, ids) for p in (theirs, policy)]

@@ -26,7 +26,7 @@ from adapters import add_adapters, base_of, has_adapters, without_adapters
 from config import Lora
 from files import ModelError
 from model import completion_logprobs, pack_completions, rollout, see
-from policy import load_policy, load_tokenizer, save_policy, speed_up_vision, write_policy
+from policy import load_policy, load_tokenizer, save_policy, speed_up, write_policy
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = Lora(rank=3, alpha=6.0, targets=["q_proj", "down_proj"])
@@ -214,7 +214,7 @@ def test_saved_adapters_are_those_of_peft(policy, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
     theirs = stock.from_pretrained(base, dtype=torch.float32)
-    speed_up_vision(theirs)  # which rounds otherwise
+    speed_up(theirs)  # which rounds otherwise
     policy.model = PeftModel.from_pretrained(theirs, str(folder))
     torch.testing.assert_close(logits_of(policy), expected, rtol=0, atol=1e-5)
 

@@ -566,7 +566,7 @@ def test_saved_policy_is_a_stock_checkpoint(policy, tmp_path):
     prompt, ids = make_prompts(policy)[0], [11, 12, 13]
     with torch.no_grad():
         expected = answer_logits(policy, prompt, ids)
-        theirs = answer_logits(replace(policy, model=stock), prompt, ids)  # without speed_up_vision
+        theirs = answer_logits(replace(policy, model=stock), prompt, ids)  # without speed_up
         torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-4)
         again = load_policy(str(tmp_path / "out"))
         assert torch.equal(answer_logits(again, make_prompts(again)[0], ids), expected)
