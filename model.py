@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import NO_MASK, AnswerAttention, DecodeAttention, KeysValues, PromptAttention
@@ -399,7 +400,7 @@ def completion_logprobs(
 
         def chunk_logprobs(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             logits = _policy_logits(model.lm_head(states), temperature, forbidden)  # (chunk, V)
-            return logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1)
+            return -F.cross_entropy(logits, target, reduction="none")
 
         chunks = zip(states.split(chunk), batch.ids.to(states.device).split(chunk), strict=True)
         if torch.is_grad_enabled():
