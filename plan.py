@@ -211,18 +211,17 @@ TIMESTAMP = 9  # tokens of "<12.5 seconds>" and of the marks around a block of Q
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of one forward pass on one GPU."""
+    """Of a prompt and the answers to it."""
 
-    rows: int  # prompts in it
-    answers: int  # G: to each of them
-    prompt: int  # P: tokens of a prompt, visual ones included
+    answers: int  # G
+    prompt: int  # P: tokens of the prompt, visual ones included
     completion: int  # C: tokens of an answer
-    patches: int  # that the vision tower reads for one prompt
+    patches: int  # that the vision tower reads
 
     @property
-    def row(self) -> int:
-        """N: tokens of a packed row, [prompt, answer 1, ..., answer G]."""
-        return self.prompt + self.answers * self.completion
+    def scored(self) -> int:
+        """Tokens of all answers."""
+        return self.answers * self.completion
 
 
 def frames_of(config: Config, model: torch.nn.Module) -> tuple[int, int, int, int]:
@@ -233,7 +232,7 @@ def frames_of(config: Config, model: torch.nn.Module) -> tuple[int, int, int, in
     return seconds, math.ceil(seconds * config.fps), *frame_size(*size, config.max_side, factor)
 
 
-def lengths_of(config: Config, model: torch.nn.Module, gpus: int) -> Lengths:
+def lengths_of(config: Config, model: torch.nn.Module) -> Lengths:
     """The worst case: every answer runs to max_new_tokens."""
     vision, family = model.config.vision_config, FAMILIES[model.config.model_type]
     _, frames, width, height = frames_of(config, model)
@@ -242,8 +241,7 @@ def lengths_of(config: Config, model: torch.nn.Module, gpus: int) -> Lengths:
     stamps = TIMESTAMP * grids if family.timed == "text" else 0
     prompt = (TOY_PROMPT_TEXT if config.toy else PROMPT_TEXT) + stamps
     prompt += patches // vision.spatial_merge_size**2
-    rows = min(config.rollout_batch, math.ceil(config.batch_size / gpus))
-    return Lengths(rows, config.num_generations, prompt, config.max_new_tokens, patches)
+    return Lengths(config.num_generations, prompt, config.max_new_tokens, patches)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -268,8 +266,8 @@ class Tower:
 
     def norm(self) -> int:
         """Kept by a norm for each token: its input in fp32; for the gradient of its weight the normalised
-        input; its output for that of what follows."""
-        weight = 0 if self.frozen else self.compute
+        input, too; its output for that of what follows. A GPU that has rms_norm as one kernel keeps less."""
+        weight = 0 if self.frozen else 4
         return self.H * (4 + weight + self.compute if self.rms else 2 * self.compute)
 
     def mlp(self) -> int:
@@ -294,20 +292,21 @@ def towers(model: torch.nn.Module, compute: int, frozen: bool = False) -> tuple[
     )
 
 
-def layer_kept(t: Tower, tokens: int, mask: int) -> int:
-    """What one decoder layer keeps for its backward pass, of so many tokens in rows with so many pairs.
+def keys_values(t: Tower, heads: int, tokens: int) -> int:
+    """Of one layer. Rotary positions leave keys in the dtype of the hidden states."""
+    return tokens * heads * t.d * 2 * t.compute
 
-    The mask is there once as booleans for all layers; scaled_dot_product_attention makes of it, in each
-    layer, one in the compute dtype, which is kept as well.
-    """
-    attention = 4 * t.A * t.d * t.compute + 4 * t.A  # q, k and v for all heads, the output; its normaliser
+
+def layer_kept(t: Tower, tokens: int) -> int:
+    """What one decoder layer keeps for its backward pass, of so many tokens; keys and values apart."""
+    attention = 3 * t.A * t.d * t.compute + 4 * t.A  # q, the output, its copy in order; its normaliser
     if t.qk_norm:
         attention += (t.A + t.K) * t.d * (4 + t.compute)  # q and k in fp32, and normalised
-    return tokens * (2 * t.norm() + attention + t.mlp()) + mask * t.compute
+    return tokens * (2 * t.norm() + attention + t.mlp())
 
 
 def block_kept(t: Tower, patches: int) -> int:
-    """The same of a block of the vision tower, whose windows need no mask."""
+    """The same of a block of the vision tower, keys and values included."""
     # Qwen2.5: q, k, v and the output window by window, and the output in order; the others: q, k, what q, k
     # and v were cut from, the output frame by frame, and in one.
     attention = (5 if t.rms else 7) * t.H * t.compute + 4 * t.A
@@ -321,8 +320,8 @@ def layer_backward(t: Tower) -> int:
 
 
 def layer_forward(t: Tower, tokens: int) -> int:
-    """What a pass without gradients or mask through one layer takes: hidden states before and after the norm;
-    in attention q, k, v, the latter two also for all heads, and the output; in the MLP three tensors."""
+    """What a pass without gradients through one layer takes: hidden states before and after the norm; in
+    attention q, k, v, the output and two copies of it; in the MLP three tensors."""
     attention = (4 * t.A + 2 * t.K) * t.d * t.compute
     return tokens * (2 * t.H * t.compute + max(attention, 3 * t.F * t.compute))
 
@@ -337,44 +336,59 @@ CHUNK = 1024  # tokens whose logits exist at once: the default of model.completi
 
 
 def chunk_logits(vocabulary: int, tokens: int) -> int:
-    """In the backward pass, in fp32: the logits, their gradient by gather, and that by logsumexp, which is
-    grad * exp(logits - result): three tables while it is computed."""
-    return 5 * 4 * min(CHUNK, tokens) * vocabulary
+    """In the backward pass of cross_entropy, in fp32: log-probabilities, their gradient and the logits'."""
+    return 3 * 4 * min(CHUNK, tokens) * vocabulary
 
 
-def sampled_logits(vocabulary: int, rows: int) -> int:
-    """One token's for each row: as the model gives them, in fp32; in fp64 the softmax and its cumsum."""
-    return (4 + 4 + 8 + 8) * rows * vocabulary
+def sampled_logits(vocabulary: int) -> int:
+    """One token's: as the model gives them, in fp32; in fp64 the softmax and its cumsum."""
+    return (4 + 4 + 8 + 8) * vocabulary
 
 
-def cache_bytes(t: Tower, n: Lengths) -> int:
-    """Keys and values of all answers in full length. Rotary positions leave keys in the dtype of the hidden
-    states."""
-    return t.layers * t.K * t.d * 2 * t.compute * n.rows * n.answers * (n.prompt + n.completion)
+def pass_kept(t: Tower, tokens: int, keys: int, recompute: bool, own: int) -> tuple[int, int]:
+    """What so many tokens keep of their pass through the layers of the language model, and what the backward
+    pass through one layer adds to it.
 
-
-def step_activations(
-    text: Tower, vision: Tower | None, n: Lengths, recompute: bool, own: int
-) -> tuple[int, int]:
-    """What a step keeps between the passes, and what the backward pass through one layer adds to it.
-
-    vision: None where it is frozen; then features, made once, stand for the video. recompute: with gradient
-    checkpointing. own: numbers that adapters in fp32 keep for a token and layer, over what a layer keeps.
+    keys: bytes of keys and values in each layer. recompute: with gradient checkpointing. own: numbers that
+    adapters in fp32 keep for a token and layer, over what a layer keeps.
     """
-    tokens, patches, mask = n.rows * n.row, n.rows * n.patches, n.rows * n.row**2
-    of_layer = layer_kept(text, tokens, mask) + tokens * text.compute * own
-    # The boolean mask; the final norm; rotary positions; the states that answers are scored from.
-    kept = mask + tokens * (text.norm() + 2 * text.d * text.compute)
-    kept += n.rows * n.answers * n.completion * text.H * text.compute
-    of_block, work = 0, tokens * layer_backward(text)
+    of_layer = layer_kept(t, tokens) + keys + tokens * t.compute * own
+    kept = tokens * 2 * t.d * t.compute  # rotary positions
+    work = tokens * layer_backward(t)
+    if recompute:  # only the input of each layer is kept
+        return kept + t.layers * tokens * t.H * t.compute, work + of_layer
+    return kept + t.layers * of_layer, work
+
+
+def prompt_kept(text: Tower, vision: Tower | None, n: Lengths, recompute: bool, own: int) -> tuple[int, int]:
+    """The same of reading a prompt. vision: None where it is frozen: features, made once, stand for it."""
+    prefix = keys_values(text, text.K, n.prompt)
+    kept, work = pass_kept(text, n.prompt, prefix, recompute, own)
+    kept += n.prompt * text.norm() + recompute * text.layers * prefix  # the final norm; these for the answers
+    work += text.layers * prefix  # the gradients that these have left
     if vision:
-        of_block = block_kept(vision, patches)
-        work = max(work, patches * layer_backward(vision))
-    if not recompute:
-        return kept + text.layers * of_layer + (vision.layers * of_block if vision else 0), work
-    kept += text.layers * tokens * text.H * text.compute  # the input of each layer
-    kept += vision.layers * patches * vision.H * vision.compute if vision else 0
-    return kept, work + max(of_layer, of_block)
+        of_block = block_kept(vision, n.patches)
+        kept += vision.layers * (n.patches * vision.H * vision.compute if recompute else of_block)
+        work = max(work, n.patches * layer_backward(vision) + recompute * of_block)
+    return kept, work
+
+
+def answers_kept(text: Tower, heads: int, n: Lengths, recompute: bool, own: int) -> tuple[int, int]:
+    """The same of scoring the answers to it. heads: of keys and values; each answer's follow the prompt's."""
+    both = n.prompt + n.completion
+    keys = keys_values(text, heads, n.answers * both)
+    kept, work = pass_kept(text, n.scored, keys, recompute, own)
+    # The states that tokens are predicted from, later their gradients; the mask.
+    return kept + (n.scored * text.H + n.completion * both) * text.compute, work
+
+
+def sampling(t: Tower, n: Lengths, vocabulary: int) -> tuple[int, int]:
+    """Keys and values of a prompt and its whole answers in a rollout; what is there beside them at most."""
+    read, own = keys_values(t, t.K, n.prompt), keys_values(t, t.K, n.scored)
+    # Attention in fp32, a layer at a time: keys and values; scores in two parts, as one, and their softmax.
+    attention = 3 * 4 * n.answers * t.A * (n.prompt + n.completion)
+    attention += 2 * (read + own) if t.compute == 2 else 0
+    return t.layers * (read + own), max(attention, n.answers * sampled_logits(vocabulary))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -396,6 +410,7 @@ class Memory:
     cache: float  # keys and values of a rollout
     train: float  # the peaks
     rollout: float
+    prompt: float  # of the activations, those of one prompt, which keep_prompts keeps
 
 
 def lasting_bytes(trained: float, gpus: int, compute: int = 2, frozen: float = 0) -> tuple[float, ...]:
@@ -405,10 +420,14 @@ def lasting_bytes(trained: float, gpus: int, compute: int = 2, frozen: float = 0
     return tuple(size / gpus for size in sizes)
 
 
-def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Lengths | None = None) -> Memory:
+def memory(
+    config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Lengths | None = None, cpu: bool = False
+) -> Memory:
     """What a run takes. lora: adapters on a frozen model, or all weights trained, whatever the config says.
-    n: lengths other than the worst case."""
-    n = n or lengths_of(config, model, gpus)
+    n: lengths other than the worst case. cpu: as attention.AnswerAttention works there, with as many heads of
+    keys as there are; on a GPU it repeats them to as many as there are of queries."""
+    n, prompts = n or lengths_of(config, model), math.ceil(config.batch_size / gpus)
+    rows, decoded = min(config.micro_batch, prompts), min(config.rollout_batch, prompts)  # prompts at once
     compute = 4 if config.precision == "fp32" else 2
     sharded = gpus > 1 or (compute == 2 and not lora)  # train.trainable
     text, vision = towers(model, compute, lora)
@@ -430,7 +449,7 @@ def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Len
     if lora or not config.kl_beta:
         reference = 0.0
     # Gradients that are exchanged in the last backward pass only are whole on each GPU until then.
-    late = sharded and config.reduce_gradients == "last" and math.ceil(config.batch_size / gpus) > n.rows
+    late = sharded and config.reduce_gradients == "last" and prompts > rows
     gathering = 4 * trained if late else gradients
 
     # What computing gathers or copies, at three moments of a training step.
@@ -457,27 +476,39 @@ def memory(config: Config, model: torch.nn.Module, gpus: int, lora: bool, n: Len
         # An adapter in fp32 has its input cast for itself alone; then nothing keeps the outputs of the norms
         # and the product in the MLP, which adapters in bf16 share.
         own = max(0, inputs // layers - 2 * text.H - text.F)
-    kept, work = step_activations(text, vision if sees else None, n, config.gradient_checkpointing, own)
-    pixels = sees * 4 * n.rows * n.patches * model.model.visual.patch_embed.proj.weight[0].numel()
-    logits = chunk_logits(vocabulary, n.rows * n.answers * n.completion)
-    passing = gathering + pixels + kept + max(in_layer + work, in_logits + logits)
+    recompute, heads = config.gradient_checkpointing, text.K if cpu else text.A
+    pixels = n.patches * model.model.visual.patch_embed.proj.weight[0].numel()
+    read, reading = prompt_kept(text, vision if sees else None, n, recompute, own)
+    read += sees * pixels * compute
+    if config.keep_prompts and not (sharded or recompute):
+        read += whole  # each is read with its own copy of the adapters
+    scored, work = answers_kept(text, heads, n, recompute, own)
+    logits = chunk_logits(vocabulary, rows * n.scored)
+    at_logits = in_logits + logits + rows * n.scored * text.norm()  # it is the final norm's
+    passing = rows * (read + scored) + max(in_layer + rows * work, at_logits)
+    passing = max(passing, rows * (read + reading) + in_layer)
+    # Prompts that wait: all but those of the first pass; or without the next ones, beside its gradients.
+    waiting = max(0, (prompts - 2 * rows) * read, (prompts - rows) * read - gathering) * config.keep_prompts
 
-    # A rollout: of one layer the keys are copied to grow.
-    cache = cache_bytes(text, n)
-    growing = cache / layers / 2
-    sampling = pixels + cache + growing + sampled_logits(vocabulary, n.rows * n.answers)
-    prefill = pixels + max(layer_forward(text, n.rows * n.prompt), block_forward(vision, n.rows * n.patches))
+    # A rollout. Prompts that are kept are read one by one.
+    cache, beside = (decoded * size for size in sampling(text, n, vocabulary))
+    at_once, kept = decoded, decoded * text.layers * keys_values(text, text.K, n.prompt)
+    if config.keep_prompts:
+        at_once, kept = 1, prompts * read
+    seeing = max(0, kept - read) + at_once * (pixels * (4 + compute) + block_forward(vision, n.patches))
+    rolling = max(buffer, seeing, kept + max(layer_forward(text, at_once * n.prompt), cache + beside))
     return Memory(
         weights,
         gathering,
         adam,
         reference,
         max(in_layer, in_logits, at_end),
-        pixels + kept + work,
+        waiting + rows * (read + max(scored + work, reading)),
         logits,
         cache,
-        train=weights + adam + reference + max(passing, gradients + at_end, gradients + in_adam),
-        rollout=weights + adam + reference + whole + max(buffer, prefill, sampling),
+        weights + adam + reference + max(gathering + waiting + passing, gradients + max(at_end, in_adam)),
+        weights + adam + reference + whole + rolling,
+        read,
     )
 
 
@@ -491,6 +522,7 @@ COLUMNS = ("weights", "grads", "Adam", "ref.", "buffers", "activ.", "logits", "K
 NOTES = (
     "train, rollout: the peaks. They can be less than the sums: activations, logits, and the buffers of",
     "weights in use (with their gradients) are at their largest at different times; KV is of rollouts only.",
+    "rollout: in training. Evaluation answers eval_batch prompts at once, which can take more.",
     f"fits: the larger peak is at most {USABLE:.0%} of the GPU; the rest is for fragmentation, CUDA, NCCL.",
     "GPUs: numbers that divide batch_size. Assumed: every answer runs to max_new_tokens, the worst case.",
     "Nothing was measured on a GPU.",
@@ -522,7 +554,7 @@ def format_plan(config: Config) -> str:
     for (title, _, _, mine), plan in zip(blocks, plans, strict=True):
         lines += ["", f"{title}{' <- this config' * mine}", f"GPUs prompts{heads}"]
         for gpus, m in zip(counts, plan, strict=True):
-            numbers = "".join(f"{value / unit:8.1f}" for value in dataclasses.astuple(m))
+            numbers = "".join(f"{value / unit:8.1f}" for value in dataclasses.astuple(m)[: len(COLUMNS)])
             fits = [max(m.train, m.rollout) <= USABLE * size * GIB for size in CAPACITIES]
             marks = "".join(f"{'yes' if fit else '-':>4}" for fit in fits)
             lines.append(f"{gpus:4}{config.batch_size // gpus:8}{numbers}{marks}")
@@ -531,17 +563,21 @@ def format_plan(config: Config) -> str:
 
 def _sizes(config: Config, model: torch.nn.Module) -> list[str]:
     """The derived sizes."""
-    n, (seconds, frames, width, height) = lengths_of(config, model, 1), frames_of(config, model)
+    n, (seconds, frames, width, height) = lengths_of(config, model), frames_of(config, model)
     visual = n.patches // model.config.vision_config.spatial_merge_size**2
     (_, layers, layer), (_, blocks, block), (_, _, root) = groups(model)
     answers, keeps = config.batch_size * n.answers, "on" if config.gradient_checkpointing else "off"
+    rows, keeping = min(config.micro_batch, config.batch_size), dataclasses.replace(config, keep_prompts=True)
+    kept = memory(keeping, model, 1, bool(config.lora.rank), n).prompt / MIB
     return [
         f"{config.model}: {count(model):,} parameters; {layers} decoder layers of {layer:,},",
         f"  {blocks} vision blocks of {block:,}, and {root:,} for embeddings, head and merger",
         f"A clip of {seconds} s at {config.fps:g} fps: {frames} frames of {width} x {height};"
         f" {visual:,} visual + {n.prompt - visual} other = {n.prompt:,} prompt tokens",
-        f"A row to score: {n.prompt:,} + {n.answers} answers x {n.completion:,} = {n.row:,} tokens;"
-        f" {n.rows} at a time, gradient checkpointing {keeps}, {config.precision}",
+        f"To score at once: {rows} x ({n.prompt:,} + {n.answers} answers x {n.completion:,}) ="
+        f" {rows * (n.prompt + n.scored):,} tokens; gradient checkpointing {keeps}, {config.precision}",
         f"A step: {config.batch_size} prompts x {n.answers} = {answers:,} answers;"
         f" {config.batch_size * n.prompt:,} prompt and at most {answers * n.completion:,} completion tokens",
+        f"keep_prompts {'is on: it keeps' if config.keep_prompts else 'is off: it would keep'} {kept:,.1f}"
+        " MiB of each of a GPU's prompts, from rollout to update",
     ]

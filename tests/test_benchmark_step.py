@@ -10,7 +10,7 @@ from benchmarks import naive, step
 from model import completion_logprobs, pack_completions
 from train import questions
 
-ENOUGH = 1.05  # of the linear operations needed: the limit
+ENOUGH = 1.05  # times the linear operations needed
 
 
 @pytest.fixture(scope="module")
