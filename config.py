@@ -99,7 +99,7 @@ class Config:
     precision: str = "bf16"  # of the arithmetic: bf16 | fp32. Weights that are trained are kept in fp32
 
     # --- how it runs; none of these changes what is computed
-    rollout_batch: int = 1  # prompts whose answers are sampled in one batch
+    rollout_batch: int = 4  # prompts whose answers are sampled in one batch
     micro_batch: int = 1  # prompts whose answers are scored, and learnt from, in one pass
     # keep what a rollout made of its prompts, activations included, for the update: one pass over them less,
     # but the activations of all of a rank's prompts of a step are there at once
