@@ -109,7 +109,7 @@ class Config:
     # of a step's backward passes, how many exchange gradients among ranks: the last | each. The last alone
     # communicates less and takes 4 * (1 - 1 / ranks) bytes a parameter more on every GPU
     reduce_gradients: str = "last"
-    gradient_checkpointing: bool = True  # recompute activations: a third slower, a sixth of the memory
+    gradient_checkpointing: bool = True  # recompute activations: 7B keeps a fifteenth of them (plan.py)
     threads: int = 0  # CPU threads; 0 leaves the choice to torch
     eval_every: int = 0  # steps between evaluations on the held-out split; 0: only before and after
     eval_batch: int = 8  # sentences that are answered in one batch
