@@ -1,8 +1,8 @@
 """Attention of a prompt and the answers to it, in which the prompt is computed, and kept, once.
 
 The answers to one prompt see the prompt and themselves, never one another: a token of an answer attends to
-the prompt's keys and to those of its own answer, so nothing of a prompt is computed or stored for each of
-them. There are three passes through the model, each with an object that does its attention:
+the prompt's keys and to those of its own answer, so nothing of a prompt is computed for each of them. There
+are three passes through the model, each with an object that does its attention:
 
     PromptAttention    B prompts, one after the other in one row: keeps the keys and values of each
     AnswerAttention    whole answers, one after the other in one row: to be scored
@@ -66,13 +66,15 @@ class AnswerAttention:
 
     prefixes: of each of the B prompts, as PromptAttention gives them. lengths: of each prompt, those of the
     answers to it; they stand one after the other in the row. Answers to one prompt are padded to the longest
-    of them for the attention alone; what stands after an answer's end is never seen by it.
+    of them for the attention alone, which also copies the prompt's keys and values for each of them; what
+    stands after an answer's end is never seen by it.
     """
 
     def __init__(self, prefixes: list[list[KeysValues]], lengths: list[list[int]]):
         self.prefixes, self.lengths, self.masks = prefixes, lengths, []
-        for (key, _), *_ in prefixes:
-            C, P = max(lengths[len(self.masks)]), key.shape[2]
+        for prefix, group in zip(prefixes, lengths, strict=True):
+            key, _ = prefix[0]
+            C, P = max(group), key.shape[2]
             # (C, P + C), added to the scores: token i sees the prompt and the first i + 1 of its answer.
             self.masks.append(key.new_full((C, P + C), -torch.inf).triu(P + 1))
 
@@ -139,7 +141,8 @@ class DecodeAttention:
         self.answers = [[x[prompts[:, None], answers] for x in layer] for layer in self.answers]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query: (B * G, A, 1, d). Computed in fp32, in which fused kernels add up, too."""
+        """query: (B * G, A, 1, d). In fp32: scores rounded to bf16, as a product of bf16 is, would make it
+        another policy than the one that is scored, by fused kernels that add up in fp32."""
         B, G, K, _, d = self.answers[layer][0].shape
         for kept, new in zip(self.answers[layer], (key, value), strict=True):
             kept.index_copy_(3, self.step, new.view(B, G, K, 1, d))

@@ -98,14 +98,15 @@ class Config:
     sft: Sft = field(default_factory=Sft)
     precision: str = "bf16"  # of the arithmetic: bf16 | fp32. Weights that are trained are kept in fp32
 
-    # --- how it runs; none of these changes what is computed
+    # --- how it runs; nothing that is learned depends on it, but for rounding
     rollout_batch: int = 4  # prompts whose answers are sampled in one batch
     micro_batch: int = 1  # prompts whose answers are scored, and learnt from, in one pass
     # keep what a rollout made of its prompts, activations included, for the update: one pass over them less,
     # but the activations of all of a rank's prompts of a step are there at once
     keep_prompts: bool = False
     decode_block: int = 8  # tokens after which, each time, answers that have ended leave their batch
-    static_shapes: bool = False  # they stay, so that a GPU can record the work of one token and replay it
+    # they stay, and no shape changes: slower by itself, for who compiles or records model._next_logits
+    static_shapes: bool = False
     # of a step's backward passes, how many exchange gradients among ranks: the last | each. The last alone
     # communicates less and takes 4 * (1 - 1 / ranks) bytes a parameter more on every GPU
     reduce_gradients: str = "last"

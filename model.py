@@ -1,6 +1,7 @@
 """Qwen-VL as a policy: encode a prompt, sample answers, score answers.
 
-Nothing in the network is changed. Three things are done our way, since the obvious way is wrong or slow:
+The weights and what they compute are those of transformers. Two things are done our way, since the obvious
+way is wrong or slow:
   * 3-D rotary positions are computed here and passed to every call (rope_positions says why);
   * a prompt, vision tower included, is read once for its G answers (encode), which are sampled (rollout)
     and scored (completion_logprobs) as continuations of the same keys and values (attention.py).
@@ -244,7 +245,8 @@ def rollout(
     g draws its random numbers from its key and g, so it is the same whoever else is in the batch. Keys of
     different length, as of training and evaluation, never give the same numbers.
     encoded: of the prompts, where this policy has read them already.
-    block: after so many tokens, each time, rows whose answers have ended leave.
+    block: after so many tokens, each time, rows whose answers have ended leave, as far as all prompts that
+    are left keep equally many.
     static: they stay, and attention is to all max_new_tokens, those to come masked: no shape ever changes.
     """
     if not prompts:
@@ -253,8 +255,8 @@ def rollout(
     was_training = model.training
     model.eval()  # checkpointing has nothing to do here
     encoded = encoded or encode(policy, prompts)
-    first = torch.stack([prompt.state for prompt in encoded])
-    logits = policy.run(lambda model: model.lm_head(first)).repeat_interleave(G, 0)  # (B * G, V)
+    states = torch.stack([prompt.state for prompt in encoded])
+    logits = policy.run(lambda model: model.lm_head(states)).repeat_interleave(G, 0)  # (B * G, V)
     attention = DecodeAttention([prompt.prefix for prompt in encoded], G, max_new_tokens)
     if not static:
         attention.widen(min(block, max_new_tokens))
@@ -279,10 +281,10 @@ def rollout(
             if ended.all():
                 break
             if not static:
-                going = _going_on(ended)
-                if going[1].numel() < rows.numel():
-                    attention.keep(*going)
-                    rows = rows[going[0][:, None], going[1]]
+                prompts_left, answers_left = _going_on(ended)
+                if answers_left.numel() < rows.numel():
+                    attention.keep(prompts_left, answers_left)
+                    rows = rows[prompts_left[:, None], answers_left]
                     sampled = tokens[rows.flatten(), t]
                 attention.widen(min(t + block, max_new_tokens))
         logits = policy.run(_next_logits, sampled, position[rows.flatten()], attention)
@@ -347,9 +349,8 @@ class Answers:
     lengths: list[list[int]]  # of each prompt, those of its completions
     ids: torch.Tensor  # (M,)
     positions: torch.Tensor  # (3, M)
-    source: (
-        torch.Tensor
-    )  # (M,) which of B + M states predicts each token: the prompts' last, then the tokens'
+    # (M,) which of B + M states predicts each token: those of the prompts' ends, then of the tokens
+    source: torch.Tensor
     mask: torch.Tensor  # (R, C) which places of a padded table of completions are tokens
 
 

@@ -281,8 +281,6 @@ VISION_ATTENTION = (
     qwen3_vl.Qwen3VLVisionAttention,
 )
 PATCH_EMBED = (qwen2_vl.PatchEmbed, qwen2_5_vl.Qwen2_5_VisionPatchEmbed, qwen3_vl.Qwen3VLVisionPatchEmbed)
-
-
 RMS_NORM = (qwen2_vl.Qwen2VLRMSNorm, qwen2_5_vl.Qwen2_5_VLRMSNorm, qwen3_vl.Qwen3VLTextRMSNorm)
 
 

@@ -7,7 +7,8 @@ Steps of step.py on the small model, one thread, one round each after one to war
 and 8 answers of 200 tokens one is changed at a time. Prints a Markdown table and draws it. The two lines are
 operations by the formula of step.py, both at the speed of the first point: a prompt once for all its answers,
 P + G * C, and the padded batch, G * (P + C), where P and C are not tokens but what they cost (a visual token
-has a vision tower to pass). Options of step.py may follow. Takes five minutes where nothing else runs.
+has a vision tower to pass). Options of step.py may follow, but --against and
+--profile. Takes five minutes where nothing else runs.
 """
 
 import argparse
@@ -78,6 +79,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("growth.png"), help="the picture")
     options, words = parser.parse_known_args()
+    if {"--against", "--profile"} & set(words):
+        parser.error("neither --against nor --profile")
     sweeps = {
         name: [measure(**{**MIDDLE, name: value}, words=tuple(words)) for value in values]
         for name, values in VALUES.items()

@@ -2,8 +2,9 @@
 
 Stock transformers: the video's patches G times through the vision tower and the prompt G times through the
 language model, in sampling (a DynamicCache, one forward pass a token), in the reference's scores and, `micro`
-sequences at a time, in the policy's, forward and backward. Two favours to it: logits are computed of the
-completions alone, and in bf16 the weights and AdamW's moments are bf16, too. Its log-probabilities are ours
+sequences at a time, in the policy's, forward and backward. Three favours to it: logits are computed of
+the completions alone, log-probs of the sampling policy are not computed anew, and in bf16 the weights and
+AdamW's moments are bf16, too. Its log-probabilities are ours
 (tests/test_benchmark_step.py).
 """
 

@@ -6,11 +6,12 @@
     python benchmarks/step.py --visual-tokens 1512 --profile            the kernels that take most of the time
     python benchmarks/step.py --make FOLDER                             only write the small model
 
-A step is train.sample_and_score and train.improve: decode the clip's file, encode the prompt, sample G
-answers of exactly C tokens, score them under the reference and the policy, loss, backward, AdamW. The end
-tokens are taken from the policy, and the advantages are +1 and -1 in turn; all else is the program, which is
-timed from outside. The clip is an uncompressed file of noise, 2 frames a second of the size that the model
-sees: 36 visual tokens for each pair of frames. N visual tokens are rounded up to a multiple of that.
+A step is train.sample_and_score and train.improve: decode the clip's file, encode the prompt, sample G = 8
+answers of exactly C = 200 tokens, score them under the reference and the policy, loss, backward, AdamW. The
+end tokens are taken from the policy, and the advantages are +1 and -1 in turn; all else is the program,
+whose functions are wrapped to be timed. keep_prompts is on, unlike in the program's default (--no-keep). The
+clip is an uncompressed file of noise, 2 frames a second of the size that the model sees, 6 x 6 visual tokens
+for each pair of frames. N visual tokens are rounded up to a multiple of 36.
 
 One JSON line for each setting and way: of `steps` rounds, in which the ways take turns, after one to warm up,
 in which operations are counted.
@@ -20,8 +21,9 @@ in which operations are counted.
                     prefill (the prompt through its language model), sampling, reference (with its tower),
                     forward (the policy's scores and the loss), backward (with recomputation), optimizer
     base_rss_mb     resident memory with everything loaded, before the first step; 10^6 bytes, as all here
-    peak_rss_mb     the most in any round; above_mb: in a round that began with freed memory (the first, or,
-                    beside another way, each) above what was resident at its beginning
+    peak_rss_mb     the most in any round (of all ways that are loaded); above_mb: in a round that began with
+                    freed memory (the first, or, beside another way, each) above what was resident then:
+                    the models and AdamW's moments
     others_cpu      cores that other processes used in each round; many, and the round is of little worth
     gflop_needed    by the formula below; of them linear_needed in linear layers
     gflop_padded    G times what one answer by itself needs: a padded batch, without recomputation
@@ -74,6 +76,7 @@ from benchmarks import naive
 from clips import Clips, open_clips
 from config import DTYPES, Config
 from data import Sample
+from files import UserError
 from policy import Policy, load_tokenizer
 from steps import adamw
 from toy import tiny_tokenizer, write_y4m
@@ -487,6 +490,12 @@ def kernels(step: Callable[[], None], most: int = 15) -> dict[str, float]:
     return {event.key: round(100 * event.self_cpu_time_total / total, 1) for event in events[:most]}
 
 
+def positive(word: str) -> int:
+    if not word.isdecimal() or int(word) == 0:
+        raise argparse.ArgumentTypeError(f"{word!r}: a whole number, at least 1, is needed")
+    return int(word)
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
@@ -495,18 +504,20 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="a checkpoint folder of any Qwen-VL; default: a small one is made")
     parser.add_argument("--light", action="store_true", help="make the one with the lighter vision tower")
     parser.add_argument("--make", type=Path, metavar="FOLDER", help="only write the small model there")
-    parser.add_argument("--visual-tokens", type=int, nargs="+", default=[1512], metavar="N")
-    parser.add_argument("--group", type=int, default=8, metavar="G", help="answers")
-    parser.add_argument("--completion", type=int, default=200, metavar="C", help="tokens of each answer")
+    parser.add_argument("--visual-tokens", type=positive, nargs="+", default=[1512], metavar="N")
+    parser.add_argument("--group", type=positive, default=8, metavar="G", help="answers")
+    parser.add_argument("--completion", type=positive, default=200, metavar="C", help="tokens of each answer")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5, help="rounds")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--steps", type=positive, default=5, help="rounds")
     parser.add_argument("--checkpointing", **switch, help="gradient checkpointing")
     parser.add_argument("--keep", **switch, help="keep the rollout's prompt for the update (keep_prompts)")
     parser.add_argument("--freeze-vision", action="store_true")
     parser.add_argument("--static", action="store_true", help="static_shapes")
     parser.add_argument("--against", choices=["naive"])
-    parser.add_argument("--naive-micro", type=int, nargs="+", help="answers at a time; default: G, and 1")
+    parser.add_argument(
+        "--naive-micro", type=positive, nargs="+", help="answers at a time; default: G, and 1"
+    )
     parser.add_argument("--profile", action="store_true")
     return parser.parse_args(words)
 
@@ -516,9 +527,12 @@ def main() -> None:
     if options.make:
         write_model(options.make, options.light)
         return
-    for visual in options.visual_tokens:
-        for line in measure(options, visual):
-            print(json.dumps(line), flush=True)
+    try:
+        for visual in options.visual_tokens:
+            for line in measure(options, visual):
+                print(json.dumps(line), flush=True)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

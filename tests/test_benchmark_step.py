@@ -56,7 +56,7 @@ def test_a_step_does_no_more_than_it_needs(checkpoints, family, work_of, words, 
     assert 0.95 < linear_share(work, way.step, policy) <= ENOUGH
 
 
-def test_nor_at_the_size_that_is_reported(small, work_of):
+def test_nor_with_the_small_model(small, work_of):
     work = work_of(small, 720, "--no-checkpointing", "--completion=32")
     way, policy = step.our_way(work)
     assert 0.95 < linear_share(work, way.step, policy) <= ENOUGH
@@ -109,7 +109,7 @@ def test_what_is_needed_by_hand(small):
     assert each - linear - attention == 4 * (vision + prompt + seen + read) - 2 * 301056 * 144
     frozen = step.needed(network, 36, 100, 2, 10, frozen=True)
     assert (linear - frozen[0], attention - frozen[1]) == (3 * vision - 2 * 301056 * 144, 3 * seen)
-    # The figures, with its prompts, a little longer; it counts a gradient of the pixels, too.
+    # Figures worked out by another program, whose prompts were longer and whose pixels had gradients.
     for visual, P, gflop in ((720, 823, 225), (1512, 1659, 397), (2880, 3103, 720)):
         pixels = 2 * 301056 * 4 * visual
         counted = sum(step.needed(network, visual, P, 8, 200, False)) + pixels

@@ -170,7 +170,7 @@ def test_gradients_of_adapters_equal_one_at_a_time(policy, checkpointing):
     with torch.no_grad(), without_adapters(policy):
         reference = completion_logprobs(policy, batch, 0.9)
         base = torch.cat(slow_logprobs(policy, prompts, completions, 0.9))
-    torch.testing.assert_close(reference[batch.mask], base, rtol=0, atol=2e-5)
+    torch.testing.assert_close(reference[batch.mask], base, rtol=0, atol=5e-5)
     assert (reference - logprobs).abs().max() > 0.1
     (weights * logprobs[batch.mask]).sum().backward()
     size = torch.cat([gradient.flatten() for gradient in gradients]).norm()

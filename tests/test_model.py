@@ -4,6 +4,7 @@ The slow way lives here (answer_logits). Its own foundation, the rotary position
 the figures of the transformers release that the weights were trained with, and position by position.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -55,8 +56,28 @@ def with_many_ends(policy):
     return replace(policy, eos_ids=list(range(0, len(policy.tokenizer), 7)))
 
 
+@contextlib.contextmanager
+def stock(model):
+    """Within it a model runs as transformers has it, without what policy.speed_up puts in its place."""
+    changed = [(module, module.__dict__.pop("forward")) for module in model.modules() if is_changed(module)]
+    try:
+        yield
+    finally:
+        for module, forward in changed:
+            module.forward = forward
+
+
+def is_changed(module):
+    return getattr(module.__dict__.get("forward"), "__module__", "") == "policy"
+
+
 def answer_logits(policy, prompt, ids, temperature=1.0):
     """The slow way: logits (n, V), at the temperature, that the n tokens of one answer were drawn from."""
+    with stock(policy.model):
+        return stock_logits(policy, prompt, ids, temperature)
+
+
+def stock_logits(policy, prompt, ids, temperature):
     after = prompt.next_position + torch.arange(len(ids)).expand(3, -1)
     values, grid = policy.patches(prompt.frames)
     logits = policy.model(
@@ -221,7 +242,11 @@ def test_prompts_of_files_that_are_not_as_annotated(qwen2_5, world):
 
 
 def test_the_random_models_are_not_trivial(policy):
-    """Else the equalities below would say little: logits spread; video, sentence and positions matter."""
+    """Else the equalities below would say little: logits spread; video, sentence and positions matter; and
+    the slow way is not sped up."""
+    assert sum(map(is_changed, policy.model.modules())) > 6
+    with stock(policy.model):
+        assert not any(map(is_changed, policy.model.modules()))
     first, second, _ = make_prompts(policy)
     ids = list(range(10, 20))
     logits = answer_logits(policy, first, ids)
@@ -379,7 +404,7 @@ def test_sampled_tokens_are_scored_as_they_were_drawn(policy, temperature):
     assert logprobs.shape == batch.mask.shape == (12, max(map(len, slow)))
     for row, mask, expected in zip(logprobs, batch.mask, slow, strict=True):
         assert int(mask.sum()) == len(expected)
-        torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(row[: len(expected)], expected, rtol=0, atol=5e-5)
         assert (row[len(expected) :] == 0).all()
 
 
@@ -401,7 +426,7 @@ def test_packed_gradients_equal_one_at_a_time(checkpoints, policy, dtype, checkp
     policy.model.train()
     batch = pack_completions(policy, prompts, completions)
     logprobs = completion_logprobs(policy, batch, 0.9, chunk=7)  # 43 tokens: the last chunk is not full
-    tolerance = 2e-6 if dtype == torch.float64 else 2e-5
+    tolerance = 5e-6 if dtype == torch.float64 else 5e-5
     torch.testing.assert_close(logprobs[batch.mask], torch.cat(slow), rtol=0, atol=tolerance)
     (torch.cat(weights) * logprobs[batch.mask]).sum().backward()
     size = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
@@ -422,7 +447,7 @@ def test_scoring_is_the_same_in_any_batch_and_chunk(policy):
             for ids in group:
                 alone += completion_logprobs(policy, pack_completions(policy, [prompt], [[ids]]), 1.0)
     torch.testing.assert_close(chunked, values, rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.cat(alone), values, rtol=0, atol=2e-5)
+    torch.testing.assert_close(torch.cat(alone), values, rtol=0, atol=5e-5)
 
 
 def test_temperature_divides_the_logits(qwen2_5):
@@ -438,7 +463,7 @@ def test_temperature_divides_the_logits(qwen2_5):
             ]
             expected = (torch.cat(logits) / temperature).log_softmax(-1)  # log_softmax(logits / T)
             expected = expected.gather(1, batch.ids[:, None])[:, 0]
-            torch.testing.assert_close(logprobs, expected, rtol=0, atol=3e-5)
+            torch.testing.assert_close(logprobs, expected, rtol=0, atol=6e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -507,7 +532,7 @@ def test_what_a_frozen_tower_saw(policy):
         levels = [out.pooler_output[0], *(level[0] for level in getattr(out, "deepstack_features", []))]
         assert len(levels) == (2 if policy.family.name == "Qwen3-VL" else 1)
         assert prompt.features.shape == (len(levels), -(-t // 2) * h * w, 48)
-        torch.testing.assert_close(prompt.features, torch.stack(levels), rtol=0, atol=2e-5)
+        torch.testing.assert_close(prompt.features, torch.stack(levels), rtol=0, atol=5e-5)
         assert not prompt.features.requires_grad
     completions = random_completions(policy, LENGTHS)
     batch = pack_completions(policy, seen, completions)
