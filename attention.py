@@ -24,6 +24,7 @@ IMPLEMENTATION = "shared_prefix"  # for from_pretrained(attn_implementation=...)
 # Transformers takes a mask of four dimensions as it is. None is needed; without this it would make one.
 NO_MASK = torch.empty(1, 1, 1, 1)
 
+FEWER_HEADS = ("cpu",)  # elsewhere no fast kernel takes a mask and fewer heads of keys than of queries
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each (1, K, tokens, d): K heads of width d
 
 
@@ -89,7 +90,7 @@ class AnswerAttention:
                 torch.cat([shared.expand(len(lengths), -1, -1, -1), own], 2)
                 for shared, own in zip(prefix[layer], (k, v), strict=True)
             )
-            if q.device.type != "cpu":  # no fast kernel there takes a mask and fewer heads of keys
+            if q.device.type not in FEWER_HEADS:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
             attended = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] < q.shape[1]

@@ -57,8 +57,10 @@ def written_out(rows):
     return torch.stack(prompts), torch.stack(answers)
 
 
-def test_prompts_and_answers_attend_as_written_out(rows):
+@pytest.mark.parametrize("fewer_heads", [("cpu",), ()], ids=["as on a CPU", "as on a GPU"])
+def test_prompts_and_answers_attend_as_written_out(rows, monkeypatch, fewer_heads):
     """Values, and gradients of all queries, keys and values: those of a prompt come from its answers, too."""
+    monkeypatch.setattr("attention.FEWER_HEADS", fewer_heads)
     expected = written_out(rows)
     prompts = PromptAttention(list(PROMPTS))
     found = [prompts.attend(0, *rows[0], SCALE)]
@@ -99,6 +101,25 @@ def test_decoding_attends_token_by_token(rows, block):
         # It computes in fp32.
         expected = whole.flatten(0, 1)[left.flatten(), t]
         torch.testing.assert_close(out[:, 0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_decoding_computes_in_fp32(autocast):
+    """Large scores of bf16 keys, which bf16 would round by more than 1: the result is that of exact sums."""
+    rows = [(4 * random_rows(n, heads, n + heads)).bfloat16() for n in (64, 1) for heads in (A, K, K)]
+    prompts = PromptAttention([64])
+    prompts.attend(0, *rows[:3], 1.0)
+    decode = DecodeAttention(prompts.prefixes(), 1, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = decode.attend(0, *rows[3:], 1.0)
+    query, keys, values = (
+        torch.cat([prompt, own], 2)[0].transpose(0, 1).double()
+        for prompt, own in zip(rows[:3], rows[3:], strict=True)
+    )
+    expected = torch.cat(
+        [((keys[:, h // 2] @ query[-1, h]).softmax(0) @ values[:, h // 2])[None] for h in range(A)]
+    )
+    torch.testing.assert_close(out[0, 0].double(), expected, rtol=2**-8, atol=1e-3)
 
 
 def test_without_a_prefix_it_is_the_usual_attention(rows):
@@ -151,6 +172,17 @@ def test_rows_leave_or_stay(qwen2_5):
     rows.clear()
     rollout(policy, prompts, 5, 16, 1.0, KEYS, block=4, static=True)
     assert set(rows[1:]) == {15}
+
+
+def test_nobody_samples_on_when_all_have_ended(qwen2_5):
+    """All answers end with their first token; it is seen after the second."""
+    policy, prompts = replace(qwen2_5, eos_ids=list(range(len(qwen2_5.tokenizer)))), make_prompts(qwen2_5)
+    for static in (False, True):
+        rows = []
+        hook = policy.model.lm_head.register_forward_hook(lambda *_, rows=rows: rows.append(len(_[2])))
+        answers = rollout(policy, prompts, 2, 16, 1.0, KEYS, block=1, static=static)
+        hook.remove()
+        assert rows == [3, 6] and all(len(ids) == 1 for group in ids_of(answers) for ids in group)
 
 
 def test_nothing_is_asked_of_the_device_between_checks(qwen2_5):
