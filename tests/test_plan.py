@@ -420,7 +420,7 @@ def test_activations_of_7b_on_a_gpu(checkpointing, monkeypatch):
 def test_key_value_cache_by_hand():
     """7B: 28 layers of 4 heads of 128 numbers in 2 bytes, keys and values: 57,344 bytes a token (56 KiB).
     A prompt of 1,910 tokens, once, and eight answers of 2,048 tokens: 18,294 tokens."""
-    config = load_config(ROOT / "configs/hcstvg_v1.yaml", ["precision=bf16"])
+    config = load_config(ROOT / "configs/hcstvg_v1.yaml", ["precision=bf16", "rollout_batch=1"])
     model = plan.named_model(SEVEN)
     assert plan.memory(config, model, 8, False).cache == 57_344 * 18_294 == 1_049_051_136
     assert plan.memory(config, model, 1, False).cache == 1_049_051_136
@@ -440,7 +440,8 @@ def test_keeping_the_prompts_by_hand():
     """7B with checkpointing keeps of a prompt of 1,910 tokens and 6,720 patches the inputs of 28 layers
     (3,584 wide) and of 32 blocks (1,280 wide), 57,344 bytes a token for the answers, patches of 1,176
     numbers, rotary positions (256) and what the final norm needs (10 bytes for each of 3,584): 1.05 GiB."""
-    config, model = load_config(ROOT / "configs/hcstvg_v1.yaml", ["precision=bf16"]), plan.named_model(SEVEN)
+    changes = ["precision=bf16", "rollout_batch=1"]
+    config, model = load_config(ROOT / "configs/hcstvg_v1.yaml", changes), plan.named_model(SEVEN)
     one = 2 * (1910 * (28 * 3584 + 256) + 6720 * (32 * 1280 + 1176)) + 1910 * (57_344 + 10 * 3584)
     off, on = (plan.memory(dataclasses.replace(config, keep_prompts=k), model, 8, False) for k in (0, 1))
     assert off.prompt == on.prompt == one
