@@ -54,7 +54,7 @@ def probe(path: str) -> Header:
     """What a file says about itself. Its index is read, which decord collects from the whole file, and its
     first frame is decoded, for the size. Raises VideoError for a file that cannot be opened."""
     reader, spans, hidden = _open(path)
-    height, width = next(_decode(path, reader, [0], hidden)).shape[:2]
+    height, width = next(_decode(path, reader, [0])).shape[:2]
     return Header(len(spans), float(spans[-1, 1]), width, height, hidden)
 
 
@@ -149,7 +149,7 @@ def read_frames(
     # index says, and so that they are those that the index means.
     needed = range(len(spans)) if hidden else np.unique(chosen).tolist()
     shown, kept = None, 0
-    for index, frame in zip(needed, _decode(path, reader, needed, hidden), strict=True):
+    for index, frame in zip(needed, _decode(path, reader, needed), strict=True):
         while kept < len(chosen) and chosen[kept] == index:
             pixels = frame.asnumpy()  # (H, W, 3)
             pixels = pixels if size is None else resize(pixels[None], size)[0].numpy()
@@ -194,18 +194,17 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
     return reader, spans[hidden:] - spans[hidden, 0], hidden
 
 
-def _decode(
-    path: str, reader: decord.VideoReader, wanted: Sequence[int], hidden: int
-) -> Iterator[decord.nd.NDArray]:
+def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Iterator[decord.nd.NDArray]:
     """The shown frames of a fresh reader with these indices, which ascend; (H, W, 3) each.
 
     Never by decord's seeking (get_batch, seek_accurate, reader[i]): it is wrong by 1 to 4 frames in files
     with open groups of pictures (those of x265 and, with B-frames, of MPEG-4), and on files with hidden
     frames it gives wrong ones or spins for ever (dmlc/decord issues 269, 373, 375). skip_frames decodes, too,
     and only leaves out the conversion to RGB; but it seeks where a key frame is among the skipped or right
-    after them, so the frame before a key frame is never skipped. Where frames are hidden its count is off.
+    after them, so the frame before a key frame is never skipped. Where frames are hidden its count is off;
+    there read_frames wants all.
     """
-    before_keys = [] if hidden else [key - 1 for key in reader.get_key_indices() if 0 < key <= wanted[-1]]
+    before_keys = [key - 1 for key in reader.get_key_indices() if 0 < key <= wanted[-1]]
     done = 0
     try:
         for index in sorted({*wanted, *before_keys}):

@@ -365,7 +365,7 @@ def test_placeholders_have_no_probability(policy):
 
 
 def test_rollout_in_training_mode(policy):
-    """Gradient checkpointing would drop the cache in training mode; the mode is as before afterwards."""
+    """With gradient checkpointing on it samples the same; the mode is as before afterwards."""
     policy, prompts = with_many_ends(policy), make_prompts(policy)
     policy.model.eval()
     expected = ids_of(rollout(policy, prompts, 3, 12, 1.0, KEYS))
