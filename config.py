@@ -75,7 +75,8 @@ class Config:
     frame_cache: str = ""  # folder for frames as the model sees them; empty: decoded anew each time
     frame_cache_gb: float = 50.0  # of files in that folder at most
 
-    # --- the rewards: weights of Eq. 10, and of the two parts of the spatial reward (Eq. 8)
+    # --- the rewards: weights of Eq. 10, of the two parts of the spatial reward (Eq. 8) and of its guards
+    # (rewards.WEIGHTS), and FILE.py:FUNCTION of your own
     rewards: dict = field(default_factory=lambda: check_weights({}))
 
     # --- the optimisation (section 3.3)
@@ -137,10 +138,40 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a YAML file and apply `key=value` overrides (`rewards.think=1.0` for a nested key). The file must
-    be right by itself: what is wrong after that is the command line's. Raises ConfigError."""
-    path = Path(path)
+def load_config(paths: str | Path | list[str], overrides: list[str] = ()) -> Config:
+    """Read a YAML file, lay others over it, such as configs/ablations/, and over that `key=value` settings
+    (`rewards.think=1.0` for a nested key). Raises ConfigError that names the file, or the command line, which
+    must be right by itself upon what lies beneath.
+
+    Where only the first of several files sets output_dir, the names of the others are added to it, as in
+    runs/toy_l1_only.
+    """
+    first, *others = [paths] if isinstance(paths, str | Path) else paths
+    config = _fill(Config, _read(Path(first)), str(first))
+    _check(config, str(first))
+    for path in map(Path, others):
+        settings = _read(path)
+        config = _fill(Config, _merge(dataclasses.asdict(config), settings), str(path))
+        _check(config, str(path))
+        if "output_dir" not in settings:
+            config.output_dir += f"_{path.stem}"
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r}: settings on the command line are written key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        key, dot, part = key.partition(".")  # rewards.FILE.py:FUNCTION has more of them
+        nested = {key: {part: value} if dot else value}
+        config = _fill(Config, _merge(dataclasses.asdict(config), nested), "command line")
+    _check(config, "command line")
+    return config
+
+
+def _read(path: Path) -> dict:
+    """The settings that stand in a YAML file. Raises ConfigError."""
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except OSError as error:
@@ -151,23 +182,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: must hold `key: value` lines, not {type(settings).__name__}")
-    config = _fill(Config, settings, str(path))
-    _check(config, str(path))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r}: settings on the command line are written key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        *parents, leaf = key.split(".")
-        nested = {leaf: value}
-        for parent in reversed(parents):
-            nested = {parent: nested}
-        config = _fill(Config, _merge(dataclasses.asdict(config), nested), "command line")
-    _check(config, "command line")
-    return config
+    return settings
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -40,8 +40,8 @@ from marks import weights_mark
 from metrics import Tube, format_table, score_answers, tube_from_answer
 from model import Completion, Prompt, make_prompt, rollout
 from policy import Policy, load_policy
-from prompts import Answer, Box, Truth, from_text_box, parse_csv_answer, read_answer
-from rewards import score
+from prompts import Answer, Items, Truth, parse_csv_answer, read_answer
+from rewards import RewardError, score
 
 # ----------------------------------------------------------------------------------------------------------
 # From a model to predictions
@@ -98,7 +98,10 @@ def prediction(sample: Sample, prompt: Prompt | None, completion: Completion | N
     scale = text_format.scale(size, size) if prompt is None else prompt.scale
     record |= answer_record(text, read_answer(text, text_format), truth, scale, config.think)
     if text_format.answer_format == "boxes":  # the rewards are of this format
-        record["rewards"] = score(text, truth, scale, config.rewards, config.think).rewards
+        scored = score(text, truth, scale, config.rewards, config.think)
+        if scored.fault:
+            raise RewardError(f"{sample.id!r}: {scored.fault}")
+        record["rewards"] = scored.rewards
     return record | ({"unreadable": True} if completion is None else {"truncated": completion.truncated})
 
 
@@ -108,18 +111,19 @@ def answer_record(
     """What predictions.jsonl and rollouts.jsonl say of an answer: its text, the truth in steps, and what was
     parsed, with boxes in [0, 1]. `python rewards.py` reads it."""
 
-    def in_frame(items: tuple[tuple[int, Box], ...] | None) -> list | None:
-        return items and [[step, [round(v, 4) for v in from_text_box(box, scale)]] for step, box in items]
+    def rounded(items: Items | None) -> list | None:
+        return items and [[step, [round(v, 4) for v in box]] for step, box in items]
 
+    framed = answer and answer.in_frame(scale)
     boxes = {str(step): list(box) for step, box in truth.boxes.items()}
     return {
         "completion": text,
         "truth": {"span": list(truth.span), "boxes": boxes},
         "scale": list(scale),
         "think": think,
-        "span": answer and [answer.start, answer.end],
-        "think_boxes": answer and in_frame(answer.think),
-        "pred_boxes": answer and in_frame(answer.pred),
+        "span": answer and list(answer.span),
+        "think_boxes": framed and rounded(framed.think),
+        "pred_boxes": framed and rounded(framed.pred),
     }
 
 

@@ -152,6 +152,24 @@ class Log:
         self._lines += 1
 
 
+DRIFT_STEPS, DRIFT_LEAST = 30, 15  # steps that drifts_apart looks at, at most and at least
+
+
+def drifts_apart(recent: list[tuple[float, float]]) -> bool:
+    """Whether the reward rises while the vIoU falls: the policy has found something that pays and is not the
+    task. recent: (reward, vIoU) of the last steps, whose straight lines must both be steeper than twice the
+    standard error of their slopes."""
+    if len(recent) < DRIFT_LEAST:
+        return False
+    values = np.array(recent)  # (T, 2)
+    steps = np.arange(len(values)) - (len(values) - 1) / 2  # (T,)
+    slopes = steps @ values / (steps @ steps)  # (2,), of the least-squares lines
+    residuals = values - values.mean(axis=0) - np.outer(steps, slopes)  # (T, 2)
+    errors = np.sqrt((residuals**2).sum(axis=0) / (len(values) - 2) / (steps @ steps))
+    reward, viou = slopes
+    return bool(reward > 2 * errors[0] and viou < -2 * errors[1])
+
+
 def flatten(tree: dict) -> dict[str, float]:
     """The numbers in nested dicts, by their keys joined with "/"."""
     flat = {key: value for key, value in tree.items() if isinstance(value, int | float)}

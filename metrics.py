@@ -27,7 +27,7 @@ import numpy as np
 
 from data import QUESTION_TYPES, Sample
 from prompts import Answer, Box, TextFormat, truth_answer
-from rewards import boxes_by_step, iou
+from rewards import iou
 
 Tube = tuple[tuple[int, int], dict[int, Box]]
 Scores = dict[str, float]  # of one answer: "tIoU" and "vIoU" in [0, 1], and "failures", 0 or 1
@@ -65,7 +65,7 @@ def tube_from_answer(
     grid = sample.grid(text_format.step_seconds)
     first, stop = grid.first_frame(answer.start), grid.first_frame(answer.end + 1)
     last_step = min(answer.end, grid.num_steps - 1)
-    given = boxes_by_step(items, scale)
+    given = getattr(answer.in_frame(scale), f"{which}_boxes")
     steps = sorted(step for step in given if answer.start <= step <= last_step)
     if first == stop or not steps:
         return (first, stop), {}

@@ -11,9 +11,10 @@ An answer (STVG-o1, Fig. 2) is text, nothing in the model changes:
 seconds [i * d, (i + 1) * d) (class TimeGrid).
 """
 
+import functools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Box = tuple[float, float, float, float]
 COORDINATES = ("norm1000", "resized", "original")
@@ -124,14 +125,41 @@ class Truth:
         return Truth((self.span[0], min(self.span[1], num_steps - 1)), boxes) if boxes else None
 
 
+Items = tuple[tuple[int, Box], ...]  # ((step, (x1, y1, x2, y2)), ...), as an answer lists them
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What stands in an answer, in the numbers of the text: nothing is rescaled, sorted or repaired."""
+    """What stands in an answer: nothing is sorted or repaired. Its boxes are in the numbers of the text, or,
+    after in_frame, in [0, 1]."""
 
     start: int
     end: int
-    think: tuple[tuple[int, Box], ...] | None  # ((step, (x1, y1, x2, y2)), ...); None without thinking
-    pred: tuple[tuple[int, Box], ...]
+    think: Items | None  # None without thinking
+    pred: Items
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First and last step, inclusive, as the answer names them: the last may come before the first."""
+        return self.start, self.end
+
+    @functools.cached_property
+    def think_boxes(self) -> dict[int, Box]:
+        """step -> box; of a step that is named twice the first box counts. Empty without thinking."""
+        return dict(reversed(self.think or ()))
+
+    @functools.cached_property
+    def pred_boxes(self) -> dict[int, Box]:
+        return dict(reversed(self.pred))
+
+    def in_frame(self, scale: tuple[int, int]) -> "Answer":
+        """The same answer with its boxes in [0, 1] of the frame: what rewards and metrics judge. scale:
+        (width, height) that the text's coordinates are measured in (TextFormat.scale)."""
+
+        def scaled(items: Items) -> Items:
+            return tuple((step, from_text_box(box, scale)) for step, box in items)
+
+        return replace(self, think=self.think and scaled(self.think), pred=scaled(self.pred))
 
 
 # Every quantifier is possessive ("*+"): the matcher never goes back, so time is linear in any text.
@@ -159,7 +187,7 @@ def parse_answer(text: str, think: bool = True) -> Answer | None:
     return Answer(int(start), int(end), think_items[0] if think else None, pred_items)
 
 
-def _parse_list(items: str) -> tuple[tuple[int, Box], ...]:
+def _parse_list(items: str) -> Items:
     """A text that has matched _LIST: "5. [271, 30, 395, 212], ..." -> ((5, (271, 30, 395, 212)), ...)."""
     numbers = [int(number) for number in _INTEGER.findall(items)]
     return tuple((numbers[k], tuple(numbers[k + 1 : k + 5])) for k in range(0, len(numbers), 5))
@@ -235,7 +263,7 @@ def format_answer(answer: Answer) -> str:
     return " ".join(parts)
 
 
-def _format_list(items: tuple[tuple[int, Box], ...]) -> str:
+def _format_list(items: Items) -> str:
     if not items:
         raise ValueError("an answer needs at least one box in each list")
     return ", ".join(f"{_digits(step)}. [{', '.join(_digits(v) for v in box)}]" for step, box in items)

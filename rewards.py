@@ -1,22 +1,20 @@
-"""The five rewards of STVG-o1 (section 3.2), and a bench that scores a file of answers without any model.
+"""The five rewards of STVG-o1 (section 3.2), and rewards of your own beside them.
 
-    python rewards.py FILE.jsonl > scored.jsonl
+    python rewards.py FILE.jsonl [--config C] [--html OUT.html]    score a file of answers, without any model
+    python rewards.py --exploits [--config C]                      what cheating earns beside honest play
 
-Each line of the file is one JSON object; keys that are not listed here pass through untouched:
+(bench.py and exploits.py.) **To try another reward**, write a function of an answer and the truth in a file
+of your own, and name it in the configuration, with its weight, beside the paper's five:
 
-    {"completion": str,                                  the text to score
-     "truth": {"span": [first, last],                    steps, inclusive
-               "boxes": {"5": [x1, y1, x2, y2], ...}},   step -> box in [0, 1]
-     "scale": [1000, 1000],                              optional: (width, height) that the text's boxes are
-     "think": true}                                      divided by; false: answers without <think_bbox>
+    def smoothness(answer, truth):                 # my_rewards.py
+        ...
 
-Each line of the output is the same object plus "rewards"; a summary goes to stderr. The bench always uses
-the paper's weights: where lines hold "rewards" already, as a run's rollouts.jsonl do, they are replaced, and
-so are the totals of a run with other weights.
+    rewards: {think: 0.5, my_rewards.py:smoothness: 0.2}
 
-**To try another reward, edit this file**: write a function of an answer and the truth, give it a weight in
-WEIGHTS, and set terms["its name"] in `score`. Configuration, total, log, curves and this bench follow from
-WEIGHTS. tests/test_rewards.py pins the paper's five: it will tell you what your term changes.
+It is called for every answer that parses, and sees what the built-in rewards see: an Answer whose boxes are
+in [0, 1] of the frame (answer.span, answer.think_boxes, answer.pred_boxes: step -> box), and the Truth (span,
+boxes). Whatever is here can be imported: `from rewards import giou, temporal_reward`. Total, logs, curves and
+bench follow from the name; with weight 0 it is only watched.
 
 Bounds. For any text, and any truth with boxes in [0, 1]: format and consistency are 0 or 1, temporal is in
 [0, 1], one box earns GIoU - L1 >= -1 - 4, so spatial is in [-5, 1] and think in [0, 6]. With the paper's
@@ -24,16 +22,26 @@ weights the total is in (-9, 5], without thinking boxes in (-4, 4]. It is exactl
 text's integer grid that is written by format_answer, and exactly 0 for a text that is no answer.
 """
 
-import json
+import functools
+import importlib.util
+import math
 import reprlib
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from prompts import Answer, Box, Truth, from_text_box, parse_answer
+from files import run_script
+from prompts import Answer, Box, Truth, parse_answer
 
 WEIGHTS = {"format": 1.0, "consistency": 1.0, "temporal": 1.0, "spatial": 1.0, "think": 0.5}  # Eq. 10
 REWARDS = tuple(WEIGHTS)
-WEIGHTS |= {"giou": 1.0, "l1": 1.0}  # the two parts of the spatial reward, Eq. 8
+# Of the spatial reward: the weights of its two parts (Eq. 8), and two guards that are off (not in the paper).
+WEIGHTS |= {"giou": 1.0, "l1": 1.0}
+# empty_overlap: what it is where the two spans share no step that can be judged; 0 is the paper's.
+# missed_step: weight in its mean of each true step that the answer's span leaves out, which then earns -1.
+WEIGHTS |= {"empty_overlap": 0.0, "missed_step": 0.0}
 # What is scored and logged: the rewards, with the spatial one apart for the two lists of boxes.
 PARTS = {"spatial": ("spatial_think", "spatial_pred")}
 TERMS = tuple(term for name in REWARDS for term in PARTS.get(name, (name,)))
@@ -87,52 +95,114 @@ def l1(a: Box, b: Box) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The rewards. Steps are never enumerated from the numbers of an answer: "0 - 99999" costs what "0 - 1" costs.
+# The rewards: functions of an answer, its boxes in [0, 1], and the truth. Steps are never enumerated from the
+# numbers of an answer: "0 - 99999" costs what "0 - 1" costs.
 
 
-def consistency_reward(span: Span, *lists: tuple[tuple[int, Box], ...]) -> float:
+def consistency_reward(answer: Answer, truth: Truth) -> float:
     """1 if every list of boxes names exactly the steps of the span, in order and once each; else 0."""
-    first, last = span
+    lists = [answer.pred] if answer.think is None else [answer.think, answer.pred]
+    length = answer.end - answer.start + 1
     return float(  # Eq. 4
-        all(len(items) == last - first + 1 for items in lists)
-        and all(step == first + k for items in lists for k, (step, _) in enumerate(items))
+        all(len(items) == length for items in lists)
+        and all(step == answer.start + k for items in lists for k, (step, _) in enumerate(items))
     )
 
 
-def temporal_reward(span: Span, truth_span: Span) -> float:
+def temporal_reward(answer: Answer, truth: Truth) -> float:
     """IoU of two spans counted in steps, in [0, 1]. Where they share a step, their union is their hull."""
-    shared = min(span[1], truth_span[1]) - max(span[0], truth_span[0]) + 1
-    hull = max(span[1], truth_span[1]) - min(span[0], truth_span[0]) + 1
+    shared = min(answer.end, truth.span[1]) - max(answer.start, truth.span[0]) + 1
+    hull = max(answer.end, truth.span[1]) - min(answer.start, truth.span[0]) + 1
     return max(shared, 0) / hull  # Eq. 5
 
 
-def common_steps(span: Span, truth: Truth) -> list[int]:
+def common_steps(answer: Answer, truth: Truth) -> list[int]:
     """The steps in both spans (T∩ of Eq. 7) that have a truth box."""
-    first, last = max(span[0], truth.span[0]), min(span[1], truth.span[1])
+    first, last = max(answer.start, truth.span[0]), min(answer.end, truth.span[1])
     return sorted(step for step in truth.boxes if first <= step <= last)
 
 
-def spatial_reward(span: Span, boxes: dict[int, Box], truth: Truth, weights: dict = WEIGHTS) -> float:
+def spatial_reward(answer: Answer, truth: Truth, which: str = "pred", weights: dict = WEIGHTS) -> float:
     """Mean of GIoU - L1 over the common steps, in [-5, 1] with the paper's weights; 0 if there is none.
 
-    That 0 is the paper's, and it is more than a bad box earns: until boxes are better than nothing, the
-    reward pays for missing the interval (README, "Assumptions").
+    which: the list of boxes, "pred" or "think". That 0 is the paper's, and it is more than a bad box earns:
+    until boxes are better than nothing, the reward pays for missing the interval (README, "Assumptions").
     """
-    steps = common_steps(span, truth)
+    boxes, steps = getattr(answer, f"{which}_boxes"), common_steps(answer, truth)
     pairs = [(boxes.get(step, MISSING), truth.boxes[step]) for step in steps]
     values = [weights["giou"] * giou(b, g) - weights["l1"] * l1(b, g) for b, g in pairs]  # Eq. 8
-    return sum(values) / len(steps) if steps else 0.0  # Eq. 6 and 7
+    inside = [step for step in truth.boxes if truth.span[0] <= step <= truth.span[1]]
+    missed = weights["missed_step"] * (len(inside) - len(steps))
+    if not steps and not missed:
+        return float(weights["empty_overlap"])
+    return (sum(values) - missed) / (len(steps) + missed)  # Eq. 6 and 7
 
 
-def think_reward(spatial_think: float, spatial_pred: float) -> float:
+def think_reward(answer: Answer, truth: Truth, weights: dict = WEIGHTS) -> float:
     """What the final boxes gain over the thinking boxes, in [0, 6] with the paper's weights."""
-    return max(spatial_pred - spatial_think, 0.0)  # Eq. 9
+    pred, think = (spatial_reward(answer, truth, which, weights) for which in ("pred", "think"))
+    return max(pred - think, 0.0)  # Eq. 9
 
 
 def total_reward(terms: dict[str, float], weights: dict = WEIGHTS) -> float:
-    """The weighted sum of the five rewards; giou and l1 have already had their say in the spatial terms."""
+    """The weighted sum of the five rewards and of one's own; giou and l1 have already had their say in the
+    spatial terms."""
     rewards = terms | {"spatial": terms["spatial_think"] + terms["spatial_pred"]}
-    return sum(weights[name] * rewards[name] for name in REWARDS)  # Eq. 10
+    return sum(weights[name] * rewards[name] for name in (*REWARDS, *plugins(weights)))  # Eq. 10
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rewards of one's own
+
+
+class RewardError(FloatingPointError):
+    """A reward that is no finite number; the message (Score.fault) names it, and the answer."""
+
+
+def plugins(weights: dict) -> tuple[str, ...]:
+    """Of the names in a configuration's `rewards`, those of the form FILE.py:FUNCTION."""
+    return tuple(name for name in weights if name not in WEIGHTS)
+
+
+def terms_of(weights: dict) -> tuple[str, ...]:
+    """The names of all terms that are scored and logged: TERMS, and one's own."""
+    return (*TERMS, *plugins(weights))
+
+
+@functools.cache
+def load_function(name: str) -> Callable[[Answer, Truth], float]:
+    """FILE.py:FUNCTION -> the function. FILE is relative to where you are. Raises ValueError that says what
+    is wrong with it."""
+    path, _, function = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever stands in the file
+        line = _last_line(error, path)
+        raise ValueError(f"rewards: {path} cannot be loaded: {_one_line(error)}{line}; correct it") from error
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"rewards: {path} has no function {function!r}; write FILE.py:FUNCTION")
+    return getattr(module, function)
+
+
+def call(name: str, answer: Answer, truth: Truth) -> tuple[float, str]:
+    """What a function of one's own says of an answer; not a number, and what it raised, where it fails."""
+    try:
+        return float(load_function(name)(answer, truth)), ""
+    except Exception as error:  # ends the run, on all ranks and with the answer (Score.fault)
+        return math.nan, f"{name} raised {_one_line(error)}{_last_line(error, name.rpartition(':')[0])}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _last_line(error: Exception, path: str) -> str:
+    """Where in the file an error came up, for the end of a message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == Path(path).absolute()]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -141,9 +211,10 @@ def total_reward(terms: dict[str, float], weights: dict = WEIGHTS) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    answer: Answer | None  # None: the text does not parse
-    rewards: dict[str, float]  # TERMS, unweighted (but for giou and l1), and "total"
+    answer: Answer | None  # in the numbers of the text; None: the text does not parse
+    rewards: dict[str, float]  # terms_of, unweighted (but for giou and l1), and "total"
     diagnostics: dict[str, float]  # see diagnose; for logs, no part of the reward
+    fault: str = ""  # a reward that is no finite number, and the answer: whoever trusts `rewards` looks first
 
 
 def score(
@@ -156,162 +227,92 @@ def score(
     """Score one answer: every term, the total, what to watch. Never raises for any text; bounds see above.
 
     scale: (width, height) that the text's coordinates are divided by (TextFormat.scale). weights: all of
-    WEIGHTS or some. think: False for answers without thinking boxes, whose two terms are then 0. An answer
-    whose span is empty (last step < first step) keeps, by the equations, its format reward alone.
+    WEIGHTS or some, and FILE.py:FUNCTION. think: False for answers without thinking boxes, whose two terms
+    are then 0. An answer whose span is empty (last step < first step) keeps, by the equations, its format
+    reward alone.
     """
     weights = check_weights(weights)
-    answer = parse_answer(completion, think)
-    terms = dict.fromkeys((*TERMS, "total"), 0.0)
-    if answer is None:
+    parsed = parse_answer(completion, think)
+    terms, faults = dict.fromkeys((*terms_of(weights), "total"), 0.0), []
+    if parsed is None:
         return Score(None, terms, diagnose(None, truth, scale))
-    span = (answer.start, answer.end)
-    lists = (answer.think, answer.pred) if think else (answer.pred,)
+    answer = parsed.in_frame(scale)
     terms["format"] = 1.0  # Eq. 3: it has parsed
-    terms["consistency"] = consistency_reward(span, *lists)
-    terms["temporal"] = temporal_reward(span, truth.span)
-    terms["spatial_pred"] = spatial_reward(span, boxes_by_step(answer.pred, scale), truth, weights)
+    terms["consistency"] = consistency_reward(answer, truth)
+    terms["temporal"] = temporal_reward(answer, truth)
+    terms["spatial_pred"] = spatial_reward(answer, truth, "pred", weights)
     if think:
-        terms["spatial_think"] = spatial_reward(span, boxes_by_step(answer.think, scale), truth, weights)
-        terms["think"] = think_reward(terms["spatial_think"], terms["spatial_pred"])
+        terms["spatial_think"] = spatial_reward(answer, truth, "think", weights)
+        terms["think"] = think_reward(answer, truth, weights)
+    for name in plugins(weights):
+        terms[name], raised = call(name, answer, truth)
+        faults += [raised] if raised else []
     terms["total"] = total_reward(terms, weights)
-    return Score(answer, terms, diagnose(answer, truth, scale))
-
-
-def boxes_by_step(items: tuple[tuple[int, Box], ...], scale: tuple[int, int]) -> dict[int, Box]:
-    """A list of the answer -> step: box in [0, 1]. Of a step that is named twice the first box counts."""
-    return {step: from_text_box(box, scale) for step, box in reversed(items)}
+    faults += [f"the reward {name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
+    fault = f"{faults[0]}; the answer was {completion!r}" if faults else ""
+    return Score(parsed, terms, diagnose(parsed, truth, scale), fault)
 
 
 def check_weights(weights: dict) -> dict[str, float]:
-    """All of WEIGHTS, the given ones replaced. Raises ValueError for a name that is not in WEIGHTS, and for a
-    value that is not a number from -1e6 to 1e6 (so that every reward stays finite)."""
-    allowed = f"write numbers from -1e6 to 1e6 for any of {', '.join(WEIGHTS)}"
+    """All of WEIGHTS, the given ones replaced, and one's own. Raises ValueError for a name that is neither in
+    WEIGHTS nor FILE.py:FUNCTION of a function that can be loaded, and for a value that is not a number from
+    -1e6 to 1e6 (so that every reward of this file stays finite)."""
+    allowed = f"write numbers from -1e6 to 1e6 for any of {', '.join(WEIGHTS)}, or for FILE.py:FUNCTION"
     for key, value in weights.items():
-        if key not in WEIGHTS:
-            raise ValueError(f"rewards: there is no weight {key!r}; {allowed}")
-        if not _is_number(value, -1e6, 1e6):
+        if not is_number(value, -1e6, 1e6):
             raise ValueError(f"rewards: the weight {key} is {reprlib.repr(value)}; {allowed}")
-    return {key: float(weights.get(key, default)) for key, default in WEIGHTS.items()}
+        if key not in WEIGHTS:
+            if ".py:" not in str(key):
+                raise ValueError(f"rewards: there is no weight {key!r}; {allowed}")
+            load_function(key)
+    if weights.get("missed_step", 0) < 0:
+        raise ValueError(f"rewards: missed_step is {weights['missed_step']}; write a number from 0 to 1e6")
+    return {key: float(value) for key, value in {**WEIGHTS, **weights}.items()}
 
 
-def diagnose(answer: Answer | None, truth: Truth, scale: tuple[int, int]) -> dict[str, float]:
-    """What to watch beside the reward; all 0 for a text that does not parse.
-
-    overlap        1 if the answer's span meets the truth's: falls when the policy learns to miss it
-    span_ratio     steps of the answer / steps of the truth: falls when it learns to name one easy step only
-    invalid_boxes  share of the listed boxes that have no inside
-    copied         1 if the final boxes are the thinking boxes
-    tiou           the temporal reward
-    viou_think, viou_pred   sum of IoU over the common steps / steps of the union of the spans
-    """
-    names = ("overlap", "span_ratio", "invalid_boxes", "copied", "tiou", "viou_think", "viou_pred")
-    if answer is None:
-        return dict.fromkeys(names, 0.0)
-    span, think = (answer.start, answer.end), answer.think or ()
-    tiou = temporal_reward(span, truth.span)
-    span_ratio = max(span[1] - span[0] + 1, 0) / (truth.span[1] - truth.span[0] + 1)
-    listed = [from_text_box(box, scale) for _, box in (*think, *answer.pred)]
-    invalid = sum(not is_valid(box) for box in listed) / len(listed)
-    vious = [_viou(span, boxes_by_step(items, scale), truth) for items in (think, answer.pred)]
-    values = (float(tiou > 0), span_ratio, invalid, float(answer.think == answer.pred), tiou, *vious)
-    return dict(zip(names, values, strict=True))
-
-
-def _viou(span: Span, boxes: dict[int, Box], truth: Truth) -> float:
-    shared = sum(iou(boxes.get(step, MISSING), truth.boxes[step]) for step in common_steps(span, truth))
-    return float(shared / (max(span[1], truth.span[1]) - min(span[0], truth.span[0]) + 1))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The bench
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _is_number(value: object, low: float, high: float, kind=int | float) -> bool:
+def is_number(value: object, low: float, high: float, kind=int | float) -> bool:
     """A number in [low, high], which NaN is not; neither are JSON's true and false."""
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
-def read_truth(value: object) -> Truth:
-    """The "truth" of a line, checked. Raises ValueError that says what to write instead."""
-    form = '{"span": [first, last], "boxes": {"5": [x1, y1, x2, y2], ...}}'
-    _require(isinstance(value, dict) and {"span", "boxes"} <= value.keys(), f'"truth": write {form}')
-    span, boxes = value["span"], value["boxes"]
-    integers = isinstance(span, list) and len(span) == 2 and all(_is_number(i, 0, 1e9, int) for i in span)
-    remedy = "write [first, last], integers from 0, with first <= last"
-    _require(integers and span[0] <= span[1], f"truth span {reprlib.repr(span)}: {remedy}")
-    _require(isinstance(boxes, dict), f"truth boxes {reprlib.repr(boxes)}: write {form}")
-    remedy = "write a step and numbers from 0 to 1 (shares of the frame), x1 <= x2, y1 <= y2"
-    for step, box in boxes.items():
-        good = step.isascii() and step.isdigit() and len(step) < 10
-        good = good and isinstance(box, list) and len(box) == 4 and all(_is_number(v, 0, 1) for v in box)
-        good = good and box[0] <= box[2] and box[1] <= box[3]
-        _require(good, f"truth box {reprlib.repr(step)}: {reprlib.repr(box)}: {remedy}")
-    return Truth(tuple(span), {int(step): tuple(map(float, box)) for step, box in boxes.items()})
+def diagnose(parsed: Answer | None, truth: Truth, scale: tuple[int, int]) -> dict[str, float]:
+    """What to watch beside the reward; all 0 for a text that does not parse.
+
+    overlap        1 if the answer's span meets the truth's: falls when the policy learns to miss it
+    span_ratio     steps of the answer / steps of the truth: falls when it learns to name one easy step only
+    one_step       1 if the answer's span is a single step
+    invalid_boxes  share of the listed boxes that have no inside
+    out_of_frame   share of the listed boxes that reach beyond the frame, and are cut off there
+    copied         1 if the final boxes are the thinking boxes
+    think_gap      spatial reward of the final boxes - that of the thinking boxes, with the paper's weights
+    tiou           the temporal reward
+    viou_think, viou_pred   sum of IoU over the common steps / steps of the union of the spans
+    """
+    names = ("overlap", "span_ratio", "one_step", "invalid_boxes", "out_of_frame", "copied", "think_gap")
+    names += ("tiou", "viou_think", "viou_pred")
+    if parsed is None:
+        return dict.fromkeys(names, 0.0)
+    answer, listed = parsed.in_frame(scale), (*(parsed.think or ()), *parsed.pred)
+    steps = answer.end - answer.start + 1
+    tiou = temporal_reward(answer, truth)
+    invalid = sum(not is_valid(box) for _, box in (*(answer.think or ()), *answer.pred)) / len(listed)
+    outside = sum(any(value > scale[k % 2] for k, value in enumerate(box)) for _, box in listed) / len(listed)
+    gap = 0.0
+    if answer.think is not None:
+        gap = spatial_reward(answer, truth, "pred") - spatial_reward(answer, truth, "think")
+    values = (float(tiou > 0), max(steps, 0) / (truth.span[1] - truth.span[0] + 1), float(steps == 1))
+    values += (invalid, outside, float(answer.think == answer.pred), gap)
+    values += (tiou, _viou(answer, truth, "think"), _viou(answer, truth, "pred"))
+    return dict(zip(names, values, strict=True))
 
 
-def score_line(line: bytes) -> dict:
-    """One line of the bench's input -> the object to write. Raises ValueError that says what is wrong."""
-    try:
-        record = json.loads(line, parse_constant=lambda name: _require(False, f"{name} is no JSON number"))
-    except ValueError as error:
-        where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise ValueError(f"not valid JSON ({where}): write one JSON object a line") from error
-    _require(isinstance(record, dict), 'not a JSON object: write {"completion": ..., "truth": ...}')
-    for key in ("completion", "truth"):
-        _require(key in record, f'"{key}" is missing')
-    completion, think = record["completion"], record.get("think", True)
-    scale = record.get("scale", [1000, 1000])
-    _require(isinstance(completion, str), f'"completion" is {reprlib.repr(completion)}: write a string')
-    _require(isinstance(think, bool), f'"think" is {reprlib.repr(think)}: write true or false')
-    sizes = isinstance(scale, list) and len(scale) == 2 and all(_is_number(v, 1, 99999) for v in scale)
-    _require(sizes, f'"scale" is {reprlib.repr(scale)}: write [width, height], numbers from 1 to 99999')
-    scored = score(completion, read_truth(record["truth"]), tuple(scale), think=think)
-    return record | {"rewards": scored.rewards}
-
-
-def summary(rewards: list[dict[str, float]]) -> str:
-    """For people: how many answers, how many of them parse; mean, least and greatest value of every term."""
-    lines = [f"{len(rewards)} answers, {sum(r['format'] for r in rewards):.0f} of them parse"]
-    if rewards:
-        lines.append(f"{'reward':<14}{'mean':>9}{'min':>9}{'max':>9}")
-        for term in (*TERMS, "total"):
-            values = [r[term] for r in rewards]
-            mean = sum(values) / len(values)
-            lines.append(f"{term:<14}{mean:>9.3f}{min(values):>9.3f}{max(values):>9.3f}")
-    return "\n".join(lines)
-
-
-def main(path: str) -> None:
-    """Score every line, then write: a file with a faulty line writes nothing. Errors name file and line."""
-    rewards, output = [], []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = score_line(line)
-                output.append(json.dumps(record, allow_nan=False) + "\n")
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            rewards.append(record["rewards"])
-    sys.stdout.write("".join(output))
-    sys.stdout.flush()
-    print(summary(rewards), file=sys.stderr)
+def _viou(answer: Answer, truth: Truth, which: str) -> float:
+    boxes, steps = getattr(answer, f"{which}_boxes"), common_steps(answer, truth)
+    shared = sum(iou(boxes.get(step, MISSING), truth.boxes[step]) for step in steps)
+    return float(shared / (max(answer.end, truth.span[1]) - min(answer.start, truth.span[0]) + 1))
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__.strip())
-        sys.exit()
-    if len(sys.argv) != 2:
-        sys.exit("usage: python rewards.py FILE.jsonl (what is in the file: see the top of rewards.py)")
-    try:
-        main(sys.argv[1])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        place = error.filename or "standard output"
-        sys.exit(f"error: {place}: {error.strerror}; check the path and the free space")
+    import bench
+
+    run_script(lambda: bench.main(sys.argv[1:]), "standard output", "check the path and the free space")

@@ -2,6 +2,7 @@
 
     torchrun train.py                                      the embedded default: configs/toy.yaml
     torchrun train.py configs/hcstvg_v1.yaml steps=500     another configuration, settings replaced
+    torchrun train.py configs/toy.yaml configs/ablations/l1_only.yaml    files over files
     torchrun --nproc_per_node=8 train.py CONFIG            on eight GPUs, the same steps (distributed.py)
     torchrun train.py CONFIG resume=auto                   go on where a run was stopped or killed (resume.py)
     python train.py CONFIG --plan                          the memory it takes, on how many GPUs (plan.py)
@@ -25,7 +26,6 @@ of config.py that say "not in the paper".
 import contextlib
 import copy
 import dataclasses
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ from job import (
     standing,
     usage,
 )
-from logs import Log
+from logs import DRIFT_STEPS, Log, drifts_apart
 from marks import marks_of
 from model import (
     Completion,
@@ -72,7 +72,7 @@ from model import (
 from plan import print_plan
 from policy import Policy, load_policy
 from prompts import Truth
-from rewards import TERMS, Score, score
+from rewards import RewardError, Score, score
 from sft import supervise
 from steps import (
     adamw,
@@ -116,9 +116,8 @@ def main(arguments: list[str]) -> None:
     for word in words:
         if word.startswith("-"):
             raise ConfigError(f"{word}: no such option; there is --plan, and settings are written key=value")
-    if not words or "=" in words[0]:
-        words = [str(ROOT / "configs/toy.yaml"), *words]
-    config = load_config(words[0], words[1:])
+    files = [word for word in words if "=" not in word] or [str(ROOT / "configs/toy.yaml")]
+    config = load_config(files, [word for word in words if "=" in word])
     if config.answer_format != "boxes":
         raise ConfigError(f"answer_format: {config.answer_format} is to evaluate only; train with boxes")
     if "--plan" in arguments:
@@ -201,6 +200,9 @@ def reinforce(
     config, policy, begin = job.config, job.policy, job.progress.step
     bar = trange(config.steps, initial=begin, desc="GRPO", unit="step", disable=job.log is None)
     recent = []  # (reward, vIoU) of the last steps
+    if job.log:
+        lines = [m for m in read_jsonl(job.run / "metrics.jsonl") if m["phase"] == "grpo"]
+        recent = [(m["reward"], m["viou_pred"]) for m in lines[-DRIFT_STEPS:]]
     with bar, saved_when_stopped(job, optimizer):
         for step in range(begin, config.steps):
             if step and config.eval_every and step % config.eval_every == 0:
@@ -221,18 +223,22 @@ def reinforce(
             with clock("wait"):
                 records = gathered(rollout_records(groups, step + 1, config))
                 diagnostics = gathered([s.diagnostics for group in groups for s in group.scores])
+                faults = gathered([s.fault for group in groups for s in group.scores if s.fault])
             if records:
                 with dump_of_nonfinite([contents(group) for group in groups], job.run, f"step_{step + 1}"):
-                    check_rewards(records)
+                    if faults:
+                        raise RewardError(faults[0])
                     metrics = improve(policy, reference, optimizer, groups, config)
                 metrics = {**summarize(records, diagnostics, config.num_generations), **metrics}
                 metrics |= usage(sum(record["length"] for record in records))
                 if job.log:  # now, and not before: a checkpoint that a failing step leaves counts these bytes
+                    recent = [*recent, (metrics["reward"], metrics["viou_pred"])][-DRIFT_STEPS:]
+                    metrics["drift"] = float(drifts_apart(recent))
                     write_jsonl(records, job.run / "rollouts.jsonl", append=True)
                     job.log.write({"phase": "grpo", "step": step + 1, **metrics})
-                recent = [*recent[-9:], (metrics["reward"], metrics["viou_pred"])]
-                reward, viou = np.mean(recent, axis=0)
-                bar.set_postfix_str(f"reward {reward:.2f}, vIoU {viou:.2f}", refresh=False)
+                    reward, viou = np.mean(recent[-10:], axis=0)
+                    warning = " (the reward rises, vIoU falls!)" if metrics["drift"] else ""
+                    bar.set_postfix_str(f"reward {reward:.2f}, vIoU {viou:.2f}{warning}", refresh=False)
             else:
                 pass_over(batch, step, job.clips)
 
@@ -280,7 +286,7 @@ def sample_and_score(
         for (k, truth, _), prompt, read, completions in zip(shown, prompts, kept, answers, strict=True):
             scores = [score(c.text, truth, prompt.scale, config.rewards, config.think) for c in completions]
             rewards = torch.tensor([s.rewards["total"] for s in scores], dtype=torch.float64)  # (G,)
-            finite = bool(rewards.isfinite().all())  # if not, check_rewards will end the run, on all ranks
+            finite = bool(rewards.isfinite().all())  # if not, its fault ends the run, on all ranks
             advantages = group_advantages(rewards, config.scale_rewards) if finite else rewards
             groups.append(Group(samples[k], truth, prompt, completions, scores, advantages, read))
     return groups
@@ -407,17 +413,21 @@ def summarize(records: list[dict], diagnostics: list[dict], num_generations: int
     """What a step's rollouts looked like, of all ranks. README, "Glossary", says what healthy looks like for
     each. diagnostics: rewards.Score.diagnostics of each record."""
     rewards = [record["rewards"] for record in records]
-    totals = np.array([terms["total"] for terms in rewards]).reshape(-1, num_generations)  # (prompts, G)
+    groups = {  # of each term, and the total: (prompts, G)
+        name: np.array([terms[name] for terms in rewards]).reshape(-1, num_generations) for name in rewards[0]
+    }
+    totals = groups.pop("total")
     spread = totals.std(axis=1, ddof=1)  # (prompts,)
     return {
         "reward": float(totals.mean()),
         "reward_std": float(spread.mean()),  # within a group: what the advantages are made of
         "zero_spread": float((spread < 1e-6).mean()),
-        **{term: float(np.mean([terms[term] for terms in rewards])) for term in TERMS},
+        **{name: float(values.mean()) for name, values in groups.items()},
+        "std": {name: float(values.std(axis=1, ddof=1).mean()) for name, values in groups.items()},
         **{name: float(np.mean([values[name] for values in diagnostics])) for name in diagnostics[0]},
         "length": float(np.mean([record["length"] for record in records])),
         "truncated": float(np.mean([record["truncated"] for record in records])),
-        "prompts": len(totals),  # fewer than batch_size where videos cannot be read
+        "prompts": len(spread),  # fewer than batch_size where videos cannot be read
     }
 
 
@@ -433,13 +443,6 @@ def contents(group: Group) -> dict:
         "rewards": [scored.rewards for scored in group.scores],
         "advantages": group.advantages,
     }
-
-
-def check_rewards(records: list[dict]) -> None:
-    """A reward of one's own may be anything. Raises FloatingPointError, on all ranks."""
-    for record in records:
-        if not math.isfinite(record["rewards"]["total"]):
-            raise FloatingPointError(f"the rewards of an answer to {record['id']!r} are {record['rewards']}")
 
 
 def check_batches(config: Config, ranks: int) -> None:

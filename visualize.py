@@ -22,7 +22,7 @@ from evaluate import read_predictions, scale_of
 from files import DataError, read_jsonl, run_script, write_whole
 from metrics import native_scores, tube_from_answer
 from prompts import Box, Truth
-from rewards import TERMS, Score, boxes_by_step, is_valid, score
+from rewards import TERMS, Score, is_valid, score
 from video import read_clip, resize
 
 try:
@@ -273,8 +273,8 @@ def draw_strip(frames: np.ndarray, steps: list[int], truth: Truth, row: Row, sid
     spans = {"truth": truth.span, "pred": (0, -1)}
     if answer is not None:
         spans["pred"] = (answer.start, answer.end)
-        boxes["think"] = boxes_by_step(answer.think or (), row.scale)
-        boxes["pred"] = boxes_by_step(answer.pred, row.scale)
+        framed = answer.in_frame(row.scale)
+        boxes |= {"think": framed.think_boxes, "pred": framed.pred_boxes}
     tiles = []
     for frame, step in zip(frames, steps, strict=True):
         here = {name: items[step] for name, items in boxes.items() if step in items}

@@ -1,21 +1,14 @@
-"""The five rewards: hand-worked numbers, a second implementation in fractions, fuzzing, and the bench."""
+"""The five rewards: hand-worked numbers, a second implementation in fractions, fuzzing, plug-ins."""
 
-import json
 import math
-import subprocess
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import rewards
 from prompts import Answer, Truth, format_answer, truth_answer
 from rewards import TERMS, WEIGHTS, check_weights, giou, iou, l1, score
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # ----------------------------------------------------------------------------------------------------------
 # Boxes
@@ -338,7 +331,9 @@ def test_every_score_is_finite_and_bounded(completion, truth, think):
     assert {terms["format"], terms["consistency"]} <= {0, 1} and 0 <= terms["temporal"] <= 1
     assert -5 <= terms["spatial_think"] <= 1 and -5 <= terms["spatial_pred"] <= 1 and 0 <= terms["think"] <= 6
     assert -9 < terms["total"] <= 5
-    assert all(0 <= value <= 1 for name, value in result.diagnostics.items() if name != "span_ratio")
+    diagnostics = {**result.diagnostics}
+    assert diagnostics.pop("span_ratio") >= 0 and abs(diagnostics.pop("think_gap")) <= 6
+    assert all(0 <= value <= 1 for value in diagnostics.values())
     if not think:
         assert terms["spatial_think"] == terms["think"] == 0 and -4 < terms["total"] <= 4
 
@@ -354,24 +349,32 @@ def test_a_long_answer_is_no_trouble():
 # ----------------------------------------------------------------------------------------------------------
 # Diagnostics
 
-DIAGNOSTICS = {  # text: overlap, span_ratio, invalid_boxes, copied, tiou, viou_think, viou_pred
-    "oracle": (text(4, 7, RIGHT), (1, 1, 0, 1, 1, 1, 1)),
-    "refined": (text(4, 7, steps(4, 7, AWAY), RIGHT), (1, 1, 0, 0, 1, 0, 1)),
-    "half": (text(6, 9, steps(6, 9, GOOD)), (1, 1, 0, 1, 1 / 3, 1 / 3, 1 / 3)),
-    "one frame": (text(5, 5, {5: GOOD}), (1, 1 / 4, 0, 1, 1 / 4, 1 / 4, 1 / 4)),
-    "no overlap": (text(10, 17, steps(10, 17, AWAY)), (0, 2, 0, 1, 0, 0, 0)),
-    "missing": (text(4, 7, RIGHT, {4: GOOD, 5: GOOD, 7: GOOD}), (1, 1, 0, 0, 1, 1, 3 / 4)),
-    "invalid": (text(4, 7, RIGHT, RIGHT | {5: HUGE, 6: LINE}), (1, 1, 2 / 8, 0, 1, 1, 1 / 2)),
-    "end before start": (text(7, 4, {4: TWICE}), (0, 0, 1, 1, 0, 0, 0)),
-    "malformed": ("no", (0,) * 7),
+DIAGNOSTICS = {  # text: overlap, span_ratio, one_step, invalid_boxes, out_of_frame, copied; gap; tiou, vious
+    "oracle": (text(4, 7, RIGHT), (1, 1, 0, 0, 0, 1, 0, 1, 1, 1)),
+    "refined": (text(4, 7, steps(4, 7, AWAY), RIGHT), (1, 1, 0, 0, 0, 0, 1 - away, 1, 0, 1)),
+    "spoilt": (text(4, 7, RIGHT, steps(4, 7, AWAY)), (1, 1, 0, 0, 0, 0, away - 1, 1, 1, 0)),
+    "half": (text(6, 9, steps(6, 9, GOOD)), (1, 1, 0, 0, 0, 1, 0, 1 / 3, 1 / 3, 1 / 3)),
+    "one frame": (text(5, 5, {5: GOOD}), (1, 1 / 4, 1, 0, 0, 1, 0, 1 / 4, 1 / 4, 1 / 4)),
+    "no overlap": (text(10, 17, steps(10, 17, AWAY)), (0, 2, 0, 0, 0, 1, 0, 0, 0, 0)),
+    "missing": (
+        text(4, 7, RIGHT, {4: GOOD, 5: GOOD, 7: GOOD}),
+        (1, 1, 0, 0, 0, 0, (NONE - 1) / 4, 1, 1, 3 / 4),
+    ),
+    "invalid": (
+        text(4, 7, RIGHT, RIGHT | {5: HUGE, 6: LINE}),
+        (1, 1, 0, 2 / 8, 1 / 8, 0, (2 - 3.6 - 1.2) / 4 - 1, 1, 1, 1 / 2),
+    ),
+    "wide": (text(4, 7, steps(4, 7, WIDE), RIGHT), (1, 1, 0, 0, 4 / 8, 0, 2.32, 1, 0.08, 1)),
+    "end before start": (text(7, 4, {4: TWICE}), (0, 0, 0, 1, 0, 1, 0, 0, 0, 0)),
+    "malformed": ("no", (0,) * 10),
 }
 
 
 @pytest.mark.parametrize("completion, values", DIAGNOSTICS.values(), ids=DIAGNOSTICS.keys())
 def test_diagnostics_by_hand(completion, values):
     result = score(completion, TRUTH).diagnostics
-    names = ["overlap", "span_ratio", "invalid_boxes", "copied", "tiou", "viou_think", "viou_pred"]
-    assert list(result) == names
+    names = ["overlap", "span_ratio", "one_step", "invalid_boxes", "out_of_frame", "copied", "think_gap"]
+    assert list(result) == [*names, "tiou", "viou_think", "viou_pred"]
     assert tuple(result.values()) == pytest.approx(values, abs=1e-12)
 
 
@@ -419,120 +422,3 @@ def test_weights(weights, total):
 def test_wrong_weights_are_named(key, value):
     with pytest.raises(ValueError, match=rf"{key}.*format, consistency, temporal, spatial, think, giou, l1"):
         check_weights({"temporal": 2.0, key: value})
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The bench
-
-
-def bench(path):
-    command = [sys.executable, str(ROOT / "rewards.py"), str(path)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-
-
-def line(completion, **more):
-    boxes = {str(step): list(box) for step, box in TRUTH.boxes.items()}
-    return {"completion": completion, "truth": {"span": [4, 7], "boxes": boxes}} | more
-
-
-def test_bench_adds_the_rewards_to_every_line(tmp_path):
-    completions = [entry[0] for entry in TABLE.values()]
-    records = [line(c, id=f"clip {k}", extra={"ü": [1, None, 0.1]}) for k, c in enumerate(completions)]
-    without = "<time> 4 - 4 </time> <pred_bbox> 4. [200, 200, 400, 600] </pred_bbox>"
-    records += [line(without, think=False), line(text(4, 7, RIGHT).replace("200", "400"), scale=[2000, 1000])]
-    records += [line("\ud800 \u2028 lone surrogate", rewards="replaced")]
-    path = tmp_path / "answers.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    run = bench(path)
-    assert run.returncode == 0
-    output = [json.loads(text) for text in run.stdout.splitlines()]
-    assert len(output) == len(records)
-    for record, result in zip(records, output, strict=True):
-        added = result.pop("rewards")
-        assert result == {key: value for key, value in record.items() if key != "rewards"}
-        assert list(added) == [*TERMS, "total"]
-        expected = score(
-            record["completion"],
-            TRUTH,
-            tuple(record.get("scale", (1000, 1000))),
-            think=record.get("think", True),
-        )
-        assert added == expected.rewards
-    parsed = sum(
-        score(record["completion"], TRUTH, think=record.get("think", True)).answer is not None
-        for record in records
-    )
-    assert f"{len(records)} answers, {parsed} of them parse" in run.stderr
-    assert all(term in run.stderr for term in (*TERMS, "total"))
-
-
-def test_bench_reads_an_empty_file_and_a_last_line_without_end(tmp_path):
-    path = tmp_path / "empty.jsonl"
-    path.write_text("")
-    assert (bench(path).returncode, bench(path).stdout) == (0, "")
-    path.write_text(json.dumps(line(text(4, 7, RIGHT))))
-    assert json.loads(bench(path).stdout)["rewards"]["total"] == 5.0
-
-
-def faulty(**truth):
-    return json.dumps({"completion": "", "truth": {"span": [4, 7], "boxes": {}} | truth})
-
-
-FAULTS = {
-    "cut off": ('{"completion": "a", "tru', "not valid JSON"),
-    "prose": ("hello", "not valid JSON"),
-    "blank": ("", "not valid JSON"),
-    "two objects": ("{} {}", "not valid JSON"),
-    "NaN": ('{"completion": NaN}', "not valid JSON.*NaN"),
-    "not UTF-8": (b'{"completion": "\xff\xfe"}', "not valid JSON"),
-    "too deep": ("[" * 100000, "recursion"),
-    "too large to write": (faulty()[:-1] + ', "x": 1e999}', "JSON"),
-    "a list": ("[1, 2]", "not a JSON object"),
-    "no completion": ('{"truth": {}}', '"completion" is missing'),
-    "no truth": ('{"completion": ""}', '"truth" is missing'),
-    "completion": (json.dumps(line(["a"])), '"completion" is'),
-    "think": (json.dumps(line("", think="no")), "\"think\" is 'no': write true or false"),
-    "scale": (json.dumps(line("", scale=[0, 1000])), '"scale"'),
-    "truth": ('{"completion": "", "truth": [4, 7]}', '"truth": write'),
-    "span backwards": (faulty(span=[7, 4]), r"truth span \[7, 4\]"),
-    "span of floats": (faulty(span=[4.0, 7.0]), "truth span"),
-    "span of one": (faulty(span=[4]), "truth span"),
-    "boxes": (faulty(boxes=[[0, 0, 1, 1]]), "truth boxes"),
-    "step": (faulty(boxes={"five": [0, 0, 1, 1]}), "truth box 'five'"),
-    "pixels": (faulty(boxes={"5": [10, 20, 300, 400]}), "truth box '5'.*from 0 to 1"),
-    "flipped": (faulty(boxes={"5": [0.5, 0, 0.1, 1]}), "truth box '5'.*x1 <= x2"),
-    "three numbers": (faulty(boxes={"5": [0, 0, 1]}), "truth box '5'"),
-    "a word": (faulty(boxes={"5": [0, 0, 1, "1"]}), "truth box '5'"),
-}
-
-
-@pytest.mark.parametrize("fault, message", FAULTS.values(), ids=FAULTS.keys())
-def test_bench_names_file_and_line(fault, message, tmp_path, capsys):
-    """Without a process of its own for every fault; the next test has one."""
-    path = tmp_path / "answers.jsonl"
-    good = json.dumps(line("")).encode()
-    path.write_bytes(good + b"\n" + (fault if isinstance(fault, bytes) else fault.encode()) + b"\n" + good)
-    with pytest.raises(ValueError, match=rf"answers\.jsonl, line 2: .*{message}") as error:
-        rewards.main(str(path))
-    assert "\n" not in str(error.value)
-    assert capsys.readouterr().out == ""  # nothing half-written
-
-
-def test_bench_fails_with_one_line(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    path.write_text(json.dumps(line("")) + "\n{\n")
-    for run, message in (
-        (bench(path), f"error: {path}, line 2: not valid JSON"),
-        (bench("absent.jsonl"), "error: absent.jsonl: No such file or directory; check the path"),
-        (bench(tmp_path), f"error: {tmp_path}: Is a directory; check the path"),
-    ):
-        assert (run.returncode, run.stdout) == (1, "")
-        assert message in run.stderr and run.stderr.count("\n") == 1
-    usage = subprocess.run([sys.executable, str(ROOT / "rewards.py")], capture_output=True, text=True)
-    assert usage.returncode == 1 and usage.stderr.startswith("usage: python rewards.py FILE.jsonl")
-
-
-@pytest.mark.parametrize("word", ["-h", "--help"])
-def test_bench_explains_itself(word):
-    run = bench(word)
-    assert (run.returncode, run.stdout, run.stderr) == (0, rewards.__doc__.strip() + "\n", "")
