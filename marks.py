@@ -7,6 +7,7 @@ from pathlib import Path
 from adapters import SETTINGS, base_of
 from config import Config
 from data import Sample
+from rewards import plugins
 
 FREE = {  # settings that may change when a run goes on: nothing that is learned depends on them
     # where things are; what is in them is compared by marks_of
@@ -62,10 +63,16 @@ def marks_of(config: Config, samples: list[Sample]) -> dict:
     }
 
 
+def rewards_mark(weights: dict) -> dict[str, str]:
+    """file -> a short mark of its content, of the files with rewards of one's own."""
+    paths = sorted({name.rpartition(":")[0] for name in plugins(weights)})
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] for path in paths}
+
+
 def settings_of(config: Config) -> dict:
-    """Those that are not FREE, by dotted names such as sft.steps."""
+    """Those that are not FREE, by dotted names such as sft.steps, and what is in the files that they name."""
     settings = {}
     for key, value in dataclasses.asdict(config).items():
         parts = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {}
         settings |= {} if key in FREE else parts or {key: value}
-    return settings
+    return settings | {f"rewards.{path}": mark for path, mark in rewards_mark(config.rewards).items()}

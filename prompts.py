@@ -145,12 +145,13 @@ class Answer:
 
     @functools.cached_property
     def think_boxes(self) -> dict[int, Box]:
-        """step -> box; of a step that is named twice the first box counts. Empty without thinking."""
-        return dict(reversed(self.think or ()))
+        """step -> box, in the answer's order; of a step that is named twice the first box counts. Empty
+        without thinking."""
+        return _first_of_each(self.think or ())
 
     @functools.cached_property
     def pred_boxes(self) -> dict[int, Box]:
-        return dict(reversed(self.pred))
+        return _first_of_each(self.pred)
 
     def in_frame(self, scale: tuple[int, int]) -> "Answer":
         """The same answer with its boxes in [0, 1] of the frame: what rewards and metrics judge. scale:
@@ -160,6 +161,13 @@ class Answer:
             return tuple((step, from_text_box(box, scale)) for step, box in items)
 
         return replace(self, think=self.think and scaled(self.think), pred=scaled(self.pred))
+
+
+def _first_of_each(items: Items) -> dict[int, Box]:
+    boxes = {}
+    for step, box in items:
+        boxes.setdefault(step, box)
+    return boxes
 
 
 # Every quantifier is possessive ("*+"): the matcher never goes back, so time is linear in any text.

@@ -307,7 +307,11 @@ def refuse_other(found: Checkpoint, config: Config, marks: dict) -> None:
         settings_of(Config()) | found.marks["settings"],
         marks["settings"],
     )  # new ones had their default
-    changed = [key for key in then if key.split(".")[0] not in FREE and then[key] != now.get(key, "unknown")]
+    changed = [
+        key
+        for key in {**then, **now}
+        if key.split(".")[0] not in FREE and then.get(key, "unknown") != now.get(key, "unknown")
+    ]
     if changed:
         before, after = (
             [f"{key}: {values.get(key, 'unknown')}" for key in changed] for values in (then, now)

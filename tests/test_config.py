@@ -30,6 +30,7 @@ def test_defaults_are_the_papers(path):
     assert config.rewards == {
         **dict.fromkeys(("format", "consistency", "temporal", "spatial", "giou", "l1"), 1.0),
         "think": 0.5,
+        **dict.fromkeys(("empty_overlap", "missed_step"), 0.0),
     }
     assert config.think and config.scale_rewards and not config.toy and config.sft.steps == 0
     assert config.text_format == TextFormat("norm1000", "frame", True, 2.0)

@@ -16,7 +16,7 @@ import pytest
 import logs
 from config import Config, ConfigError
 from files import read_jsonl, write_jsonl
-from logs import PARTS, Clock, Log, flatten, send_answers
+from logs import PARTS, Clock, Log, drifts_apart, flatten, send_answers
 from trackers import check_trackers
 
 ROOT = Path(__file__).parent.parent
@@ -430,3 +430,39 @@ def test_peak_memory_stays_at_the_peak():
     before, peak, after = map(float, done.stdout.split())
     assert 0.05 < before < 0.6
     assert peak - before == pytest.approx(0.2, abs=0.01) and after == pytest.approx(peak, abs=0.01)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reward and vIoU
+
+
+def test_drift_by_hand():
+    """Straight lines have no error; nothing is said before DRIFT_LEAST steps."""
+    up, down = np.arange(30) / 10, 1 - np.arange(30) / 100
+    assert drifts_apart([*zip(up, down, strict=True)])
+    assert not drifts_apart([*zip(up, up, strict=True)])  # as it should be
+    assert not drifts_apart([*zip(down, down, strict=True)])
+    assert not drifts_apart([*zip(down, up, strict=True)])
+    assert drifts_apart([*zip(up, down, strict=True)][:15])
+    assert not drifts_apart([*zip(up, down, strict=True)][:14])
+    assert not drifts_apart([(1.0, 1.0)] * 30) and not drifts_apart([])
+
+
+def test_drift_against_polyfit():
+    """Slopes and standard errors of a second implementation; noise of all sizes, so that both answers come."""
+    rng, answers = np.random.default_rng(0), []
+    for n in range(300):
+        steps = np.arange(15 + n % 16)
+        values = np.stack([0.02 * steps, -0.02 * steps], 1) + rng.normal(
+            0, 0.5 * rng.random(), (len(steps), 2)
+        )
+        lines = [np.polyfit(steps, column, 1, cov=True) for column in values.T]
+        (reward, of_reward), (viou, of_viou) = [(line[0], np.sqrt(cov[0, 0])) for line, cov in lines]
+        answers.append(drifts_apart([*map(tuple, values)]))
+        assert answers[-1] == (reward > 2 * of_reward and viou < -2 * of_viou)
+    assert 30 < sum(answers) < 270
+
+
+def test_drift_is_seldom_seen_in_noise():
+    rng = np.random.default_rng(1)
+    assert sum(drifts_apart([*map(tuple, rng.normal(size=(30, 2)))]) for _ in range(1000)) < 10

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -569,20 +568,22 @@ def test_weights_that_explode(tmp_path, write_config):
     assert all(len(item["completions"]) == 4 and len(item["frames"]) for part in dumped for item in part)
 
 
-def test_a_reward_that_is_no_number(tmp_path, write_config, monkeypatch):
-    monkeypatch.setattr(train, "score", nan_score)
-    path = write_config(tmp_path, **TOY)
-    with pytest.raises(FloatingPointError, match=r"^step 1: the rewards of an answer to '.\.y4m' are .*nan"):
-        train.main([path])
-    assert (tmp_path / "run/nonfinite_step_1.rank0.pt").is_file()
-
-
-def nan_score(*arguments):
-    from rewards import score
-
-    scored = score(*arguments)
-    scored.rewards["total"] = np.nan
-    return scored
+def test_a_reward_that_fails(tmp_path, write_config):
+    """On one of two ranks: both stop in that step, with the answer, once, and what they had is kept."""
+    (tmp_path / "mine.py").write_text(
+        "import os\n"
+        "def f(answer, truth):\n"
+        "    f.calls = getattr(f, 'calls', 0) + 1\n"
+        "    return 1 / (f.calls < 6 or os.environ['RANK'] != '1')\n"
+    )
+    settings = {**TOY, "batch_size": 2, "eval_limit": 1, "rewards": {f"{tmp_path}/mine.py:f": 1}}
+    path, run = write_config(tmp_path, **settings), tmp_path / "run"
+    code, _, err = finish(torchrun(2, [path], tmp_path))
+    assert code != 0
+    (message,) = re.findall(r"^error: step 2: .*mine\.py:f raised ZeroDivisionError.*", err, re.M)
+    assert "(line 4); the answer was '<time>" in message and f"{run}/nonfinite_step_2.rank*.pt" in message
+    assert (run / "checkpoint_1/state/progress.json").is_file()
+    assert (run / "nonfinite_step_2.rank1.pt").is_file()
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -422,3 +422,32 @@ def test_weights(weights, total):
 def test_wrong_weights_are_named(key, value):
     with pytest.raises(ValueError, match=rf"{key}.*format, consistency, temporal, spatial, think, giou, l1"):
         check_weights({"temporal": 2.0, key: value})
+
+
+@pytest.mark.parametrize(
+    "completion, guards, spatial",
+    [
+        # in the paper one easy step of four earns what all four would, and no step at all 0
+        (text(5, 5, {5: GOOD}), {}, 1),
+        (text(5, 5, {5: GOOD}), {"missed_step": 1.0}, (1 - 3) / 4),
+        (text(5, 5, {5: GOOD}), {"missed_step": 0.5}, (1 - 1.5) / 2.5),
+        (text(5, 5, {5: GOOD}), {"empty_overlap": -1.0}, 1),
+        (text(6, 9, steps(6, 9, AWAY)), {"missed_step": 1.0}, (2 * away - 2) / 4),
+        (text(0, 9, steps(0, 9, AWAY)), {"missed_step": 1.0}, away),
+        (text(9, 9, {9: GOOD}), {"empty_overlap": -0.5}, -0.5),
+        (text(9, 9, {9: GOOD}), {"empty_overlap": -0.5, "missed_step": 2.0}, -1),
+        (text(7, 4, RIGHT), {"empty_overlap": -0.5}, -0.5),
+    ],
+)
+def test_guards(completion, guards, spatial):
+    terms = score(completion, TRUTH, weights=guards).rewards
+    assert (terms["spatial_think"], terms["spatial_pred"]) == pytest.approx((spatial, spatial), abs=1e-12)
+
+
+def test_guards_and_steps_without_a_truth_box():
+    """They are neither judged nor missed, nor is a stray box beyond the true span."""
+    gap = Truth((4, 7), {4: (0.2, 0.2, 0.4, 0.6), 6: (0.2, 0.2, 0.4, 0.6), 9: (0.2, 0.2, 0.4, 0.6)})
+    missing = score(text(4, 4, {4: GOOD}), gap, weights={"missed_step": 1.0}).rewards
+    assert missing["spatial_pred"] == 0  # one step of 1, one of -1
+    at_a_gap = score(text(5, 5, {5: GOOD}), gap, weights={"empty_overlap": -1.0}).rewards
+    assert at_a_gap["spatial_pred"] == -1

@@ -135,9 +135,9 @@ def test_rollouts_file(run):
 
 
 def test_bench_reads_rollouts(run, capsys):
-    import rewards
+    import bench
 
-    rewards.main(str(run / "rollouts.jsonl"))
+    bench.main([str(run / "rollouts.jsonl")])
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert again == read_lines(run / "rollouts.jsonl")
 
