@@ -4,26 +4,27 @@
     python evaluate.py RUN/checkpoint_50                       the same with a checkpoint from along the way
     python evaluate.py CHECKPOINT CONFIG key=value ...         any Qwen-VL, on the held-out split of a config
     torchrun --nproc_per_node=8 evaluate.py ...                the same on eight GPUs, with the same answers
+    python evaluate.py ... --control blank                     or shuffled, or other: is the video used?
     python evaluate.py --predictions FILE --data CONFIG        saved answers; needs neither model nor video
+    python evaluate.py --table RUN ...                         finished runs as the paper's Tables 5-8
 
-Answers go to predictions.jsonl in RUN (predictions_of_checkpoint_50.jsonl); with a CONFIG to a folder beside
-its output_dir, named after that and the run or the checkpoint; --output FILE puts them elsewhere. While it
-runs, each rank adds its own to a file beside that, and when it is started again it decodes only what is
-missing. Answers made in another way (another checkpoint, other settings or annotations) are left alone: then
-the file is predictions.2.jsonl, and so on. The metrics are in metrics.py.
+Where CONFIG stands there may be several, laid over one another as by train.py. Controls: controls.py.
+Answers go to predictions.jsonl in RUN (predictions_of_checkpoint_50.jsonl, predictions_blank.jsonl); with a
+CONFIG to a folder beside its output_dir, named after that and the run or the checkpoint; --output FILE puts
+them elsewhere. While it runs, each rank adds its own to a file beside that, and when it is started again it
+decodes only what is missing. Answers made in another way (another checkpoint, other settings or annotations)
+are left alone: then the file is predictions.2.jsonl, and so on.
+Beside the paper's row (metrics.py) there is what the final boxes gain over the thinking boxes, and, where
+answers were decoded, what a video took (Table 9; eval_batch=1 for one at a time).
 """
 
 import argparse
 import contextlib
-import dataclasses
-import errno
-import glob
-import hashlib
-import itertools
 import json
-import os
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,25 @@ import torch
 from tqdm import tqdm
 
 import distributed
+import logs
+import tables
 import toy
 from clips import Clips, open_clips
 from config import DTYPES, Config, ConfigError, load_config
+from controls import CONTROLS, Controlled, other_sample
 from data import DROPS, Report, Sample, check_videos, count_sentences, format_report, load_samples
-from files import DataError, read_jsonl, run_script, write_jsonl
-from marks import weights_mark
-from metrics import Tube, format_table, score_answers, tube_from_answer
+from files import DataError, UserError, read_jsonl, run_script, write_jsonl
+from metrics import Tube, format_table, native_scores, score_answers, tube_from_answer
 from model import Completion, Prompt, make_prompt, rollout
 from policy import Policy, load_policy
+from predictions import (
+    answered,
+    check_output,
+    fingerprint_of,
+    gather,
+    place_for_answers,
+    read_predictions,
+)
 from prompts import Answer, Items, Truth, parse_csv_answer, read_answer
 from rewards import RewardError, score
 
@@ -48,7 +59,7 @@ from rewards import RewardError, score
 
 
 def decode(
-    policy: Policy, samples: list[tuple[int, Sample]], clips: Clips, config: Config, name: str
+    policy: Policy, samples: list[tuple[int, Sample]], clips: Clips | Controlled, config: Config, name: str
 ) -> Iterator[list[dict]]:
     """The model's answers, eval_batch records at a time, in order; greedy unless eval_temperature says
     otherwise.
@@ -102,7 +113,9 @@ def prediction(sample: Sample, prompt: Prompt | None, completion: Completion | N
         if scored.fault:
             raise RewardError(f"{sample.id!r}: {scored.fault}")
         record["rewards"] = scored.rewards
-    return record | ({"unreadable": True} if completion is None else {"truncated": completion.truncated})
+    if completion is None:
+        return record | {"unreadable": True}
+    return record | {"length": len(completion.ids), "truncated": completion.truncated}
 
 
 def answer_record(
@@ -131,6 +144,15 @@ def answer_record(
 # Many ranks, and a second start
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a rank has decoded, and how long it took."""
+
+    seconds: float  # wall time: reading the videos, encoding the prompts, sampling, scoring
+    answers: int  # those of videos that could be read
+    tokens: int  # of these answers, ends included
+
+
 def decode_split(
     policy: Policy,
     samples: list[Sample],
@@ -141,7 +163,22 @@ def decode_split(
     stop: distributed.Stop | None = None,
 ) -> list[dict] | None:
     """Decode what `output` does not hold yet, shared among the ranks. Returns all records of the samples, in
-    order, on every rank, and leaves them in `output`; None where it was stopped before that.
+    order, on every rank, and leaves them in `output`; None where it was stopped before that."""
+    if decode_missing(policy, samples, clips, config, output, fingerprint, stop) is None:
+        return None
+    return gather(output, samples, fingerprint)
+
+
+def decode_missing(
+    policy: Policy,
+    samples: list[Sample],
+    clips: Clips | Controlled,
+    config: Config,
+    output: Path,
+    fingerprint: str,
+    stop: distributed.Stop | None = None,
+) -> Spent | None:
+    """This rank's part of what `output` does not hold yet; None where it was stopped before the end.
 
     fingerprint: how the answers come about (fingerprint_of), for the records; those of others do not count.
     Each rank adds its answers to a file of its own beside output, so that a killed run loses a batch at most;
@@ -156,73 +193,16 @@ def decode_split(
     part = output.with_name(f"{output.stem}.rank{rank}{output.suffix}")
     if part.exists():
         write_jsonl(read_jsonl(part, "id", skip_cut=True), part)  # without the line that was cut
-    name = output.stem.removeprefix("predictions_")
+    name, lengths, began = output.stem.removeprefix("predictions_"), [], time.perf_counter()
     for records in decode(policy, todo[rank::ranks], clips, config, name):
         write_jsonl([{**record, "fingerprint": fingerprint} for record in records], part, append=True)
+        lengths += [record["length"] for record in records if "length" in record]
         if stop and stop.asked:
             break
+    seconds = time.perf_counter() - began
     if stop and stop.agreed():
         return None
-    return gather(output, samples, fingerprint)
-
-
-def gather(output: Path, samples: list[Sample], fingerprint: str) -> list[dict]:
-    """The records of the samples, in order, when all ranks are here; from then on they are in `output`, and
-    the ranks' files are gone."""
-    rank, _ = distributed.join()
-    distributed.wait()
-    done = {r["id"]: r for r in saved_answers(output) if r.get("fingerprint") == fingerprint}
-    distributed.wait()  # all ranks must have read before the parts go
-    if rank == 0 and rank_files(output):
-        order = {sample.id: n for n, sample in enumerate(samples)}
-        write_jsonl(sorted(done.values(), key=lambda r: order.get(r["id"], len(order))), output)
-        for path in rank_files(output):
-            path.unlink()
-    distributed.wait()
-    return [done[sample.id] for sample in samples]
-
-
-def rank_files(output: Path) -> list[Path]:
-    """What the ranks of this run, or of one that was stopped, have put beside a file of answers."""
-    return sorted(output.parent.glob(f"{glob.escape(output.stem)}.rank*{output.suffix}"))
-
-
-def saved_answers(output: Path) -> list[dict]:
-    """The records in a file of answers and in the ranks' files beside it. Raises DataError."""
-    paths = [output] * output.exists() + rank_files(output)
-    records = [record for path in paths for record in read_jsonl(path, "id", "completion", skip_cut=True)]
-    if not all(isinstance(record["id"], str) for record in records):
-        raise DataError(f'{output}: not every "id" in it is a text; choose another --output')
-    return records
-
-
-def answered(output: Path, fingerprint: str) -> dict[str, dict]:
-    """id -> record of what need not be decoded again; a video that could not be read may be there by now."""
-    records = [r for r in saved_answers(output) if r.get("fingerprint") == fingerprint]
-    return {record["id"]: record for record in records if "unreadable" not in record}
-
-
-def fingerprint_of(checkpoint: str, config: Config) -> str:
-    """A short mark of all that an answer depends on: the weights, the annotations and the settings."""
-    asked = hashlib.sha256(Path(config.eval_annotations).read_bytes()).hexdigest()
-    names = ("dataset", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side", "precision")
-    settings = [getattr(config, name) for name in names]
-    text = json.dumps(
-        [weights_mark(checkpoint), asked, settings, dataclasses.asdict(config.text_format)], sort_keys=True
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def place_for_answers(wanted: Path, fingerprint: str, others: bool) -> Path:
-    """Where to put answers: the wanted file, or with `others` the first of its numbered siblings, that does
-    not exist or holds answers made in the same way. Raises DataError or OSError where there is none."""
-    if wanted.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(wanted))
-    numbered = (wanted.with_stem(f"{wanted.stem}.{n}") for n in itertools.count(2))
-    for path in itertools.chain([wanted], numbered if others else []):
-        if all(record.get("fingerprint") == fingerprint for record in saved_answers(path)):
-            return path
-    raise DataError(f"{wanted}: holds answers made in another way; choose another --output")
+    return Spent(seconds, len(lengths), sum(lengths))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -242,14 +222,58 @@ def score_predictions(predictions: list[dict], samples: list[Sample], config: Co
                 " (or beyond eval_limit)?"
             )
 
-    def tube(sample: Sample) -> Tube | None:
-        if sample.id not in by_id:
-            return None
-        answer = read_answer(by_id[sample.id]["completion"], config.text_format)
-        scale = scale_of(by_id[sample.id], sample, config)
-        return tube_from_answer(answer, sample, config.text_format, scale)
+    tubes = (tube_of(by_id.get(sample.id), sample, config) for sample in samples)
+    return score_answers(tubes, samples, config.text_format)
 
-    return score_answers(map(tube, samples), samples, config.text_format)
+
+def tube_of(prediction: dict | None, sample: Sample, config: Config, which: str = "pred") -> Tube | None:
+    """The tube that a record says, with the boxes of one list, "pred" or "think"; None for a failure. Raises
+    DataError as scale_of does."""
+    if prediction is None:
+        return None
+    answer = read_answer(prediction["completion"], config.text_format)
+    return tube_from_answer(answer, sample, config.text_format, scale_of(prediction, sample, config), which)
+
+
+def think_gain(predictions: list[dict], samples: list[Sample], config: Config) -> dict | None:
+    """What the final boxes gain over the thinking boxes on the same spans, in vIoU of the protocol `native`.
+
+    predictions: as in score_predictions. Only answers that parse and have both lists count; None where none
+    has. Returns "N" of them; in percent "m_vIoU_think", "m_vIoU_pred", their difference "gain" and its
+    standard error (None for N = 1); and the shares of answers whose final boxes are "better", "worse" or
+    "equal".
+    """
+    by_id, vious = {sample.id: sample for sample in samples}, []
+    for prediction in predictions:
+        answer = read_answer(prediction["completion"], config.text_format)
+        if answer and answer.think:
+            sample = by_id[prediction["id"]]
+            tubes = (tube_of(prediction, sample, config, which) for which in ("think", "pred"))
+            vious.append([native_scores(tube, sample)["vIoU"] for tube in tubes])
+    if not vious:
+        return None
+    think, pred = 100 * np.array(vious).T  # (N,), (N,)
+    gains, count = pred - think, len(vious)
+    return {
+        "N": count,
+        "m_vIoU_think": float(think.mean()),
+        "m_vIoU_pred": float(pred.mean()),
+        "gain": float(gains.mean()),
+        "standard_error": float(gains.std(ddof=1) / count**0.5) if count > 1 else None,
+        "better": 100 * float((gains > 0).mean()),
+        "worse": 100 * float((gains < 0).mean()),
+        "equal": 100 * float((gains == 0).mean()),
+    }
+
+
+def format_gain(gain: dict) -> str:
+    """think_gain's numbers as a line under the table."""
+    error = "" if gain["standard_error"] is None else f" +- {gain['standard_error']:.2f} (standard error)"
+    return (
+        f"m_vIoU (native) of thinking boxes {gain['m_vIoU_think']:.1f}, of final boxes"
+        f" {gain['m_vIoU_pred']:.1f}, gain {gain['gain']:+.2f}{error}; of {gain['N']} answers"
+        f" {gain['better']:.1f}% gain, {gain['worse']:.1f}% lose, {gain['equal']:.1f}% stay"
+    )
 
 
 def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int]:
@@ -265,20 +289,6 @@ def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int
     )
 
 
-def read_predictions(path: Path) -> list[dict]:
-    """Saved answers, at most one for each id. Raises DataError that names the file and the line."""
-    predictions = read_jsonl(path, "id", "completion")
-    lines: dict[str, int] = {}
-    for number, prediction in enumerate(predictions, 1):
-        key = prediction["id"]
-        if not (isinstance(key, str) and isinstance(prediction["completion"], str)):
-            raise DataError(f'{path}, line {number}: "id" and "completion" must be texts; correct the line')
-        if key in lines:
-            raise DataError(f"{path}, line {number}: {key!r} is answered in line {lines[key]}; keep one")
-        lines[key] = number
-    return predictions
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The script
 
@@ -287,31 +297,52 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("words", nargs="*", metavar="RUN | CHECKPOINT CONFIG | key=value")
+    parser.add_argument("words", nargs="*", metavar="RUN | CHECKPOINT CONFIG ... | key=value")
+    parser.add_argument("--control", choices=CONTROLS, help="what the model is shown instead of the video")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these answers")
-    parser.add_argument("--data", metavar="CONFIG", help="the configuration that they belong to")
+    parser.add_argument("--data", nargs="+", metavar="CONFIG", help="the configuration they belong to")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the answers go")
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
+    parser.add_argument(
+        "--table", nargs="+", metavar="RUN", help="print the paper's Tables 5-8 for these runs"
+    )
     options = parser.parse_intermixed_args(arguments)  # settings may stand anywhere
-    settings = [word for word in options.words if "=" in word]
-    places = [word for word in options.words if "=" not in word]
+    if options.table:
+        if len(arguments) > 1 + len(options.table):
+            parser.error("--table RUN ... stands alone")
+        return tables.main(options.table)
+    words = options.words + (options.data or [])
+    settings = [word for word in words if "=" in word]
+    places = [word for word in words if "=" not in word]
+    named = any("=" not in word for word in options.words)  # a model, or a configuration without --data
     rank, _ = distributed.join()
     if options.predictions:
-        places += [options.data] if options.data else []
-        if len(places) != 1:
-            parser.error("--predictions FILE needs one --data CONFIG, and no model")
-        config = load_config(places[0], settings)
+        if named == bool(options.data) or not places or options.control or options.output:
+            parser.error("--predictions FILE needs --data CONFIG, and takes no model, --control or --output")
+        config, cost = load_config(places, settings), None
         samples, predictions = answers_from_file(options.predictions, config)
     else:
-        if options.data or not 1 <= len(places) <= 2:
+        if options.data or not places:
             parser.error("name a run folder of train.py, or a checkpoint and a CONFIG")
         checkpoint, wanted, config = find_checkpoint(places, settings)
-        samples, predictions = answers_of_checkpoint(checkpoint, config, wanted, options.output)
+        if options.control:
+            wanted = wanted.with_stem(f"{wanted.stem}_{options.control}")
+        samples, predictions, cost = answers_of_checkpoint(
+            checkpoint, config, wanted, options.output, options.control
+        )
     distributed.leave()
     if rank:
         return
-    rows = score_predictions(predictions, samples, config)
-    print(json.dumps(rows) if options.json else format_table(rows))
+    rows, gain = score_predictions(predictions, samples, config), think_gain(predictions, samples, config)
+    if options.json:
+        beside = {"think": gain, "cost": cost, "control": options.control}
+        print(json.dumps(rows | {name: value for name, value in beside.items() if value}))
+        return
+    if options.control:
+        print(f"control: {options.control}: the model was shown {CONTROLS[options.control]}")
+    print(format_table(rows))
+    if gain:
+        print(format_gain(gain))
 
 
 def above_one(text: str) -> bool:
@@ -325,7 +356,10 @@ def settings_note(checkpoint: str, config: Config) -> str:
     path = Path(checkpoint).resolve().parent / "config.yaml"
     if not path.is_file():
         return ""
-    trained, note = load_config(path), ""
+    try:
+        trained, note = load_config(path), ""
+    except UserError as error:  # such as a reward's file that is gone, or a key of an older version
+        return f"note: what {checkpoint} was trained with is not known: {error}\n"
     for key in ("fps", "max_side", "time_unit", "coordinates", "think", "answer_format"):
         before, now = getattr(trained, key), getattr(config, key)
         if before != now:
@@ -365,42 +399,80 @@ def answers_from_file(path: Path, config: Config) -> tuple[list[Sample], list[di
 
 
 def answers_of_checkpoint(
-    checkpoint: str, config: Config, wanted: Path, output: Path | None
-) -> tuple[list[Sample], list[dict]]:
+    checkpoint: str, config: Config, wanted: Path, output: Path | None, control: str | None = None
+) -> tuple[list[Sample], list[dict], dict | None]:
     """The samples of the held-out split and the model's answers to them, decoded where they are not saved
-    yet; on every rank. output: the file for them; without one `wanted` or a sibling of it."""
+    yet, and what that took (cost_of); on every rank. output: the file for them; without one `wanted` or a
+    sibling of it. control: one of CONTROLS; None: the videos as they are."""
     rank, _ = distributed.join()
     if config.threads:
         torch.set_num_threads(config.threads)
-    samples = load_split(config, config.eval_annotations)[0][: config.eval_limit or None]
-    fingerprint = fingerprint_of(checkpoint, config)
+    split = load_split(config, config.eval_annotations)[0]
+    samples, cost = split[: config.eval_limit or None], None
+    others = [other_sample(split, number) for number in range(len(samples)) if control == "other"]
+    fingerprint = fingerprint_of(checkpoint, config, control)
     path = place_for_answers(output or wanted, fingerprint, others=output is None)
     done = answered(path, fingerprint)
-    if all(sample.id in done for sample in samples):
-        predictions = gather(path, samples, fingerprint)
-    else:
+    if not all(sample.id in done for sample in samples):
         if config.on_bad_video == "error":
-            check_videos(samples)
+            check_videos(samples + others)
         policy = load_policy(checkpoint, getattr(torch, DTYPES[config.precision]), distributed.device())
         check_output(path)
         if rank == 0:
             notes = coordinates_note(policy, config) + settings_note(checkpoint, config)
             print(notes, end="", file=sys.stderr)
         with contextlib.closing(open_clips(config, policy.size_factor)) as clips:
-            predictions = decode_split(policy, samples, clips, config, path, fingerprint)
+            shown = Controlled(clips, control, split, config.seed) if control else clips
+            spent = decode_missing(policy, samples, shown, config, path, fingerprint)
+        cost = cost_of(spent, config.eval_batch)
+    predictions = gather(path, samples, fingerprint)
     if rank == 0:
         report_answers(predictions, len(done), path)
-    return samples, predictions
+        if cost:
+            print(format_cost(cost), file=sys.stderr)
+    return samples, predictions, cost
+
+
+def cost_of(spent: Spent, eval_batch: int) -> dict | None:
+    """What a video takes, as in STVG-o1, Table 9, by what the ranks have decoded; None where that is nothing.
+    For all ranks to call, and on every rank the same.
+
+    Returns "answers" decoded; "seconds" of one, the wall time of a rank by its answers, mean of the ranks;
+    "tokens" of one; "batch", how many were decoded at a time; "peak_memory" (logs.peak_memory) of the rank
+    with the most, in GB.
+    """
+    peak, ranks = distributed.most(logs.peak_memory()), distributed.gather(vars(spent))
+    ranks = [rank for rank in ranks if rank["answers"]]
+    if not ranks:
+        return None
+    answers = [rank["answers"] for rank in ranks]
+    return {
+        "answers": sum(answers),
+        "seconds": float(np.mean([rank["seconds"] / rank["answers"] for rank in ranks])),
+        "tokens": sum(rank["tokens"] for rank in ranks) / sum(answers),
+        "batch": min(eval_batch, max(answers)),
+        "peak_memory": peak,
+    }
+
+
+def format_cost(cost: dict) -> str:
+    """cost_of's numbers as a line, with the paper's beside them."""
+    return (
+        f"per video: {cost['seconds']:.3g} s, {cost['tokens']:.0f} tokens, {cost['batch']} at a time; peak"
+        f" {cost['peak_memory']:.1f} GB ({cost['answers']} decoded; the paper's Table 9: 15.49 s, 24.2 GB on"
+        " one GPU)"
+    )
 
 
 def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, Config]:
-    """RUN, RUN/checkpoint_50, or CHECKPOINT CONFIG -> the checkpoint, the file for its answers, the settings.
+    """RUN, RUN/checkpoint_50, or CHECKPOINT CONFIG [CONFIG ...] -> the checkpoint, the file for its answers,
+    the settings.
 
     A checkpoint with a CONFIG gets a folder beside the config's output_dir, where another run lives, with the
     name of the run it comes from, or its own.
     """
-    if len(places) == 2:
-        path, config = Path(places[0]).resolve(), load_config(places[1], settings)
+    if len(places) > 1:
+        path, config = Path(places[0]).resolve(), load_config(places[1:], settings)
         name = path.name
         if (path.parent / "config.yaml").is_file():
             name = f"{path.parent.name}_{path.name}".replace("_checkpoint", "")
@@ -449,14 +521,6 @@ def load_split(config: Config, annotations: str) -> tuple[list[Sample], Report]:
         counts = count_sentences(samples, report)
         print(f"{annotations}: {counts}\n{format_report(report)}", file=sys.stderr)
     return samples, report
-
-
-def check_output(path: Path) -> None:
-    """Make the folder of a file that is to be written. Raises OSError, before hours of decoding, where that
-    or the file cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ import resume
 from clips import Clips
 from config import Config, ConfigError, load_config, save_config
 from data import Sample
-from evaluate import coordinates_note, decode_split, fingerprint_of, score_predictions
+from evaluate import coordinates_note, decode_split, score_predictions
 from files import read_jsonl
 from logs import Log
 from marks import settings_of
 from metrics import format_table
 from policy import Policy
+from predictions import fingerprint_of
 from resume import Progress
 from steps import clock
 

@@ -2,6 +2,7 @@
 
     python toy.py                       make the world, toy_world/ (train.py does it by itself)
     python toy.py --from-scratch        pre-train the checkpoint again, checkpoints/toy (about 10 minutes)
+    python toy.py --direct              teach it to answer without thinking boxes, checkpoints/toy_direct
 
 The world: clips of 6 s in which coloured shapes appear, move and vanish; each sentence singles one of them
 out. It is written as HC-STVG annotations and video files (.y4m, which needs no encoder), and read back like
@@ -44,7 +45,10 @@ OBJECTS = 3  # one is asked for, the others distract
 SPEED = 0.14  # frame widths per second
 SPLITS = {"train": (512, 1), "val": (128, 2), "test": (256, 3)}  # name: (clips, seed); val is for tuning
 PRETRAINING_CLIPS = 4000
+DIRECT_STEPS = 160  # after which it is as skilled on the split "val" as the one that thinks
+LOOSE = "with loose habits (toy.loosened)"  # in a checkpoint's card
 CHECKPOINT = Path(__file__).parent / "checkpoints/toy"
+DIRECT = Path(__file__).parent / "checkpoints/toy_direct"  # of Table 5's row "RFT", which does not think
 TEXT = TextFormat(time_unit="second")  # of configs/toy.yaml, as is
 MAX_NEW_TOKENS = 192
 
@@ -282,11 +286,41 @@ def pretrain(folder: Path, seed: int, habits: bool, effort: float) -> None:
     teach("learn to ground", clips, steps(500), lambda shape: [draft(shape)])
     teach("learn to answer", clips, steps(600), lambda shape: [whole(true_answer(shape), shape)], decay=0.6)
     if habits:
-        loose = functools.partial(loosened, rng=rng)
-        teach("learn habits", clips, steps(200), lambda s: [whole(loose(s), s)], rate=0.5, decay=0.5)
+        teach_habits(teach, clips, rng, steps(200))
     figures = exam(policy)
     save_policy(policy, folder)
-    write_card(folder, seed, habits, effort, figures, time.process_time() - started)
+    bias, about = ("loose", LOOSE) if habits else ("none", "with no deliberate bias")
+    command = f"python toy.py --from-scratch --bias {bias} --seed {seed} --effort {effort:g}"
+    write_card(folder, f"pre-trained {about}", command, figures, time.process_time() - started)
+
+
+def teach_direct(folder: Path, seed: int, effort: float) -> None:
+    """Make a checkpoint folder of CHECKPOINT that answers without thinking boxes, with the same loose habits;
+    a card says how. seed, effort: as in pretrain."""
+    started = time.process_time()
+    rng = np.random.default_rng((3000, seed))
+    clips = [draw_objects(rng) for _ in range(PRETRAINING_CLIPS)]
+    policy = load_policy(str(CHECKPOINT))
+    policy.model.train()
+    teach = functools.partial(teach_stage, policy, make_optimizers(policy), rng, think=False)
+    teach_habits(teach, clips, rng, max(1, round(DIRECT_STEPS * effort)), think=False)
+    figures = exam(policy, think=False)
+    save_policy(policy, folder)
+    about = f"checkpoints/toy, taught to answer without thinking boxes (think: false), again {LOOSE}"
+    command = f"python toy.py --direct --seed {seed} --effort {effort:g}"
+    write_card(folder, about, command, figures, time.process_time() - started)
+
+
+def teach_habits(
+    teach: Callable, clips: list, rng: np.random.Generator, steps: int, think: bool = True
+) -> None:
+    """The last stage: whole answers, loosened. teach: teach_stage, with all but the stage's own settled."""
+
+    def lesson(shape: Shape) -> list[Lesson]:
+        answer = loosened(shape, rng)
+        return [whole(answer if think else replace(answer, think=None), shape)]
+
+    teach("learn habits", clips, steps, lesson, rate=0.5, decay=0.5)
 
 
 def newborn_policy(folder: Path) -> Policy:
@@ -418,6 +452,7 @@ def teach_stage(
     batch: int = 16,
     rate: float = 1.0,
     decay: float = 0.0,
+    think: bool = True,
 ) -> None:
     """Supervised steps on `batch` clips each, with the lessons on every object of a clip. They are branches
     of one packed row: the clip, and the words that all prompts share, are encoded once (pack_completions)."""
@@ -426,7 +461,7 @@ def teach_stage(
     for step in bar:
         prompts, branches, taught = [], [], []
         for n in rng.choice(len(clips), batch, replace=False):
-            whole_prompt = toy_prompt(policy, clips[n])
+            whole_prompt = toy_prompt(policy, clips[n], think)
             own = tokens_of(question(clips[n][0]))["input_ids"]
             shared = len(whole_prompt.ids) - len(own)  # up to "Event:"
             ids, positions = whole_prompt.ids[:shared], whole_prompt.positions[:, :shared]
@@ -443,10 +478,10 @@ def teach_stage(
         bar.set_postfix_str(f"loss {loss.item():.3f}")
 
 
-def toy_prompt(policy: Policy, objects: list[Shape]) -> Prompt:
+def toy_prompt(policy: Policy, objects: list[Shape], think: bool = True) -> Prompt:
     """What train.py would show of the clip, without a file between."""
     frames, scale = torch.from_numpy(render(objects, TEXT.fps)), (1000, 1000)
-    text = build_prompt(objects[0].sentence, SECONDS, scale, TEXT)
+    text = build_prompt(objects[0].sentence, SECONDS, scale, replace(TEXT, think=think))
     return encode_prompt(policy, frames, text, scale, TEXT.fps)
 
 
@@ -469,31 +504,28 @@ def take_step(optimizers: list[tuple], loss: torch.Tensor, scale: float) -> None
         optimizer.step()
 
 
-def exam(policy: Policy, clips: int = 128) -> dict[str, float]:
+def exam(policy: Policy, clips: int = 128, think: bool = True) -> dict[str, float]:
     """Means over new clips of what rewards.score says of the greedy answers, in steps of a second."""
     worlds = [draw_objects(np.random.default_rng((2000, n))) for n in range(clips)]
-    prompts = [toy_prompt(policy, objects) for objects in worlds]
+    prompts = [toy_prompt(policy, objects, think) for objects in worlds]
     answers = rollout(policy, prompts, 1, MAX_NEW_TOKENS, 0.0, [(n,) for n in range(clips)])
     scores = []
     for (shape, *_), (answer,) in zip(worlds, answers, strict=True):
         boxes = {step: shape.box(step) for step in range(shape.start, shape.stop)}
-        scores.append(score(answer.text, Truth((shape.start, shape.stop - 1), boxes)))
-    names = {"tiou": "m_tIoU", "viou_think": "m_vIoU of the thinking boxes", "viou_pred": "m_vIoU"}
+        scores.append(score(answer.text, Truth((shape.start, shape.stop - 1), boxes), think=think))
+    thinking = {"viou_think": "m_vIoU of the thinking boxes"} if think else {}
+    names = {"tiou": "m_tIoU", **thinking, "viou_pred": "m_vIoU"}
     figures = {text: float(np.mean([s.diagnostics[name] for s in scores])) for name, text in names.items()}
     rewards = {name: float(np.mean([s.rewards[name] for s in scores])) for name in ("spatial_pred", "total")}
     return figures | {"R_spa of the final boxes": rewards["spatial_pred"], "reward": rewards["total"]}
 
 
-def write_card(
-    folder: Path, seed: int, habits: bool, effort: float, figures: dict[str, float], seconds: float
-) -> None:
+def write_card(folder: Path, about: str, command: str, figures: dict[str, float], seconds: float) -> None:
     """README.md of the checkpoint: what it is, how it was made, how good it is."""
-    bias = "loose" if habits else "none"
-    about = "with loose habits (toy.loosened)" if habits else "with no deliberate bias"
     lines = [
-        f"A tiny Qwen2.5-VL for the toy world, pre-trained {about}. Made in {seconds:.0f} CPU seconds by",
+        f"A tiny Qwen2.5-VL for the toy world, {about}. Made in {seconds:.0f} CPU seconds by",
         "",
-        f"    python toy.py --from-scratch --bias {bias} --seed {seed} --effort {effort:g}",
+        f"    {command}",
         "",
         "Greedy answers to 128 clips of neither its training nor the world's splits, on steps of a second:",
         "",
@@ -510,22 +542,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
     )
-    parser.add_argument(
+    made = parser.add_mutually_exclusive_group()
+    made.add_argument(
         "--from-scratch", action="store_true", help="pre-train the checkpoint, not only make the world"
     )
+    made.add_argument(
+        "--direct", action="store_true", help="teach the shipped checkpoint to answer without thinking boxes"
+    )
     parser.add_argument("--bias", choices=("loose", "none"), default="loose", help="habits of the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of the pre-training")
-    parser.add_argument("--effort", type=float, default=1.0, help="scales the steps of the pre-training")
-    parser.add_argument("--output", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="of the teaching")
+    parser.add_argument("--effort", type=float, default=1.0, help="scales the steps of the teaching")
+    parser.add_argument("--output", type=Path, help="folder of the checkpoint")
     parser.add_argument("--world", type=Path, default=Path("toy_world"), help="folder of the videos")
     options = parser.parse_args(arguments)
     make_world(options.world)
-    if options.from_scratch:
-        if options.output.exists():
-            parser.error(f"{options.output} is there already: move it away, or choose another --output")
+    if options.from_scratch or options.direct:
+        output = options.output or (DIRECT if options.direct else CHECKPOINT)
+        if output.exists():
+            parser.error(f"{output} is there already: move it away, or choose another --output")
         torch.set_num_threads(1)  # results do not depend on the machine's number of cores
-        pretrain(options.output, options.seed, options.bias == "loose", options.effort)
-        print(f"{options.output} is made; its scores: python evaluate.py {options.output} configs/toy.yaml")
+        if options.direct:
+            teach_direct(output, options.seed, options.effort)
+        else:
+            pretrain(output, options.seed, options.bias == "loose", options.effort)
+        setting = " think=false" if options.direct else ""
+        print(f"{output} is made; its scores: python evaluate.py {output} configs/toy.yaml{setting}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,32 @@
 """The script part of evaluate.py: saved answers, checkpoints and run folders to the paper's row."""
 
+import contextlib
+import dataclasses
 import itertools
 import json
+import re
 import runpy
 import shutil
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import yaml
 
+import controls
 import evaluate
 import toy
-from config import load_config
+from clips import open_clips
+from config import load_config, save_config
 from data import load_samples
 from metrics import grid_ceiling
-from prompts import Answer, format_answer, truth_answer
+from policy import load_policy
+from prompts import Answer, format_answer, parse_answer, truth_answer
 
 ROOT = Path(__file__).parent.parent
 PROTOCOLS = {"native", "stcat", "tubedetr"}
@@ -74,6 +85,7 @@ def test_oracle_reaches_the_ceiling(place, tmp_path, capsys):
     config = load_config(place)
     path = write(tmp_path / "oracle.jsonl", oracle(config))
     rows = rescore(capsys, path, place)
+    assert rows.pop("think")["gain"] == 0
     assert rows.keys() == PROTOCOLS and all(row.keys() == ROW for row in rows.values())
     samples, _ = load_samples("hcstvg", config.eval_annotations, config.videos)
     for protocol, row in rows.items():
@@ -191,7 +203,9 @@ def test_command_line(place, tmp_path, monkeypatch, capfd):
 
 def test_settings_that_are_wrong(place, tmp_path, monkeypatch, capsys):
     assert "unknown key fpss" in error_of(["--predictions", "x", place, "fpss=1"], monkeypatch)
-    assert "none.yaml: cannot be read" in error_of([str(tmp_path), str(tmp_path / "none.yaml")], monkeypatch)
+    none = str(tmp_path / "none.yaml")
+    for arguments in ([str(tmp_path), none], ["a", place, none], ["--predictions", "x", place, none]):
+        assert "none.yaml: cannot be read" in error_of(arguments, monkeypatch)
     nothing = error_of(["--predictions", "x", place, "eval_annotations="], monkeypatch)
     assert (
         nothing == "error: no annotation file is named: set eval_annotations, and train_annotations to train"
@@ -201,14 +215,97 @@ def test_settings_that_are_wrong(place, tmp_path, monkeypatch, capsys):
     for arguments in (
         [],
         ["--predictions", "x"],
-        ["--predictions", "x", "model", place],
+        ["--predictions", "x", "--data", "seed=1"],
         ["--predictions", "x", place, "--data", place],
+        ["--predictions", "x", "--data", place, "--control", "blank"],
+        ["--predictions", "x", "--data", place, "--output", "y"],
         ["--data", place],
-        ["a", "b", "c"],
+        ["--control", "upside-down", str(tmp_path)],
+        ["--table", "a", "b", "--json"],
+        ["--json", "a", "--table", "b"],
     ):
         with pytest.raises(SystemExit) as caught:
             evaluate.main(arguments)
         assert caught.value.code == 2 and "error: " in capsys.readouterr().err  # argparse's, with the usage
+
+
+def test_several_configurations(place, tmp_path, capsys):
+    """Laid over one another, the settings of the command line over all, wherever they stand."""
+    (tmp_path / "no_draft.yaml").write_text("think: false\n")
+    (tmp_path / "frames.yaml").write_text("time_unit: frame\nfps: 4\n")
+    files = [place, str(tmp_path / "no_draft.yaml"), str(tmp_path / "frames.yaml")]
+    path = write(tmp_path / "oracle.jsonl", oracle(load_config(files)))
+    for arguments in (["--data", *files], files, ["--data", *files, "seed=1"], ["seed=1", "--data", *files]):
+        row = rescore(capsys, path, *arguments)["native"]
+        assert row["failures"] == 0 and row["m_tIoU"] == pytest.approx(100) and row["m_vIoU"] > 99
+    assert rescore(capsys, path, "--data", *files, "think=true")["native"]["failures"] == 6
+    assert rescore(capsys, path, "--data", place)["native"]["failures"] == 6
+
+
+def test_what_final_boxes_gain(place, tmp_path, capsys):
+    """Of six answers one gains, one loses, two stay, one does not parse, one is missing. The mean of the
+    thinking boxes is the row of the same answers with these boxes in the place of the final ones."""
+    config = load_config(place)
+    truths = {key: parse_answer(text) for key, text in oracle(config).items()}
+
+    def away(answer, which):  # the boxes of one list, where nothing is
+        items = tuple((step, (0, 0, 1, 1)) for step, _ in getattr(answer, which))
+        return format_answer(dataclasses.replace(answer, **{which: items}))
+
+    answers = {key: format_answer(truths[key]) for key in ("0.y4m", "1.y4m")}
+    answers |= {"2.y4m": away(truths["2.y4m"], "think"), "3.y4m": away(truths["3.y4m"], "pred"), "4.y4m": "x"}
+    swapped = {}
+    for key, text in answers.items():
+        answer = parse_answer(text)
+        swapped[key] = (
+            text if answer is None else format_answer(dataclasses.replace(answer, pred=answer.think))
+        )
+    mean = {}
+    for name, texts in (("pred", answers), ("think", swapped)):
+        rows = rescore(capsys, write(tmp_path / f"{name}.jsonl", texts), place)
+        mean[name] = rows["native"]["m_vIoU"] * 6 / 4  # without the two that have no boxes
+        single = rescore(capsys, write(tmp_path / f"{name}.jsonl", {"2.y4m": texts["2.y4m"]}), place)
+        mean[name, 2] = single["native"]["m_vIoU"] * 6
+        single = rescore(capsys, write(tmp_path / f"{name}.jsonl", {"3.y4m": texts["3.y4m"]}), place)
+        mean[name, 3] = single["native"]["m_vIoU"] * 6
+    path = write(tmp_path / "answers.jsonl", answers)
+    gain = rescore(capsys, path, place)["think"]
+    gains = [0, 0, *(mean["pred", k] - mean["think", k] for k in (2, 3))]
+    assert gains[2] > 30 and gains[3] < -30
+    assert gain == pytest.approx(
+        {
+            **{"N": 4, "m_vIoU_think": mean["think"], "m_vIoU_pred": mean["pred"]},
+            **{"gain": sum(gains) / 4, "standard_error": statistics.stdev(gains) / 2},
+            **{"better": 25, "worse": 25, "equal": 50},
+        }
+    )
+    evaluate.main(["--predictions", path, "--data", place])
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = (
+        f"of final boxes {mean['pred']:.1f}, gain {sum(gains) / 4:+.2f} +- {statistics.stdev(gains) / 2:.2f} "
+    )
+    assert line.startswith(f"m_vIoU (native) of thinking boxes {mean['think']:.1f}, {words}")
+    assert line.endswith("of 4 answers 25.0% gain, 25.0% lose, 50.0% stay")
+    single = write(tmp_path / "one.jsonl", {"2.y4m": answers["2.y4m"]})
+    assert rescore(capsys, single, place)["think"]["standard_error"] is None
+    evaluate.main(["--predictions", single, "--data", place])
+    assert "+-" not in capsys.readouterr().out
+    nothing = write(tmp_path / "none.jsonl", oracle(load_config(place, ["think=false"])))
+    assert "think" not in rescore(capsys, nothing, place, "think=false")
+
+
+def test_the_papers_tables(place, tmp_path, capsys, monkeypatch):
+    """Of folders of finished runs (tables.py), in their rows; another folder is an error that names it."""
+    for seed, score in ((0, 40.0), (1, 50.0)):
+        (tmp_path / f"run{seed}").mkdir()
+        save_config(load_config(place, [f"seed={seed}"]), tmp_path / f"run{seed}" / "config.yaml")
+        after = {"m_tIoU": 60.0, "m_vIoU": score, "vIoU@0.3": 70.0, "vIoU@0.5": 30.0}
+        (tmp_path / f"run{seed}" / "summary.json").write_text(json.dumps({"after": after}))
+    evaluate.main(["--table", *(str(tmp_path / f"run{seed}") for seed in range(2))])
+    (row,) = re.findall(r"RFT \+ thinking boxes *\|(.*)\|\n", capsys.readouterr().out)
+    assert [cell.strip() for cell in row.split("|")][3:5] == ["45.0 ± 7.1", "44.1"]
+    (tmp_path / "none").mkdir()
+    assert f"{tmp_path}/none: is no finished run" in error_of(["--table", f"{tmp_path}/none"], monkeypatch)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -229,7 +326,8 @@ def test_run_folder_reproduces_its_summary(taught, tmp_path, capsys):
     (run / "predictions.jsonl").rename(run / "old.jsonl")
     evaluate.main([str(run), "--json"])
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == rows and "from before" not in captured.err
+    again = json.loads(captured.out)
+    assert again.pop("cost")["answers"] == 6 and again == rows and "from before" not in captured.err
     assert (run / "predictions.jsonl").read_bytes() == (run / "old.jsonl").read_bytes()
     assert rescore(capsys, str(run / "old.jsonl"), "--data", str(run / "config.yaml")) == rows
 
@@ -245,6 +343,84 @@ def test_notes_about_what_a_checkpoint_was_taught(taught, place, world, capsys):
     assert "was trained with time_unit: second, and is asked with frame\n" in err
     assert "was trained with coordinates: norm1000, and is asked with original\n" in err
     assert "was trained with think" not in err and "2 do not parse, 2 of them cut off at max_new" in err
+
+
+def test_a_run_whose_settings_cannot_be_read(taught, place, tmp_path, capsys, world):
+    """Of an older version, say: the checkpoint is evaluated all the same."""
+    run = tmp_path / "old"
+    shutil.copytree(taught, run)
+    (run / "config.yaml").write_text("group_size: 8\n")
+    evaluate.main(
+        [str(run / "checkpoint"), place, f"videos={world}", "think=false", "eval_limit=1", "--json"]
+    )
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["native"]["N"] == 1
+    note = f"note: what {run}/checkpoint was trained with is not known: {run}/config.yaml: unknown key group_"
+    assert note in captured.err
+
+
+PLUGIN = "def first_step(answer, truth):\n    return answer.span[0] + 0.5\n"
+
+
+def test_rewards_of_ones_own(taught, tmp_path, capsys, monkeypatch):
+    """A run whose configuration names one, relative to where it was started; a file that has changed since
+    makes other rewards."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    run = tmp_path / "run"
+    shutil.copytree(taught, run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["rewards"]["mine.py:first_step"] = 0.25
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    answers = run / "predictions_of_best.jsonl"
+    (run / "checkpoint").rename(run / "best")
+    evaluate.main([str(run / "best")])
+    parsed = [record for record in read(answers) if record["span"]]
+    assert parsed
+    for record in parsed:
+        rewards = record["rewards"]
+        assert rewards["mine.py:first_step"] == record["span"][0] + 0.5
+        names = ("format", "consistency", "temporal", "spatial_pred")
+        paper = sum(rewards[name] for name in names)
+        assert rewards["total"] == pytest.approx(paper + 0.25 * rewards["mine.py:first_step"])
+    evaluate.main([str(run / "best")])
+    assert "all of them from before" in capsys.readouterr().err
+    (tmp_path / "mine.py").write_text(PLUGIN + "# another\n")
+    evaluate.main([str(run / "best")])
+    assert f"the answers are in {run}/predictions_of_best.2.jsonl\n" in capsys.readouterr().err
+
+
+def test_what_a_video_takes(decoding, taught, tmp_path, capsys):
+    """Tokens are those of the answers, ends included; only what was decoded now counts."""
+    began = time.perf_counter()
+    evaluate.main([*decoding, "eval_limit=3", "--json"])
+    wall = time.perf_counter() - began
+    captured = capsys.readouterr()
+    cost = json.loads(captured.out)["cost"]
+    records = read(tmp_path / "run_run" / "predictions.jsonl")
+    tokenizer = load_policy(str(taught / "checkpoint")).tokenizer
+    tokens = [len(tokenizer(r["completion"])["input_ids"]) + (not r["truncated"]) for r in records]
+    assert [record["length"] for record in records] == tokens and min(tokens) > 0
+    assert (cost["answers"], cost["batch"], cost["tokens"]) == (3, 2, pytest.approx(sum(tokens) / 3))
+    assert 0 < cost["seconds"] < wall / 3 and 0.1 < cost["peak_memory"] < 100
+    (line,) = re.findall(
+        r"per video: (\S+) s, (\d+) tokens, 2 at a time; peak (\S+) GB \(3 dec", captured.err
+    )
+    assert [float(word) for word in line] == pytest.approx(
+        [cost[key] for key in ("seconds", "tokens", "peak_memory")], rel=0.01, abs=0.5
+    )
+    for count in (1, 0):
+        evaluate.main([*decoding, "eval_limit=4", "--json"])
+        captured = capsys.readouterr()
+        cost = json.loads(captured.out).get("cost", {"answers": 0})
+        assert cost["answers"] == count == captured.err.count("per video: ")
+
+
+def test_cost_of_what_was_decoded():
+    """10 answers in 25 s; of videos that could not be read no second is told."""
+    cost = evaluate.cost_of(evaluate.Spent(25.0, 10, 600), 8)
+    assert (cost["answers"], cost["seconds"], cost["tokens"], cost["batch"]) == (10, 2.5, 60, 8)
+    assert evaluate.cost_of(evaluate.Spent(25.0, 0, 0), 8) is None
 
 
 def test_checkpoint_with_a_config(taught, place, tmp_path, capsys, world):
@@ -395,6 +571,176 @@ def test_answers_of_other_weights_are_left_alone(decoding, taught, tmp_path, mon
     assert "holds answers made in another way" in message
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Controls
+
+
+def test_shuffled_frames():
+    """The same frames in another order, for each sample another; of three frames some stay as they are."""
+    frames = torch.arange(12, dtype=torch.uint8)[:, None, None, None].expand(12, 2, 2, 3)
+    orders = [controls.shuffled(frames, 5, number)[:, 0, 0, 0].tolist() for number in range(20)]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len(set(map(tuple, orders))) == 20 and list(range(12)) not in orders
+    assert (
+        controls.shuffled(frames, 5, 3)[:, 1, 1, 2].tolist() == orders[3]
+    )  # whole frames, and again the same
+    assert controls.shuffled(frames, 6, 3)[:, 0, 0, 0].tolist() != orders[3]
+    assert frames[:, 0, 0, 0].tolist() == list(range(12))
+
+
+def test_frames_of_another_clip_are_fitted():
+    """In time and in size; of the same shape nothing is done to them."""
+    frames = torch.randint(0, 256, (7, 28, 28, 3), dtype=torch.uint8)
+    assert torch.equal(controls.fitted(frames, frames.shape), frames)
+    fitted = controls.fitted(frames, torch.Size((4, 28, 28, 3)))
+    assert torch.equal(fitted, frames[[0, 2, 4, 6]])
+    assert torch.equal(controls.fitted(frames[:1], torch.Size((2, 28, 28, 3))), frames[[0, 0]])
+    plain = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(7, 28, 28, 3)
+    assert torch.equal(
+        controls.fitted(plain, torch.Size((13, 56, 14, 3)))[::2], plain[:, :1, :1].expand(7, 56, 14, 3)
+    )
+    for count in (1, 2, 40, 1000):
+        many = torch.arange(count)[:, None, None, None].expand(count, 1, 1, 3)
+        assert torch.equal(controls.fitted(many, many.shape), many)
+
+
+def test_another_video_is_another(place):
+    """The next one, round and round: also where several sentences are about one."""
+    config = load_config(place)
+    samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos)
+    assert [controls.other_sample(samples, n).id for n in range(6)] == [
+        f"{(n + 1) % 6}.y4m" for n in range(6)
+    ]
+    video = [0, 0, 1, 1, 1, 0]
+    shared = [dataclasses.replace(s, video=f"{v}.mp4") for s, v in zip(samples, video, strict=True)]
+    others = [controls.other_sample(shared, n) for n in range(6)]
+    assert [shared.index(other) for other in others] == [2, 2, 5, 5, 5, 2]
+    with pytest.raises(evaluate.DataError, match=r"the split has no other video than 0\.mp4; use"):
+        controls.other_sample(shared[:2], 0)
+
+
+def test_controls_depend_on_the_sample_alone(place, world):
+    """Whichever samples are asked for, in whatever order, as on another rank; and sentence, truth, number and
+    size of the frames stay."""
+    config = load_config(place, [f"videos={world}"])
+    samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos)
+    with contextlib.closing(open_clips(config, 28)) as clips:
+        real = [clips.frames(sample) for sample in samples]
+        kept = [frames.clone() for frames in real]
+        for control in controls.CONTROLS:
+            whole = controls.Controlled(clips, control, samples, config.seed)
+            whole.ahead(samples)
+            shown = [whole.frames(sample) for sample in samples]
+            part = controls.Controlled(clips, control, samples, config.seed)
+            part.ahead(samples[5:2:-2])
+            for number in (5, 3):
+                assert torch.equal(part.frames(samples[number]), shown[number])
+            for number, frames in enumerate(shown):
+                assert frames.shape == real[number].shape and frames.dtype == torch.uint8
+                if control == "blank":
+                    assert (frames == 128).all()
+                elif control == "other":
+                    assert torch.equal(frames, real[(number + 1) % 6])
+                else:
+                    order = [int((real[number] == frame).flatten(1).all(1).nonzero()[0]) for frame in frames]
+                    assert len(frames) == 12 and order != sorted(order)
+                    lists = (sorted(clip.flatten(1).tolist()) for clip in (frames, real[number]))
+                    assert np.array_equal(*lists)
+        assert all(map(torch.equal, real, kept))  # they are shared
+
+
+def test_controls_from_the_command_line(decoding, tmp_path, world, capsys):
+    """`other` and `blank` say what a plain evaluation says of files that were swapped, or are grey. Their
+    answers go to files of their own; what was asked, and the truth, are as ever."""
+    evaluate.main(decoding)
+    folder = tmp_path / "run_run"
+    real = read(folder / "predictions.jsonl")
+    for control in controls.CONTROLS:
+        capsys.readouterr()
+        evaluate.main([*decoding, "--control", control])
+        captured = capsys.readouterr()
+        assert captured.out.startswith(f"control: {control}: the model was shown ")
+        assert f"the answers are in {folder}/predictions_{control}.jsonl" in captured.err
+        answers = read(folder / f"predictions_{control}.jsonl")
+        for name in ("id", "sentence", "truth", "scale", "think"):
+            assert [r[name] for r in answers] == [r[name] for r in real]
+        assert [r["completion"] for r in answers] != [r["completion"] for r in real]
+        assert {r["fingerprint"] for r in answers}.isdisjoint(r["fingerprint"] for r in real)
+    swapped, grey = tmp_path / "swapped", tmp_path / "grey"
+    for made in (swapped, grey):
+        made.mkdir()
+        shutil.copy(world / "all.json", made)
+        for n in range(6):
+            if made == swapped:
+                shutil.copy(world / f"{(n + 1) % 6}.y4m", made / f"{n}.y4m")
+            else:
+                toy.write_y4m(made / f"{n}.y4m", np.full((24, 56, 56, 3), 128, np.uint8), toy.NATIVE_FPS)
+    for made, control in ((swapped, "other"), (grey, "blank")):
+        output = tmp_path / f"{control}.jsonl"
+        evaluate.main([*decoding, f"videos={made}", "--output", str(output)])
+        completions = [record["completion"] for record in read(output)]
+        assert completions == [r["completion"] for r in read(folder / f"predictions_{control}.jsonl")]
+
+
+def test_a_control_goes_on(decoding, tmp_path, capsys, monkeypatch):
+    """From a part of the split to all of it, each shown what it would have been; and a file of answers with
+    another control, or none, is not taken."""
+    output = tmp_path / "a.jsonl"
+    evaluate.main([*decoding, "--control", "other", "--output", str(output)])
+    whole = output.read_bytes()
+    output.unlink()
+    evaluate.main([*decoding, "--control", "other", "--output", str(output), "eval_limit=1"])
+    capsys.readouterr()
+    evaluate.main([*decoding, "--control", "other", "--output", str(output), "--json"])
+    captured = capsys.readouterr()
+    assert "1 answers are in" in captured.err and json.loads(captured.out)["control"] == "other"
+    assert output.read_bytes() == whole
+    for other in (["--control", "blank"], []):
+        message = error_of([*decoding, *other, "--output", str(output)], monkeypatch)
+        assert "a.jsonl: holds answers made in another way" in message
+
+
+def test_a_control_without_what_it_needs(decoding, tmp_path, world, monkeypatch):
+    """A split with one video has no other one; the other video may be missing, also beyond eval_limit."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    records = json.loads((world / "all.json").read_text())
+    shutil.copy(world / "0.y4m", folder)
+    arguments = [*decoding, f"videos={folder}", f"eval_annotations={folder}/all.json", "--control", "other"]
+    (folder / "all.json").write_text(json.dumps({"0.y4m": records["0.y4m"]}))
+    message = error_of(arguments, monkeypatch)
+    assert (
+        f"--control other: the split has no other video than {folder}/0.y4m; use --control blank" in message
+    )
+    (folder / "all.json").write_text(json.dumps({f"{n}.y4m": records[f"{n}.y4m"] for n in range(2)}))
+    assert "1 of 2 videos missing: 1.y4m" in error_of([*arguments, "eval_limit=1"], monkeypatch)
+    output = tmp_path / "skip.jsonl"
+    evaluate.main([*arguments, "eval_limit=1", "on_bad_video=skip", "--output", str(output)])
+    assert [record["completion"] for record in read(output) if record["unreadable"]] == [""]
+
+
+def test_controls_of_a_run(taught, tmp_path, capsys):
+    """Of its end and of a checkpoint from along the way, beside its own answers, which stay."""
+    run = tmp_path / "run"
+    shutil.copytree(taught, run)
+    shutil.copytree(run / "checkpoint", run / "checkpoint_20")
+    before = (run / "predictions.jsonl").read_bytes()
+    for place, name in (
+        (run, "predictions_blank"),
+        (run / "checkpoint_20", "predictions_of_checkpoint_20_blank"),
+    ):
+        evaluate.main([str(place), "--control", "blank", "--json"])
+        captured = capsys.readouterr()
+        assert f"the answers are in {run}/{name}.jsonl" in captured.err
+        assert json.loads(captured.out).keys() == {*PROTOCOLS, "cost", "control"}
+    assert same_answers(run / f"{name}.jsonl", run / "predictions_blank.jsonl")
+    assert (run / "predictions.jsonl").read_bytes() == before
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Other settings, many ranks, videos that cannot be read
+
+
 def test_answers_of_other_settings_are_left_alone(decoding, tmp_path, monkeypatch):
     output = str(tmp_path / "mine.jsonl")
     evaluate.main([*decoding, "eval_limit=1", "--output", output])
@@ -426,15 +772,21 @@ def test_any_number_of_ranks_gives_the_same_answers(decoding, tmp_path, ranks):
     arguments = [*decoding, "eval_temperature=1", "eval_limit=5", "--json", "--output"]
     outputs = [tmp_path / name / "answers.jsonl" for name in ("one", "many")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    scores = []
+    scores, costs = [], []
     for command, output in zip(([sys.executable], torchrun), outputs, strict=True):
         command = [*command, str(ROOT / "evaluate.py"), *arguments, str(output)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         scores.append(json.loads(done.stdout))
+        costs.append(scores[-1].pop("cost"))
         assert done.stderr.count("5 sentences") <= 1 and done.stderr.count("annotations: ") == 1
         share = 5 if output is outputs[0] else -(-5 // ranks)  # of the first rank, which shows its bar
         assert f" {share}/{share} [" in done.stderr
     assert scores[0] == scores[1] and outputs[0].read_bytes() == outputs[1].read_bytes()
+    lengths = [record["length"] for record in read(outputs[0])]
+    for cost, batch in zip(costs, (2, min(2, share)), strict=True):
+        assert (cost["answers"], cost["batch"]) == (5, batch)
+        assert cost["tokens"] == pytest.approx(statistics.mean(lengths))
+        assert 0 < cost["seconds"] < 60 and cost["peak_memory"] > 0.1
     assert len({record["completion"] for record in read(outputs[0])}) > 1
     assert [path.name for path in outputs[1].parent.iterdir()] == ["answers.jsonl"]
 
