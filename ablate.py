@@ -6,9 +6,9 @@
 
 Everything goes to a folder (--output, runs/ablations):
 
-    base.yaml                  the settings, over which each row of configs/ablations/ is laid
-    ROW_seedS/, ROW_seedS.log  a run of train.py, and what it printed
-    ROW_seedS_blank.log        of its controls
+    base.yaml     the settings, over which each row of configs/ablations/ is laid
+    ROW_seedS/    a run of train.py, with the answers of its controls
+    logs/         what they printed
 
 Runs are processes of their own. Started again, it goes on: a finished run stays, another continues from its
 last checkpoint (save_every). A run that fails is reported, and the others go on. After training, the whole
@@ -16,6 +16,7 @@ method is asked again about grey, shuffled and other videos (controls.py).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
@@ -109,7 +110,7 @@ def prepare(words: list[str], output: Path) -> Path:
             raise ConfigError(
                 f"{output} holds runs with other settings ({'; '.join(changed)}); choose another --output"
             )
-    output.mkdir(parents=True, exist_ok=True)
+    log_of("", output).parent.mkdir(parents=True, exist_ok=True)
     save_config(config, base)
     for row in PAPER:
         load_config([base, ROWS / f"{row}.yaml"])
@@ -132,14 +133,19 @@ def training(row: str, seed: int, base: Path, nproc: int) -> Task:
     command.append(f"output_dir={run}")
     if not config.think and Path(config.model).resolve() == toy.CHECKPOINT.resolve():
         command.append(f"model={os.path.relpath(toy.DIRECT)}")  # which has learned to answer so
-    return Task(run.name, command, run.with_name(f"{run.name}.log"), run / "summary.json")
+    return Task(run.name, command, log_of(run.name, base.parent), run / "summary.json")
 
 
 def asking(run: Path, control: str, nproc: int) -> Task:
     """The run's model, asked about other frames."""
     name = f"{run.name}_{control}"
     command = [*script("evaluate.py", nproc), str(run), "--control", control]
-    return Task(name, command, run.with_name(f"{name}.log"), control_answers(run, control))
+    return Task(name, command, log_of(name, run.parent), control_answers(run, control))
+
+
+def log_of(name: str, output: Path) -> Path:
+    """In a folder of their own, so that FOLDER/*_seed* are the runs."""
+    return output / "logs" / f"{name}.log"
 
 
 def control_answers(run: Path, control: str) -> Path:
@@ -200,7 +206,8 @@ def end(processes: list[subprocess.Popen]) -> None:
             process.wait()
     except KeyboardInterrupt:
         for process in processes:
-            os.killpg(process.pid, signal.SIGKILL)  # the ranks, too
+            with contextlib.suppress(ProcessLookupError):  # it has ended by now
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks, too
         raise
 
 

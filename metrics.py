@@ -22,18 +22,20 @@ share of answers strictly above R.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 import numpy as np
 
 from data import QUESTION_TYPES, Sample
 from prompts import Answer, Box, TextFormat, truth_answer
-from rewards import iou
+from rewards import area, iou
 
 Tube = tuple[tuple[int, int], dict[int, Box]]
 Scores = dict[str, float]  # of one answer: "tIoU" and "vIoU" in [0, 1], and "failures", 0 or 1
 Row = dict[str, float]  # of a table: see summarize and score_answers
 
 TUBEDETR_FPS, TUBEDETR_FRAMES = 5, 200  # its code's fps and video_max_len
+AREA_EDGES = tuple(k * k / 100 for k in range(11))  # STVG-o1, Fig. 4: shares of the frame's area
 COLUMNS = ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")
 CEILINGS = {"ceiling_m_tIoU": "best tIoU", "ceiling_m_vIoU": "best vIoU"}  # key in a row -> head in a table
 
@@ -221,6 +223,27 @@ def score_answers(
         name: row(name, range(len(samples))) | {kind: row(name, ks) for kind, ks in kinds.items() if ks}
         for name in PROTOCOLS
     }
+
+
+def viou_by_area(samples: list[Sample], scores: dict[str, list[Scores]]) -> list[dict]:
+    """Mean vIoU by how large the subject is (STVG-o1, Fig. 4).
+
+    scores: by a name, such as "think" and "pred", those of one answer for each sample, in the samples' order;
+    a failed answer counts with its 0, as in the table. The area of a sample is the mean of its true boxes, as
+    a share of the frame's. Returns for each bin of AREA_EDGES, the lower edge in it and the upper one not but
+    for the last, {"low", "high", "N": samples in it, NAME: mean vIoU in percent, None where N is 0}. Raises
+    ValueError where there are more or fewer scores than samples.
+    """
+    areas = [np.mean([area(box) for box in sample.boxes.values()]) for sample in samples]
+    places = np.digitize(areas, AREA_EDGES[1:-1])  # (N,), 0 to 9
+    bins = []
+    for k, (low, high) in enumerate(pairwise(AREA_EDGES)):
+        row = {"low": low, "high": high, "N": int((places == k).sum())}
+        for name, values in scores.items():
+            inside = [s["vIoU"] for s, place in zip(values, places, strict=True) if place == k]
+            row[name] = 100 * float(np.mean(inside)) if inside else None
+        bins.append(row)
+    return bins
 
 
 def format_table(rows: dict[str, dict[str, float | Row]]) -> str:

@@ -1,58 +1,79 @@
-"""Pictures of a run: the curves of its training, and its answers drawn on the frames.
+"""Pictures of a run: the curves of its training, its answers on the frames, and a page with all of it.
 
     python visualize.py runs/toy
 
-    RUN/pictures/curves.png     reward and its terms, IoU of the sampled answers, KL, greedy held-out scores
+    RUN/pictures/run.html       all of the following, what some prompts were answered along the way, and the
+                                held-out answers of each evaluation: one file, to be opened in a browser
+    RUN/pictures/curves.png     the curves of metrics.jsonl (README, "Glossary")
+    RUN/pictures/area.png       vIoU of think and pred boxes by the size of the subject (STVG-o1, Fig. 4)
     RUN/pictures/answers.png    held-out answers from the worst to the best, before and after training: truth
                                 green, think boxes blue, pred boxes red (STVG-o1, Fig. 3)
 
-Reads what train.py wrote (metrics.jsonl, predictions.jsonl, config.yaml) and the videos; needs matplotlib.
+Reads what train.py wrote (metrics.jsonl, rollouts.jsonl, predictions*.jsonl, config.yaml) and the videos;
+needs matplotlib.
 """
 
 import io
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from config import Config, load_config
-from data import Sample, check_videos, load_samples
-from evaluate import read_predictions, scale_of
-from files import DataError, read_jsonl, run_script, write_whole
-from metrics import native_scores, tube_from_answer
-from prompts import Box, Truth
-from rewards import TERMS, Score, is_valid, score
-from video import read_clip, resize
-
 try:
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure  # used directly: no window, no global state as with pyplot
-    from matplotlib.lines import Line2D
 except ImportError:
     sys.exit("error: visualize.py needs matplotlib: pip install -r requirements-dev.txt")
 
-COLOURS = {"truth": (0, 150, 40), "think": (30, 90, 255), "pred": (225, 20, 20)}  # Fig. 3, RGB
-DPI = 100
-WINDOW = 10  # steps that a thick curve averages over
+import report
+from config import load_config
+from files import DataError, read_jsonl, run_script, write_whole
+from logs import PARTS, flatten
+from page import COLOURS, hexadecimal
+from rewards import TERMS
+from sheet import DPI, draw_answers, draw_sheet, held_out
+
+__all__ = ["draw_answers", "draw_run", "save_figure"]  # what logs.py calls
+
+WINDOW = 10  # steps that a curve averages over
+POINTS = 500  # of a curve at most; a longer run shows every second step, or third, ...
+DESCRIPTION = f"Lines: mean of the last {WINDOW} steps, bands: their standard deviation"
 
 
 def draw_run(run: Path) -> list[Path]:
-    """Draw a run folder of train.py, also while it is still training (then without answers.png).
+    """Draw a run folder of train.py, also while it is still training (with what there is).
 
-    Returns the paths of the pictures. Raises DataError where the folder is no run or a record cannot be read;
-    but a last line of metrics.jsonl that is cut, by the end of a killed run, is left out. OSError where
-    a picture cannot be written.
+    Returns the paths of the page and the pictures. Raises DataError where the folder is no run or a record
+    cannot be read; but a last line that is cut, by the end of a killed run, is left out. VideoError as
+    read_clip does; OSError where a picture cannot be written.
     """
     missing = [name for name in ("config.yaml", "metrics.jsonl") if not (run / name).is_file()]
     if missing:
         raise DataError(f"{run}: is no run (no {', '.join(missing)}); name an output_dir of train.py")
+    config, name = load_config(run / "config.yaml"), run.resolve().name
     metrics = read_jsonl(run / "metrics.jsonl", "phase", "step", skip_cut=True)
-    figures = {"curves.png": draw_curves(metrics, run.resolve().name)}
-    if (run / "predictions.jsonl").is_file():
-        figures["answers.png"] = draw_answers(run)
-    paths = [run / "pictures" / name for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
+    panels = panels_of(metrics, config.think)
+    figures = {"curves.png": draw_curves(panels, name)}
+    single = [draw_panel_alone(panel) for panel in panels]
+    evaluations, known = report.find_evaluations(run), {}
+    if evaluations:
+        known = held_out(config)
+        evaluations = report.read_evaluations(evaluations, known, config)
+        figures["area.png"] = draw_areas(report.areas(evaluations[-1], known, config))
+        if evaluations[-1].name == "AFTER":
+            before = evaluations[0].rows if evaluations[0].name == "BEFORE" else {}
+            figures["answers.png"] = draw_sheet(name, known, before, evaluations[-1].rows, config)
+    page = report.write_page(
+        run, config, metrics, (DESCRIPTION, single), figures.get("area.png"), known, evaluations
+    )
+    paths = [run / "pictures" / file for file in ("run.html", *figures)]
+    for path, figure in zip(paths[1:], figures.values(), strict=True):
         save_figure(figure, path)
+    write_whole(paths[0], page.encode())
     return paths
 
 
@@ -67,259 +88,176 @@ def save_figure(figure: Figure, path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------
 # Curves
 
-# Title, phase of the lines in metrics.jsonl, and the metrics drawn (README, "Glossary")
-PANELS = (
-    ("Reward of sampled answers", "grpo", ("reward",)),
-    ("Reward terms, unweighted", "grpo", TERMS),
-    ("IoU of sampled answers, on steps", "grpo", ("tiou", "viou_think", "viou_pred")),
-    ("Held-out split, greedy answers (%)", "eval", ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")),
-    ("KL to the reference", "grpo", ("kl",)),
-    ("Spread of rewards within a group", "grpo", ("reward_std",)),
-    ("Shares to watch", "grpo", ("overlap", "copied", "zero_spread", "truncated")),
-    ("Loss of supervised fine-tuning", "sft", ("loss",)),
-)
-BLUE, RED, PURPLE, ORANGE, TEAL, GREY = "#1e5aff", "#e11414", "#7a3fb0", "#e69f00", "#00a3a3", "#999999"
-CURVE_COLOURS = {"format": GREY, "consistency": ORANGE, "temporal": PURPLE, "think": TEAL}  # others are black
-CURVE_COLOURS |= {"spatial_think": BLUE, "spatial_pred": RED, "viou_think": BLUE, "viou_pred": RED}
-CURVE_COLOURS |= {"overlap": PURPLE, "copied": BLUE, "zero_spread": ORANGE, "truncated": GREY}
-CURVE_COLOURS |= {"tiou": PURPLE, "m_tIoU": PURPLE, "m_vIoU": RED, "vIoU@0.3": ORANGE, "vIoU@0.5": TEAL}
+BLUE, RED, PURPLE, ORANGE, TEAL, GREY = "#1e5aff", "#e11414", "#7a3fb0", "#e69f00", "#00a3a3", "#8a8f95"
+PINK, BROWN, GREEN = "#d6579b", "#8c5a2b", "#3c9a3c"
+# Where a curve has none of these, the first of OTHERS that its panel does not use.
+CURVE_COLOURS = {"reward": "black", "reward_std": "black", "format": GREY, "consistency": ORANGE}
+CURVE_COLOURS |= {"temporal": PURPLE, "think": TEAL, "spatial_think": BLUE, "spatial_pred": RED}
+CURVE_COLOURS |= {"tiou": PURPLE, "viou_think": BLUE, "viou_pred": RED}
+CURVE_COLOURS |= {"m_tIoU": PURPLE, "m_vIoU": RED, "vIoU@0.3": ORANGE, "vIoU@0.5": TEAL}
+OTHERS = ("black", BLUE, ORANGE, TEAL, PINK, BROWN, GREEN, GREY, PURPLE, RED)
+DRIFT = "#ffdf9e"
 
 
-def draw_curves(metrics: list[dict], title: str) -> Figure:
-    """One panel for each of PANELS that the run has lines of: single steps thin, means over WINDOW steps
-    thick, evaluations as markers."""
+@dataclass(frozen=True)
+class Panel:
+    """Curves that share their axes."""
+
+    title: str
+    kind: str  # "steps": means and bands | "eval": points | "stack": one upon another
+    curves: dict[str, tuple[list[int], list[float]]]  # name -> optimiser steps, values
+    drift: tuple[int, ...] = ()  # steps to shade, where the reward rises and vIoU falls
+
+
+def panels_of(metrics: list[dict], think: bool = True) -> list[Panel]:
+    """What the lines of metrics.jsonl have to show. think: False leaves out what is about thinking boxes."""
+    terms = list(dict.fromkeys(name for line in metrics for name in line.get("std", ()))) or list(TERMS)
+    shares = ("1 - format", "1 - overlap", "one_step", "invalid_boxes", "out_of_frame", "copied", "truncated")
+    scores = ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")
+    layout = (
+        ("Reward of sampled answers", "grpo", ("reward",)),
+        ("Reward terms, unweighted", "grpo", terms),
+        (
+            "Spread within a group: reward and terms",
+            "grpo",
+            ("reward_std", *(f"std/{term}" for term in terms)),
+        ),
+        ("IoU of sampled answers, on steps", "grpo", ("tiou", "viou_think", "viou_pred")),
+        ("Held-out split, greedy answers (%)", "eval", scores),
+        ("KL to the reference", "grpo", ("kl",)),
+        ("Spatial reward, pred boxes - think boxes", "grpo", ("think_gap",)),
+        ("Shares to watch", "grpo", (*shares, "zero_spread")),
+        ("Steps of the answer / steps of the truth", "grpo", ("span_ratio",)),
+        ("Tokens of an answer", "grpo", ("length",)),
+        ("Loss of supervised fine-tuning", "sft", ("loss",)),
+        ("Seconds of a step", "grpo", tuple(f"seconds/{part}" for part in PARTS)),
+    )
+    about_think = {"spatial_think", "think", "viou_think", "think_gap", "copied"}
+    drift = tuple(line["step"] for line in metrics if line.get("drift"))
+    flat = [{"phase": line["phase"], **flatten(line)} for line in metrics]
     panels = []
-    for name, phase, names in PANELS:
-        curves = {metric: curve(metrics, phase, metric) for metric in names}
-        curves = {metric: points for metric, points in curves.items() if points[0]}
+    for title, phase, names in layout:
+        names = [name for name in names if think or name.removeprefix("std/") not in about_think]
+        curves = {name: curve(flat, phase, name) for name in names}
+        curves = {name: points for name, points in curves.items() if points[0]}
+        kind = "eval" if phase == "eval" else "stack" if title.startswith("Seconds") else "steps"
         if curves:
-            panels.append((name, phase, curves))
+            panels.append(Panel(title, kind, curves, drift if names == ["reward"] else ()))
+    return panels
+
+
+def curve(lines: list[dict], phase: str, name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric, from the lines of one phase that have it; of "1 - NAME" what is left."""
+    key = name.removeprefix("1 - ")
+    lines = [line for line in lines if line["phase"] == phase and key in line]
+    values = [line[key] if key == name else 1 - line[key] for line in lines]
+    return [line["step"] for line in lines], values
+
+
+def trailing(values: list[float], window: int) -> tuple[np.ndarray, np.ndarray]:
+    """At each place mean and standard deviation of the last `window` values, of fewer at the beginning."""
+    padded = np.concatenate([np.full(window - 1, np.nan), values])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window)  # (T, window)
+    return np.nanmean(windows, axis=1), np.nanstd(windows, axis=1)
+
+
+def smooth(steps: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is drawn of a curve: at most POINTS steps, the last one among them, with mean and spread."""
+    stride = max(1, -(-len(steps) // POINTS))
+    return tuple(numbers[::-stride][::-1] for numbers in (np.array(steps), *trailing(values, WINDOW)))
+
+
+def draw_curves(panels: list[Panel], title: str) -> Figure:
+    """All panels on one sheet."""
     rows = max(1, -(-len(panels) // 3))
     figure = Figure(figsize=(15, 4 * rows), dpi=DPI, layout="constrained")
-    figure.suptitle(f"{title}  (thin: each step, thick: mean of the last {WINDOW})", fontsize=13)
-    for k, (name, phase, curves) in enumerate(panels):
-        axes = figure.add_subplot(rows, 3, k + 1, title=name, xlabel="optimiser step")
-        for metric, (steps, values) in curves.items():
-            colour = CURVE_COLOURS.get(metric, "black")
-            if phase == "eval":
-                axes.plot(steps, values, "o-", color=colour, label=metric)
-            else:
-                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-                axes.plot(steps, trailing_mean(values, WINDOW), color=colour, linewidth=2.2, label=metric)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if phase == "eval":
-            axes.set_ylim(0, 100)
-        if len(curves) > 1:  # below the axes, where it covers no curve
-            ncols = 2 if len(curves) == 4 else 3
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=ncols, frameon=False)
+    figure.suptitle(f"{title}  ({DESCRIPTION[0].lower()}{DESCRIPTION[1:]})", fontsize=13)
+    for k, panel in enumerate(panels):
+        draw_panel(figure.add_subplot(rows, 3, k + 1), panel)
     return figure
 
 
-def curve(metrics: list[dict], phase: str, name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one metric, from the lines of one phase that have it."""
-    lines = [line for line in metrics if line["phase"] == phase and name in line]
-    return [line["step"] for line in lines], [line[name] for line in lines]
+def draw_panel_alone(panel: Panel) -> Figure:
+    """For the page, where it is about as wide as here or a little less."""
+    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
+    with rc_context({"font.size": 10}):
+        draw_panel(figure.add_subplot(), panel)
+    return figure
 
 
-def trailing_mean(values: list[float], window: int) -> list[float]:
-    """At each place the mean of the last `window` values, of fewer at the beginning."""
-    return [float(np.mean(values[max(0, k + 1 - window) : k + 1])) for k in range(len(values))]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Boxes on frames
-
-LIGHT = 0.6  # what is left of a frame's contrast with white
-
-
-def overlay(frame: np.ndarray, boxes: dict[str, Box], side: int) -> np.ndarray:
-    """A frame brought to a longer side of about `side` pixels, with outlines of the boxes.
-
-    frame: uint8 (H, W, 3). boxes: key of COLOURS -> box in [0, 1]; one without an inside is not drawn. The
-    frame is lightened, so that outlines show on any colour. They are 2 pixels wide and lie inside one another
-    (truth, think, pred), so that equal boxes are all seen. Returns uint8 (h, w, 3).
-    """
-    image = (255 - (255 - fit(frame, side)) * LIGHT).astype(np.uint8)
-    height, width = image.shape[:2]
-    ys, xs = np.mgrid[:height, :width]
-    for first, (name, colour) in zip((-2, 0, 2), COLOURS.items(), strict=True):
-        if name in boxes and is_valid(boxes[name]):
-            left, top, right, bottom = (round(v * (width, height)[k % 2]) for k, v in enumerate(boxes[name]))
-            # How far inside the box a pixel lies: 0 on its border, negative outside, (h, w).
-            depth = np.minimum.reduce([xs - left, right - 1 - xs, ys - top, bottom - 1 - ys])
-            first = min(first, depth.max() - 1)  # a box with no room for its line gets it further out
-            image[(depth >= first) & (depth < first + 2)] = colour
-    return image
-
-
-def fit(frame: np.ndarray, side: int) -> np.ndarray:
-    """A frame whose longer side is about `side` pixels. Small ones are enlarged by a whole factor, pixel by
-    pixel, so that they stay sharp."""
-    longest = max(frame.shape[:2])
-    if longest <= side:
-        factor = round(side / longest)
-        return frame.repeat(factor, axis=0).repeat(factor, axis=1)
-    height, width = (max(1, round(n * side / longest)) for n in frame.shape[:2])
-    return resize(frame[None], (width, height))[0].numpy()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The contact sheet. All sizes are in pixels of the picture
-
-SAMPLES = 8  # sentences shown
-STEPS = 12  # frames shown of a clip, at most
-SIDE, WIDE = 168, 1900  # longer side of a frame, at most; what the frames of a row may take together, about
-SCREEN = 2600  # two columns, where they are not wider than this
-GAP, BAR = 4, 6  # between frames; height of the bars that mark the spans
-MARGIN, HEADER, LINE = 160, 90, 30  # left of the frames, with the scores; above all; a line of text
-PALE = (226, 226, 226)  # a bar outside its span
-
-
-@dataclass
-class Row:
-    """An answer, drawn and scored."""
-
-    name: str  # "BEFORE", "AFTER" or "STEP 100"
-    scored: Score
-    scale: tuple[int, int]  # of the text's coordinates
-    native: dict[str, float]  # tIoU and vIoU on native frames, as in the paper's tables
-
-
-@dataclass
-class Block:
-    """A sentence on the sheet: its rows of frames, one beneath the other, and texts beside them."""
-
-    image: np.ndarray  # uint8 (h, w, 3)
-    texts: list[tuple[float, float, str, dict]]  # x, y from the upper left corner, words, how to write them
-
-
-def draw_answers(run: Path, predictions: str = "predictions.jsonl", name: str = "AFTER") -> Figure:
-    """The contact sheet: SAMPLES held-out sentences, evenly from the worst to the best reward of the answers
-    in a file of the run folder. Those before training are drawn above them. name: what the former are
-    called. Raises DataError for records that cannot be used, VideoError."""
-    config = load_config(run / "config.yaml")
-    samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
-    known = {sample.id: sample for sample in samples}
-    final = read_rows(run / predictions, name, known, config)
-    before = {}
-    if predictions != "predictions_before.jsonl" and (run / "predictions_before.jsonl").is_file():
-        before = read_rows(run / "predictions_before.jsonl", "BEFORE", known, config)
-    ranked = sorted(final, key=lambda key: final[key].scored.rewards["total"])
-    places = np.linspace(0, len(ranked) - 1, min(SAMPLES, len(ranked))).round().astype(int)
-    chosen = [ranked[place] for place in places]
-    check_videos([known[key] for key in chosen])
-    seconds = config.text_format.step_seconds
-    blocks = [
-        draw_block(known[k], [rows[k] for rows in (before, final) if k in rows], seconds) for k in chosen
-    ]
-    title = f"{run.resolve().name}: held-out answers, worst to best of {len(ranked)}, down the columns"
-    return lay_out(blocks, f"{title} (one step = {seconds:g} s)")
-
-
-def read_rows(path: Path, name: str, known: dict[str, Sample], config: Config) -> dict[str, Row]:
-    """id -> answer, scored again: only its text is needed, and what scale_of needs. Sentences whose videos
-    could not be read are left out. Raises DataError."""
-    rows = {}
-    for record in read_predictions(path):
-        if "unreadable" in record:
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    axes.set_title(panel.title, fontsize=11)
+    axes.set_xlabel("optimiser step")
+    colours = _colours(panel.curves)
+    lines = {}
+    for first, last in runs_of(panel.drift):
+        lines["reward rises, vIoU falls"] = axes.axvspan(first - 0.5, last + 0.5, color=DRIFT, linewidth=0)
+    if panel.kind == "stack":
+        smoothed = [smooth(*points) for points in panel.curves.values()]
+        steps, means = smoothed[0][0], [mean for _, mean, _ in smoothed]
+        layers = axes.stackplot(steps, means, colors=list(colours.values()), linewidth=0)
+        lines |= dict(zip(panel.curves, layers, strict=True))
+    for name, points in panel.curves.items() if panel.kind != "stack" else ():
+        if panel.kind == "eval":
+            (lines[name],) = axes.plot(*points, "o-", color=colours[name])
             continue
-        if record["id"] not in known:
-            raise DataError(f"{path}: {record['id']!r} is no sentence of {config.eval_annotations}")
-        sample = known[record["id"]]
-        scale = scale_of(record, sample, config)
-        truth = sample.truth(config.text_format.step_seconds)
-        scored = score(record["completion"], truth, scale, config.rewards, config.think)
-        tube = tube_from_answer(scored.answer, sample, config.text_format, scale)
-        rows[sample.id] = Row(name, scored, scale, native_scores(tube, sample))
-    if not rows:
-        raise DataError(f"{path}: holds no answers; write it again with evaluate.py")
-    return rows
+        steps, mean, spread = smooth(*points)
+        band = {"color": colours[name], "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(steps, mean - spread, mean + spread, **band)
+        (lines[name],) = axes.plot(steps, mean, color=colours[name], linewidth=1.8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if panel.kind == "eval":
+        axes.set_ylim(0, 100)
+    if len(lines) > 1:  # below the axes, where it covers no curve
+        names = [name.removeprefix("std/").removeprefix("seconds/") for name in lines]
+        longest = max(map(len, names))
+        columns = 1 if longest > 24 else 2 if longest > 14 or len(names) in (2, 4) else 3
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": columns}
+        found = axes.legend(lines.values(), names, **place, frameon=False, fontsize=10, columnspacing=1.2)
+        for text in found.get_texts():
+            text.set_parse_math(False)  # a reward of one's own may be called anything
 
 
-def draw_block(sample: Sample, rows: list[Row], step_seconds: float) -> Block:
-    """The frames of at most STEPS steps, evenly over the clip, once for each row."""
-    truth, num_steps = sample.truth(step_seconds), sample.grid(step_seconds).num_steps
-    steps = np.linspace(0, num_steps - 1, min(num_steps, STEPS)).round().astype(int).tolist()
-    frames = read_clip(sample, [i * step_seconds for i in steps])
-    steps = steps[: len(frames)]  # a file may end early
-    side = min(SIDE, max(SIDE // 2, WIDE // len(steps)))
-    strips, texts, top = [], [], LINE
-    for row in rows:
-        strip = draw_strip(frames, steps, truth, row, side)
-        short = max(0, 4 * LINE - len(strip))  # room for the four lines beside it
-        strips.append(np.pad(strip, ((0, short), (0, 0), (0, 0)), constant_values=255))
-        texts.append((MARGIN - 12, top + len(strips[-1]) / 2, _scores(row), {"ha": "right", "va": "center"}))
-        top += len(strips[-1])
-    image = np.pad(np.concatenate(strips), ((LINE, LINE), (MARGIN, 0), (0, 0)), constant_values=255)
-    width = image.shape[1] - MARGIN
-    words = f"{sample.sentence} ({sample.question_type})" if sample.question_type else sample.sentence
-    most = max(width // 11, 20)
-    title = words if len(words) <= most else f"{words[: most - 4]} ..."
-    texts.append((MARGIN, LINE / 2, title, {"va": "center", "weight": "bold"}))
-    for k, step in enumerate(steps):
-        x = MARGIN + (k + 0.5) * width / len(steps) - GAP / 2
-        words = f"step {step}" if k == 0 else str(step)
-        texts.append((x, top, words, {"ha": "center", "va": "top", "color": "0.45"}))
-    return Block(image, texts)
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each curve of a panel."""
+    known = {name: CURVE_COLOURS.get(name.removeprefix("std/")) for name in names}
+    spare = [colour for colour in OTHERS if colour not in known.values()]
+    rest = [name for name, colour in known.items() if colour is None]
+    return known | {name: spare[k % len(spare)] for k, name in enumerate(rest)}
 
 
-def draw_strip(frames: np.ndarray, steps: list[int], truth: Truth, row: Row, side: int) -> np.ndarray:
-    """One answer on the frames (T, H, W, 3) of T steps, side by side: uint8 (h, w, 3). Under a frame there is
-    a green bar where the step is in the true span, and a red one where it is in the answer's."""
-    answer = row.scored.answer
-    boxes = {"truth": truth.boxes, "think": {}, "pred": {}}
-    spans = {"truth": truth.span, "pred": (0, -1)}
-    if answer is not None:
-        spans["pred"] = (answer.start, answer.end)
-        framed = answer.in_frame(row.scale)
-        boxes |= {"think": framed.think_boxes, "pred": framed.pred_boxes}
-    tiles = []
-    for frame, step in zip(frames, steps, strict=True):
-        here = {name: items[step] for name, items in boxes.items() if step in items}
-        parts = [overlay(frame, here, side)]
-        for name, (first, last) in spans.items():
-            bar = np.full((BAR + 2, parts[0].shape[1], 3), 255, np.uint8)
-            bar[2:] = COLOURS[name] if first <= step <= last else PALE
-            parts.append(bar)
-        tiles.append(np.pad(np.concatenate(parts), ((0, 2 * GAP), (0, GAP), (0, 0)), constant_values=255))
-    return np.concatenate(tiles, axis=1)
+def runs_of(steps: Iterable[int]) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers, which ascend."""
+    runs = [[step for _, step in run] for _, run in groupby(enumerate(steps), lambda pair: pair[1] - pair[0])]
+    return [(run[0], run[-1]) for run in runs]
 
 
-def _scores(row: Row) -> str:
-    lines = [row.name, f"reward {row.scored.rewards['total']:.2f}"]
-    if row.scored.answer is None:
-        return "\n".join([*lines, "malformed"])
-    return "\n".join([*lines, *(f"{name} {row.native[name]:.2f}" for name in ("tIoU", "vIoU"))])
+# ----------------------------------------------------------------------------------------------------------
+# STVG-o1, Fig. 4
 
 
-def lay_out(blocks: list[Block], title: str) -> Figure:
-    """The blocks beneath one another, in two columns where they fit on a screen, read downwards."""
-    height = max(len(block.image) for block in blocks)
-    width = max(block.image.shape[1] for block in blocks) + 20
-    columns = 2 if len(blocks) > 3 and 2 * width <= SCREEN else 1
-    rows = -(-len(blocks) // columns)
-    size = max(columns * width, 1200), HEADER + rows * height  # wide enough for the header
-    canvas = np.full((size[1], size[0], 3), 255, np.uint8)
-    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
-    for k, block in enumerate(blocks):
-        left, top = k // rows * width, HEADER + k % rows * height
-        canvas[top : top + block.image.shape[0], left : left + block.image.shape[1]] = block.image
-        for x, y, words, style in block.texts:
-            _write(figure, left + x, top + y, words, size, **style)
-    figure.figimage(canvas, origin="upper")
-    _write(figure, 14, 26, title, size, va="center", weight="bold", fontsize=16)
-    lines = [Line2D([], [], color=np.array(colour) / 255, linewidth=4) for colour in COLOURS.values()]
-    names = ["truth", "think boxes", "pred boxes   (bars: steps of the true and of the answered span)"]
-    place = {"loc": "center left", "bbox_to_anchor": (4 / size[0], 1 - 60 / size[1])}
-    figure.legend(lines, names, **place, ncols=3, frameon=False, fontsize=14)
+def draw_areas(bins: list[dict]) -> Figure:
+    """Mean vIoU of the think and of the pred boxes by the share of the frame that the subject takes.
+
+    bins: of metrics.viou_by_area, with "pred" and maybe "think"."""
+    figure = Figure(figsize=(9.2, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot(title="Held-out vIoU by the size of the subject (STVG-o1, Fig. 4)")
+    names = [name for name in ("think", "pred") if name in bins[0]]
+    width = 0.8 / len(names)
+    for k, name in enumerate(names):
+        places = np.arange(len(bins)) + (k + 0.5) * width - 0.4
+        colour = hexadecimal(COLOURS[name])
+        axes.bar(places, [row[name] or 0 for row in bins], width, color=colour, label=f"{name} boxes")
+    axes.set_xticks(range(len(bins)), [f"{row['low']:g}-\n{row['high']:g}\nN = {row['N']}" for row in bins])
+    axes.set_xlabel("area of the true boxes / area of the frame; N: number of sentences")
+    axes.set_ylabel("mean vIoU (%)")
+    axes.grid(alpha=0.25, axis="y")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=2)
     return figure
-
-
-def _write(figure: Figure, x: float, y: float, words: str, size: tuple[int, int], **style) -> None:
-    """Words at a pixel counted from the upper left corner; `$` is no mathematics."""
-    figure.text(x / size[0], 1 - y / size[1], words, **{"fontsize": 13, "parse_math": False, **style})
 
 
 def main(arguments: list[str]) -> None:

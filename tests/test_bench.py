@@ -225,6 +225,18 @@ def test_the_summary_of_a_group_by_hand(tmp_path, capsys):
     assert LEGEND in " ".join(summary.split())
 
 
+def test_the_correlation_is_with_the_final_boxes(tmp_path, capsys):
+    """Of two answers one has good final boxes, the other good thinking boxes."""
+    records = [line(text(4, 7, WRONG, RIGHT), id="a"), line(text(4, 7, RIGHT, WRONG), id="a")]
+    _, summary = bench_of(tmp_path / "answers.jsonl", records, capsys)
+    table = read_table(summary)
+    assert (table["spatial_pred"]["vIoU r"], table["spatial_think"]["vIoU r"]) == (1, -1)
+    page = tmp_path / "out.html"
+    bench_of(tmp_path / "answers.jsonl", records, capsys, "--html", str(page))
+    shown = re.findall(r"vIoU (\d\.\d\d)", page.read_text(encoding="utf-8"))
+    assert shown == ["1.00", "0.00"]  # the better total, by the think reward, is the first
+
+
 def test_a_reward_that_prefers_worse_answers_is_named(tmp_path, capsys):
     records = [line(text(4, 7, boxes)) for boxes in (RIGHT, WRONG)]
     config = tmp_path / "config.yaml"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from data import QUESTION_TYPES, Sample
 from metrics import (
+    AREA_EDGES,
     PROTOCOLS,
     ceiling_tubes,
     format_table,
@@ -22,6 +23,7 @@ from metrics import (
     tube_from_answer,
     tubedetr_frames,
     tubedetr_scores,
+    viou_by_area,
 )
 from prompts import COORDINATES, TIME_UNITS, Answer, TextFormat, format_answer, parse_answer, truth_answer
 
@@ -627,6 +629,35 @@ def test_round_trip_of_a_moving_box(coordinates):
     slow = slow_scores("native", *slow_tube(answer, sample, Fraction(1, 2), scale), sample)
     assert (scores["tIoU"], scores["vIoU"]) == pytest.approx(slow)
     assert scores["tIoU"] == 1 and 0.97 < scores["vIoU"] < 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# By the size of the subject
+
+
+def test_viou_by_area_by_hand():
+    """Areas: 0.005; 1/128 and 0.0121875, mean 0.01, an edge; 0.25, an edge, twice; 1."""
+    assert AREA_EDGES == (0, 0.01, 0.04, 0.09, 0.16, 0.25, 0.36, 0.49, 0.64, 0.81, 1)  # Fig. 4
+    boxes = [
+        {0: (0.5, 0.5, 0.55, 0.6)},
+        {0: (0.0, 0.5, 0.125, 0.5625), 1: (0.0, 0.5, 0.195, 0.5625)},
+        {0: (0.0, 0.0, 0.5, 0.5)},
+        {0: (0.25, 0.0, 0.5, 1.0)},
+        {0: (0.0, 0.0, 1.0, 1.0)},
+    ]
+    samples = [make_sample(0, len(b), boxes=b) for b in boxes]
+    scores = {
+        name: [{"tIoU": 1.0, "vIoU": viou, "failures": 0} for viou in vious]
+        for name, vious in (("think", (0.25, 0.5, 0.5, 0.0, 1.0)), ("pred", (0.5, 0.25, 0.75, 0.75, 0.125)))
+    }
+    rows = viou_by_area(samples, scores)
+    assert [(row["low"], row["high"]) for row in rows] == list(pairwise(AREA_EDGES))
+    assert [row["N"] for row in rows] == [1, 1, 0, 0, 0, 2, 0, 0, 0, 1]
+    assert [row["think"] for row in rows if row["N"]] == [25, 50, 25, 100]
+    assert [row["pred"] for row in rows if row["N"]] == [50, 25, 75, 12.5]
+    assert {row["pred"] for row in rows if not row["N"]} == {None}
+    with pytest.raises(ValueError, match="zip"):
+        viou_by_area(samples[:-1], scores)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,12 +145,68 @@ def test_pretraining_runs_and_its_folder_loads(tmp_path, monkeypatch):
     assert "python toy.py --from-scratch --bias loose --seed 0 --effort 0.002" in card
 
 
-def test_the_shipped_checkpoint_is_small_and_speaks_the_format(small_world, tmp_path):
-    weights = toy.CHECKPOINT / "model.safetensors"
+def test_teaching_to_answer_directly(tmp_path, monkeypatch):
+    """It begins with the shipped checkpoint, which stays; the seed says everything; so does the card."""
+    monkeypatch.setattr(toy, "PRETRAINING_CLIPS", 40)
+    before = {path: path.read_bytes() for path in toy.CHECKPOINT.iterdir()}
+    for name in ("one", "two"):
+        toy.teach_direct(tmp_path / name, seed=0, effort=0.01)
+    one, two = (load_policy(str(tmp_path / name)).model.state_dict() for name in ("one", "two"))
+    shipped = load_policy(str(toy.CHECKPOINT)).model.state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    # Two steps at the beginning of the warm-up: at most a tenth of the learning rates, 0.01 the largest.
+    moved = {key: float((one[key] - shipped[key]).abs().max()) for key in one}
+    assert 0 < max(moved.values()) < 0.01
+    assert before == {path: path.read_bytes() for path in toy.CHECKPOINT.iterdir()}
+    card = (tmp_path / "one/README.md").read_text()
+    assert "python toy.py --direct --seed 0 --effort 0.01" in card and "thinking boxes 0." not in card
+    assert "python toy.py --direct --seed 0 --effort 1\n" in (toy.DIRECT / "README.md").read_text()
+
+
+def test_lessons_of_the_direct_checkpoint():
+    """The same loose answers, without the thinking boxes, behind the prompt that does not ask for them."""
+    taught = []
+
+    def teach(name, clips, steps, lessons, **_):
+        taught.extend(map(lessons, clips))
+
+    shapes = [objects[0] for objects in (toy.draw_objects(np.random.default_rng(n)) for n in range(50))]
+    for think in (True, False):
+        toy.teach_habits(teach, shapes, np.random.default_rng(0), 1, think)
+    for shape, ((asked, loose),), ((same, direct),) in zip(shapes, taught[:50], taught[50:], strict=True):
+        answer = parse_answer(loose.removesuffix("<|im_end|>"))
+        assert asked == same == toy.question(shape) and answer.think is not None
+        assert parse_answer(direct.removesuffix("<|im_end|>"), think=False) == replace(answer, think=None)
+
+
+def test_an_existing_checkpoint_is_left_alone(small_world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "SPLITS", {})
+    for option, folder in (("--direct", toy.DIRECT), ("--from-scratch", toy.CHECKPOINT)):
+        with pytest.raises(SystemExit):
+            toy.main([option, "--world", str(tmp_path)])
+        assert (
+            f"{folder} is there already: move it away, or choose another --output" in capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize(("checkpoint", "think"), [(toy.CHECKPOINT, True), (toy.DIRECT, False)])
+def test_the_shipped_checkpoints_are_small_and_speak_the_format(small_world, checkpoint, think):
+    """With or without thinking boxes, and with the loose habits: boxes 1.45 times too large."""
+    weights = checkpoint / "model.safetensors"
     assert weights.stat().st_size <= 2_000_000
-    policy = load_policy(str(toy.CHECKPOINT))
+    policy = load_policy(str(checkpoint))
     samples, _ = load_hcstvg(str(small_world / "test.json"), str(small_world))
-    prompts = [shown_prompt(policy, sample, toy.SIDE, toy.TEXT) for sample in samples]
-    answers = rollout(policy, prompts, 1, toy.MAX_NEW_TOKENS, 0.0, [(0,)] * len(prompts))
-    assert sum(parse_answer(answer[0].text) is not None for answer in answers) >= 5
-    assert json.loads((toy.CHECKPOINT / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+    text_format = replace(toy.TEXT, think=think)
+    prompts = [shown_prompt(policy, sample, toy.SIDE, text_format) for sample in samples]
+    completions = rollout(policy, prompts, 1, toy.MAX_NEW_TOKENS, 0.0, [(0,)] * len(prompts))
+    answers = [parse_answer(completion[0].text, think) for completion in completions]
+    assert sum(answer is not None for answer in answers) >= 5
+    ratios = []
+    for answer, sample in zip(answers, samples, strict=True):
+        framed, truth = answer and answer.in_frame((1000, 1000)), sample.truth(1.0)
+        for step in truth.boxes.keys() & (framed.pred_boxes if framed else {}):
+            (x1, y1, x2, y2), (a1, b1, a2, b2) = framed.pred_boxes[step], truth.boxes[step]
+            inside = x1 > 0.02 and y1 > 0.02 and x2 < 0.98 and y2 < 0.98  # nothing was cut off
+            ratios += [(x2 - x1) / (a2 - a1), (y2 - y1) / (b2 - b1)] if inside else []
+    assert len(ratios) >= 6 and np.mean(ratios) == pytest.approx(1.45, abs=0.15)
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "qwen2_5_vl"

@@ -1,6 +1,8 @@
 """visualize.py: pixels of the pictures and numbers of the curves, from run folders made by hand."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +12,28 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from browser import look, open_browser
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
+from test_page import HOSTILE, Tables
 
+import report
+import sheet
 import visualize
 from config import Config, save_config
 from data import load_samples
 from files import DataError, read_jsonl
-from prompts import Answer, Truth, format_answer, truth_answer
+from logs import PARTS
+from page import COLOURS, LIGHT
+from prompts import Answer, Truth, format_answer, parse_answer, truth_answer
 from rewards import TERMS, score
+from sheet import Row, draw_strip, fit, overlay
 from video import VideoError
-from visualize import COLOURS, Row, curve, draw_curves, draw_run, draw_strip, fit, overlay, trailing_mean
+from visualize import curve, draw_curves, draw_run, panels_of, runs_of, trailing
 
 ROOT = Path(__file__).parent.parent
 GREEN, BLUE, RED = (COLOURS[name] for name in ("truth", "think", "pred"))
-GREY = 255 - round((255 - 100) * visualize.LIGHT)  # what becomes of a pixel of 100
+GREY = 255 - round((255 - 100) * LIGHT)  # what becomes of a pixel of 100
 
 
 def grey_frames(count, size=56):
@@ -39,7 +48,7 @@ def write_jsonl(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def make_run(folder, videos=10, seconds=6):
+def make_run(folder, videos=10, seconds=6, metrics=None):
     """Answers get better with the number of their video: off by 300, 270, ... thousandths of the frame."""
     annotations = {}
     (folder / "videos").mkdir()
@@ -59,10 +68,9 @@ def make_run(folder, videos=10, seconds=6):
     (folder / "eval.json").write_text(json.dumps(annotations))
     run = folder / "run"
     run.mkdir()
-    config = Config(
-        eval_annotations=str(folder / "eval.json"), videos=str(folder / "videos"), time_unit="second"
-    )
-    save_config(config, run / "config.yaml")
+    annotated = str(folder / "eval.json")
+    places = {"train_annotations": annotated, "eval_annotations": annotated, "videos": str(folder / "videos")}
+    save_config(Config(**places, time_unit="second", steps=12), run / "config.yaml")
     for name, scale in (("predictions_before", 1.5), ("predictions", 1)):
         records = []
         for k in range(videos):
@@ -71,12 +79,38 @@ def make_run(folder, videos=10, seconds=6):
             text = format_answer(Answer(2, 3, items, items)) if k or scale == 1 else "<time> 2"
             records.append({"id": f"{k}.y4m", "completion": text, "scale": [1000, 1000]})
         write_jsonl(run / f"{name}.jsonl", records)
-    write_jsonl(run / "metrics.jsonl", METRICS)
+    write_jsonl(run / "metrics.jsonl", METRICS[:1] if metrics is None else metrics)  # few are drawn sooner
+    write_jsonl(run / "rollouts.jsonl", sampled(videos))
     return run
 
 
+# Prompt -> steps at which it is sampled. Number 4 comes once and after the others.
+SAMPLED = {0: (1, 5, 9), 1: (2, 3, 6, 7, 11, 12), 2: (4,), 3: (8,), 4: (10,)}
+
+
+def sampled(videos):
+    """Lines of rollouts.jsonl: of each prompt and step four answers, one of them malformed. Boxes go right by
+    a tenth with each answer, truth is 250 .. 500, and so is the thinking box."""
+    lines = []
+    for step, k in sorted((step, k) for k, steps in SAMPLED.items() if k < videos for step in steps):
+        truth = Truth((2, 3), dict.fromkeys((2, 3), (0.25, 0.25, 0.5, 0.75)))
+        for generation in range(4):
+            think, pred = ([(i, (250 + d, 250, 500 + d, 750)) for i in (2, 3)] for d in (0, 100 * generation))
+            text = format_answer(Answer(2, 3, tuple(think), tuple(pred))) if generation < 3 else "no idea"
+            rewards = score(text, truth).rewards
+            record = {"step": step, "id": f"{k}.y4m", "generation": generation, "completion": text}
+            record |= {"scale": [1000, 1000], "rewards": rewards, "advantage": 1.5 - generation}
+            lines.append(record)
+    return lines
+
+
+def evaluated(*scores):
+    names = ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5", "N", "failures")
+    return dict(zip(names, (*scores, 10, 1), strict=True))
+
+
 METRICS = [
-    {"phase": "eval", "step": 0, "m_tIoU": 80.0, "m_vIoU": 30.0, "vIoU@0.3": 40.0, "vIoU@0.5": 10.0},
+    {"phase": "eval", "step": 0, **evaluated(80.0, 30.0, 40.0, 10.0)},
     {"phase": "sft", "step": 1, "loss": 0.7},
     *[
         {
@@ -88,11 +122,16 @@ METRICS = [
             "loss": 0.0,
             **dict.fromkeys(TERMS, step / 16),
             **dict.fromkeys(("tiou", "viou_think", "viou_pred"), 0.5),
-            **dict.fromkeys(("overlap", "copied", "zero_spread", "truncated"), 0.25),
+            **dict.fromkeys(("overlap", "copied", "zero_spread", "truncated", "one_step"), 0.25),
+            **dict.fromkeys(("invalid_boxes", "out_of_frame", "span_ratio", "think_gap", "length"), 0.75),
+            "std": dict.fromkeys((*TERMS, "my/own.py:$mine_"), 0.5),
+            "my/own.py:$mine_": -1.0,
+            "seconds": {**dict.fromkeys(PARTS, 0.5), "step": 3.25},
+            "drift": float(step in (5, 6, 7, 11)),
         }
         for step in range(1, 13)
     ],
-    {"phase": "eval", "step": 12, "m_tIoU": 90.0, "m_vIoU": 50.0, "vIoU@0.3": 80.0, "vIoU@0.5": 60.0},
+    {"phase": "eval", "step": 12, **evaluated(90.0, 50.0, 80.0, 60.0)},
 ]
 
 
@@ -145,8 +184,8 @@ def test_bars_mark_the_spans_beneath_the_frames():
     truth = Truth((1, 2), {1: (0.2, 0.2, 0.8, 0.8), 2: (0.2, 0.2, 0.8, 0.8)})
     items = tuple((step, (200, 200, 800, 800)) for step in (2, 3))
     scored = score(format_answer(Answer(2, 3, items, items)), truth)
-    strip = draw_strip(grey_frames(5), list(range(5)), truth, Row("AFTER", scored, (1000, 1000), {}), 56)
-    tiles = [strip[:, k * (56 + visualize.GAP) :][:, :56] for k in range(5)]
+    strip = draw_strip(grey_frames(5), list(range(5)), truth, Row("AFTER", "", scored, (1000, 1000), {}), 56)
+    tiles = [strip[:, k * (56 + sheet.GAP) :][:, :56] for k in range(5)]
     under = [tile[56:, 28].tolist() for tile in tiles]
     assert [list(GREEN) in column for column in under] == [False, True, True, False, False]
     assert [list(RED) in column for column in under] == [False, False, True, True, False]
@@ -158,46 +197,116 @@ def test_bars_mark_the_spans_beneath_the_frames():
 # Curves
 
 
+def axes_of(metrics, think=True):
+    """title -> axes of the sheet of curves."""
+    return {axes.get_title(): axes for axes in draw_curves(panels_of(metrics, think), "run").axes}
+
+
+def names_of(axes):
+    """What the legend says."""
+    return [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
+
+
+def curves_of(axes):
+    """name -> its line, as the legend has them."""
+    return dict(zip(names_of(axes), axes.get_lines(), strict=True))
+
+
 def test_curves_are_the_numbers_of_the_log():
     assert curve(METRICS, "sft", "loss") == ([1], [0.7])  # not the loss of the other phase
     assert curve(METRICS, "eval", "m_vIoU") == ([0, 12], [30.0, 50.0])
-    panels = {axes.get_title(): axes.get_lines() for axes in draw_curves(METRICS, "run").axes}
-    thin, thick = panels["Reward of sampled answers"]
-    assert thin.get_xdata().tolist() == list(range(1, 13))
-    assert thin.get_ydata().tolist() == [2.0 + step / 8 for step in range(1, 13)]
-    assert thick.get_ydata()[-1] == pytest.approx(2 + np.mean(range(3, 13)) / 8)  # the last 10 of 12
-    scores = {
-        line.get_label(): line.get_ydata().tolist() for line in panels["Held-out split, greedy answers (%)"]
-    }
-    assert scores == {
+    assert curve(METRICS, "grpo", "1 - overlap") == (list(range(1, 13)), [0.75] * 12)
+    panels = axes_of(METRICS)
+    (line,) = panels["Reward of sampled answers"].get_lines()
+    assert line.get_xdata().tolist() == list(range(1, 13))
+    rewards = [2.0 + step / 8 for step in range(1, 13)]
+    assert line.get_ydata()[-1] == pytest.approx(np.mean(rewards[-10:]))  # the last 10 of 12
+    assert line.get_ydata()[1] == pytest.approx(np.mean(rewards[:2]))
+    band = panels["Reward of sampled answers"].collections[0].get_paths()[0].vertices
+    last = band[band[:, 0] == 12, 1]
+    assert (last.min(), last.max()) == pytest.approx(
+        (line.get_ydata()[-1] - np.std(rewards[-10:]), line.get_ydata()[-1] + np.std(rewards[-10:]))
+    )
+    scores = curves_of(panels["Held-out split, greedy answers (%)"])
+    assert {name: line.get_ydata().tolist() for name, line in scores.items()} == {
         "m_tIoU": [80.0, 90.0],
         "m_vIoU": [30.0, 50.0],
         "vIoU@0.3": [40.0, 80.0],
         "vIoU@0.5": [10.0, 60.0],
     }
-    assert {line.get_label() for line in panels["Reward terms, unweighted"]} >= set(TERMS)
-    assert len(panels) == len(visualize.PANELS)
+    assert len(panels) == 12
+
+
+def test_terms_of_ones_own_show_with_their_spread():
+    panels = axes_of(METRICS)
+    terms = curves_of(panels["Reward terms, unweighted"])
+    assert set(terms) == {*TERMS, "my/own.py:$mine_"}
+    assert set(terms["my/own.py:$mine_"].get_ydata()) == {-1.0}
+    spread = curves_of(panels["Spread within a group: reward and terms"])
+    assert set(spread) == {"reward_std", *terms} and set(spread["my/own.py:$mine_"].get_ydata()) == {0.5}
+    colours = [line.get_color() for line in terms.values()]
+    assert len(set(colours)) == len(colours)
+
+
+def test_steps_where_reward_and_viou_part_are_shaded():
+    assert runs_of([5, 6, 7, 11]) == [(5, 7), (11, 11)] and runs_of([]) == []
+    (axes,) = [axes for title, axes in axes_of(METRICS).items() if title.startswith("Reward of")]
+    shaded = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
+    assert shaded == [(4.5, 7.5), (10.5, 11.5)]
+
+
+def test_seconds_lie_upon_one_another():
+    axes = axes_of(METRICS)["Seconds of a step"]
+    tops = [layer.get_paths()[0].vertices[:, 1].max() for layer in axes.collections]
+    assert tops == [0.5 * (k + 1) for k in range(len(PARTS))]
+
+
+def test_a_long_run_has_thinner_curves():
+    long = [{"phase": "grpo", "step": step, "reward": step % 7} for step in range(1, 1802)]
+    (axes,) = axes_of(long).values()
+    (line,) = axes.get_lines()
+    steps, values = line.get_xdata(), line.get_ydata()
+    assert len(steps) == 451 and steps[-1] == 1801 and set(np.diff(steps)) == {4}
+    assert values[-1] == pytest.approx(np.mean([step % 7 for step in range(1792, 1802)]))
 
 
 def test_a_panel_without_numbers_is_left_out():
-    no_kl = [{"phase": "grpo", "step": 1, "reward": 1.0}]
-    assert [axes.get_title() for axes in draw_curves(no_kl, "run").axes] == ["Reward of sampled answers"]
+    assert list(axes_of([{"phase": "grpo", "step": 1, "reward": 1.0}])) == ["Reward of sampled answers"]
     assert draw_curves([], "run").axes == []
 
 
-def test_trailing_mean_by_hand():
-    assert trailing_mean([4.0, 2.0, 6.0, 1.0], 3) == [4.0, 3.0, 4.0, 3.0]
+def test_a_run_without_thinking_boxes_has_no_curves_of_them():
+    panels = axes_of(METRICS, think=False)
+    assert "Spatial reward, pred boxes - think boxes" not in panels and len(panels) == 11
+    names = {name for axes in panels.values() for name in names_of(axes)}
+    assert not any("think" in name or name == "copied" for name in names) and "viou_pred" in names
+
+
+def test_trailing_mean_and_spread_by_hand():
+    mean, spread = trailing([4.0, 2.0, 6.0, 1.0], 3)
+    assert mean.tolist() == [4.0, 3.0, 4.0, 3.0]
+    assert spread**2 == pytest.approx([0.0, 1.0, 8 / 3, 14 / 3])
 
 
 # ----------------------------------------------------------------------------------------------------------
 # A whole run
 
 
-def test_pictures_of_a_run(tmp_path):
-    run = make_run(tmp_path)
-    paths = draw_run(run)
-    assert paths == [run / "pictures" / "curves.png", run / "pictures" / "answers.png"]
-    curves, answers = ((imread(path)[:, :, :3] * 255).round().astype(np.uint8) for path in paths)
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A run with all its pictures, and their paths. To be read only."""
+    run = make_run(tmp_path_factory.mktemp("drawn"), metrics=METRICS)
+    (run / "summary.json").write_text("{}")  # it has ended
+    return run, draw_run(run)
+
+
+def test_pictures_of_a_run(drawn):
+    run, paths = drawn
+    names = ["run.html", "curves.png", "area.png", "answers.png"]
+    assert paths == [run / "pictures" / name for name in names]
+    curves, areas, answers = ((imread(path)[:, :, :3] * 255).round().astype(np.uint8) for path in paths[1:])
+    for colour in (BLUE, RED):
+        assert (areas == colour).all(2).any()
     for colour in (visualize.RED, visualize.ORANGE, visualize.TEAL):
         assert (curves == [int(colour[k : k + 2], 16) for k in (1, 3, 5)]).all(2).any()
     green, blue, red = ((answers == colour).all(2).sum() for colour in COLOURS.values())
@@ -255,7 +364,13 @@ def test_long_clips_show_twelve_steps(tmp_path):
 def test_a_run_in_training_has_its_curves(tmp_path):
     run = make_run(tmp_path)
     (run / "predictions.jsonl").unlink()
-    assert [path.name for path in draw_run(run)] == ["curves.png"]
+    with (run / "rollouts.jsonl").open("a") as file:
+        file.write('{"step": 12, "id": "4')
+    assert [path.name for path in draw_run(run)] == ["run.html", "curves.png", "area.png"]
+    (run / "predictions_before.jsonl").unlink()
+    (run / "rollouts.jsonl").unlink()
+    write_jsonl(run / "metrics.jsonl", [])
+    assert [path.name for path in draw_run(run)] == ["run.html", "curves.png"]
 
 
 def test_a_perfect_answer_is_last(tmp_path):
@@ -267,6 +382,169 @@ def test_a_perfect_answer_is_last(tmp_path):
     write_jsonl(run / "predictions.jsonl", records)
     words = [text.get_text() for text in visualize.draw_answers(run).texts]
     assert [w for w in words if w.startswith("AFTER")][-1] == "AFTER\nreward 5.00\ntIoU 1.00\nvIoU 1.00"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The page
+
+
+@pytest.fixture(scope="module")
+def driver():
+    with open_browser() as driver:
+        yield driver
+
+
+def page_of(run):
+    return draw_run(run)[0].read_text(encoding="utf-8")
+
+
+def test_numbers_on_the_page_are_those_of_the_files(drawn):
+    text = drawn[1][0].read_text(encoding="utf-8")
+    scores, settings, gains, *groups, before, after = Tables(text).tables
+    assert scores[1:] == [
+        ["before", "80.0", "30.0", "40.0", "10.0", "10", "1"],
+        ["after", "90.0", "50.0", "80.0", "60.0", "10", "1"],
+    ]
+    # Rewards 2 + step / 8: the first 10 steps of 12, and the last 10.
+    assert "Mean reward of the first 10 steps 2.69, of the last 10 2.94." in text
+    assert "12 of 12 steps, finished." in text
+    assert ["time_unit", "second", "frame"] in settings and ["steps", "12", "1000"] in settings
+    assert [row[0] for row in settings].count("seed") == 0
+
+    # The answers' two lists are the same, so nothing is gained; one of those before is malformed.
+    assert [row[3:] for row in gains[1:]] == [
+        ["0.00", "0.00", "0.00", "0.00", "100.00", "9"],
+        ["0.00", "0.00", "0.00", "0.00", "100.00", "10"],
+    ]
+    for table, count in ((before, 10), (after, 10)):
+        assert table[0] == ["id", "sentence", "reward", "tIoU", "vIoU"] and len(table) == 1 + count
+    # Video 9 is off by d = 0.03 of the width, and before by 0.045: its IoU is (0.25 - d) / (0.25 + d).
+    assert after[-1][2:] == [f"{3 + 2 * (22 / 28 - 0.06):.2f}", "1.00", f"{22 / 28:.2f}"]
+    assert before[-1][4] == f"{(250 - 45) / (250 + 45):.2f}" and before[1][2:] == ["0.00"] * 3
+
+    # Prompt 1 comes at six steps, of which four are shown; 0 at three; 2 once, and before 3 and 4.
+    assert [sorted({int(row[0]) for row in table[1:]}) for table in groups] == [[2, 6, 7, 12], [1, 5, 9], [4]]
+    rewards = [row[1:3] for row in groups[-1][1:]]
+    # Off by d = 0, 0.1, 0.2: thinking boxes earn 1, final ones (0.25 - d) / (0.25 + d) - 2 d.
+    expected = [5.0, 4 + 0.15 / 0.35 - 0.2, 4 + 0.05 / 0.45 - 0.4, 0.0]
+    assert rewards == [[f"{r:.2f}", f"{1.5 - k:.2f}"] for k, r in enumerate(expected)]
+    assert groups[-1][0][3:] == list(TERMS)
+
+
+def test_figures_of_the_page(drawn):
+    text = drawn[1][0].read_text(encoding="utf-8")
+    assert text.count('<svg class="figure"') == len(panels_of(METRICS)) + 1
+    assert [panel.title in text for panel in panels_of(METRICS)] == [True] * 12
+    # Sampled: 4 answers at 4 + 3 + 1 steps. Held out: 10 sentences, before and after, at each of the two.
+    assert text.count('<svg class="tubes"') == 4 * 8 + 2 * 2 * 10
+    assert text.count("<symbol") == 10  # prompts are sentences of the same videos here
+    assert not re.search(r"https?:|\ssrc=|@import", text)
+    ids = re.findall(r' id="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]*)"', text)) <= set(ids)
+
+
+def test_evaluations_along_the_way(tmp_path):
+    run = make_run(tmp_path, videos=2)
+    for step in (2, 10, 4, 6, 8):
+        (run / f"predictions_{step}.jsonl").write_bytes((run / "predictions.jsonl").read_bytes())
+    for other in ("predictions_blank", "predictions_of_checkpoint_4", "predictions.2"):
+        (run / f"{other}.jsonl").write_text("not for the page")
+    found = [name for name, _ in report.find_evaluations(run)]
+    assert found == [
+        "BEFORE",
+        "STEP 4",
+        "STEP 6",
+        "STEP 8",
+        "AFTER",
+    ]  # 5 of the 7, evenly, ordered as numbers
+    text = page_of(run)
+    heads = re.findall(r'<details name="evaluation" class="part"( open)?><summary>([^<]*)', text)
+    assert heads == [*[("", name) for name in found[:-1]], (" open", "AFTER")]
+    opened = text[text.index(" open><summary>AFTER") :]
+    names = re.compile(r"<p>([A-Z]+(?: \d+)?): reward")
+    assert names.findall(opened) == ["BEFORE", "AFTER"] * 2
+    halfway = text[text.index("<summary>STEP 6") : text.index("<summary>STEP 8")]
+    assert names.findall(halfway) == ["BEFORE", "STEP 6", "AFTER"] * 2
+
+
+def test_worst_median_and_best():
+    ranked = [str(k) for k in range(20)]
+    assert report.extremes(ranked) == {"Worst": ranked[:4], "Median": ranked[8:12], "Best": ranked[16:]}
+    assert report.extremes(ranked[:6]) == {"Worst": ranked[:4], "Median": ranked[4:6]}
+    for count in range(1, 15):
+        keys = [key for part in report.extremes(ranked[:count]).values() for key in part]
+        assert sorted(keys, key=int) == ranked[: min(count, 12)] or len(set(keys)) == len(keys) == 12
+
+
+def test_hostile_text_is_only_text(tmp_path, driver):
+    run = make_run(tmp_path, videos=2)
+    path = tmp_path / "eval.json"
+    annotations = json.loads(path.read_text())
+    annotations["1.y4m"]["caption"] = HOSTILE.replace("\x00", "")  # which has no glyph for the sheet
+    path.write_text(json.dumps(annotations))
+    write_jsonl(run / "predictions.jsonl", [{"id": "1.y4m", "completion": HOSTILE}])
+    text = page_of(run)
+    assert "<img" not in text and text.count("<script>") == 1
+    assert text.count("&lt;img src=x onerror=alert(1)&gt;") >= 3  # sentence and answer
+    assert look(driver, run / "pictures" / "run.html", 390) == []
+    assert driver.title == "run: a run of STVG-o1"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(drawn, driver, width):
+    assert look(driver, drawn[1][0], width) == []
+    counts = driver.execute_script(
+        "return ['svg.figure', 'svg.tubes', 'table'].map(name => document.querySelectorAll(name).length)"
+    )
+    assert counts == [13, 4 * 8 + 2 * 2 * 10, 3 + 3 + 2]
+
+
+def test_a_run_without_thinking_boxes(tmp_path):
+    run = make_run(tmp_path, videos=3)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("think: true", "think: false"))
+    for name in ("predictions_before", "predictions", "rollouts"):
+        lines = read_jsonl(run / f"{name}.jsonl")
+        for line in lines:
+            line["completion"] = re.sub(r"<think_bbox>.*</think_bbox> ", "", line["completion"])
+            assert line["completion"] in ("no idea", "<time> 2") or parse_answer(line["completion"], False)
+        write_jsonl(run / f"{name}.jsonl", lines)
+    text = page_of(run)
+    assert text.count('<rect class="box think"') == 0 < text.count('<rect class="box pred"')
+    assert "gain over the thinking boxes" not in text and ">pred boxes</text>" in text
+    assert ">think boxes</text>" not in text
+
+
+def test_videos_that_cannot_be_read_leave_grey_frames(tmp_path):
+    run = make_run(tmp_path, videos=3)
+    (tmp_path / "videos" / "0.y4m").write_bytes(b"no video")
+    records = read_jsonl(run / "predictions.jsonl")
+    records[0] = {"id": "0.y4m", "completion": "", "unreadable": True}
+    write_jsonl(run / "predictions.jsonl", records)
+    with pytest.raises(VideoError, match=r"0\.y4m"):  # sampled, and answered before
+        draw_run(run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("on_bad_video: error", "on_bad_video: skip"))
+    text = page_of(run)
+    assert text.count("<symbol") == 2
+    assert (
+        text.count('<use href="#strip') == text.count('<svg class="tubes"') - 12 - 1
+    )  # 3 steps of 4; before
+    assert "All 2 answers as numbers" in text and "All 3 answers as numbers" in text
+
+
+def test_question_types(tmp_path):
+    run = make_run(tmp_path, videos=2, metrics=[METRICS[0], METRICS[-1]])
+    lines = read_jsonl(run / "metrics.jsonl")
+    lines[-1]["interrogative"] = evaluated(70.0, 35.0, 50.0, 20.0) | {"N": 4, "failures": 0}
+    write_jsonl(run / "metrics.jsonl", lines)
+    (scores, *_) = Tables(page_of(run)).tables
+    assert [row[0] for row in scores[1:]] == ["before", "step 12", "step 12, interrogative"]  # no summary yet
+    assert scores[3][1:] == ["70.0", "35.0", "50.0", "20.0", "4", "0"]
+    sample = next(iter(sheet.held_out(visualize.load_config(run / "config.yaml")).values()))
+    asked = dataclasses.replace(sample, question_type="interrogative")
+    assert report.title(asked) == f"{sample.sentence} (interrogative)"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -292,6 +570,18 @@ def test_a_bad_record_is_named(tmp_path, line):
     assert not (run / "pictures").exists()  # nothing half-written
 
 
+@pytest.mark.parametrize("line", ["{}", "[1]", "5", '{"step": 1, "id": []}', '{"step": 1, "id": "0.y4m"}'])
+def test_a_bad_sampled_answer_is_named(tmp_path, line):
+    run = make_run(tmp_path, videos=1)
+    with (run / "rollouts.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=r"rollouts\.jsonl, line 13: is no JSON object with .*\"step\""):
+        draw_run(run)
+    write_jsonl(run / "rollouts.jsonl", [{**record, "id": "x"} for record in sampled(1)])
+    with pytest.raises(DataError, match=r"rollouts\.jsonl: 'x' is no sentence of .*eval\.json"):
+        draw_run(run)
+
+
 @pytest.mark.parametrize("more", [{}, {"scale": 5}, {"scale": [0, 56]}, {"scale": ["28", "56"]}])
 def test_a_scale_is_needed_where_it_depends_on_the_model(tmp_path, more):
     run = make_run(tmp_path, videos=1)
@@ -307,10 +597,10 @@ def test_a_log_cut_by_a_kill_is_drawn_without_its_last_line(tmp_path):
     run = make_run(tmp_path, videos=1)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"phase": "grpo", "st')
-    assert len(draw_run(run)) == 2
+    assert len(draw_run(run)) == 4
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n")
-    with pytest.raises(DataError, match=rf"metrics\.jsonl, line {len(METRICS) + 1}: is no JSON object"):
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: is no JSON object"):
         draw_run(run)
 
 
@@ -324,12 +614,13 @@ def test_a_video_that_is_not_the_annotated_one(tmp_path):
 
 def test_no_space_for_pictures(tmp_path, full_disk):
     run = make_run(tmp_path, videos=1)
-    old = draw_run(run)[0].read_bytes()
+    old = draw_run(run)[1].read_bytes()
     with full_disk(), pytest.raises(OSError) as caught:
         draw_run(run)
     curves = run / "pictures" / "curves.png"
     assert caught.value.filename == str(curves) and curves.read_bytes() == old
-    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["answers.png", "curves.png"]
+    files = sorted(path.name for path in (run / "pictures").iterdir())
+    assert files == ["answers.png", "area.png", "curves.png", "run.html"]
 
 
 def visualize_script(folder, *arguments, blocked=""):
