@@ -61,11 +61,18 @@ def main(arguments: list[str]) -> None:
     )
     gpus = torch.cuda.is_available()
     parser.add_argument("words", nargs="*", metavar="CONFIG | key=value", help="as of train.py")
-    parser.add_argument("--rows", nargs="+", choices=PAPER, default=list(PAPER), metavar="ROW")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S")
+    rows = f"of {', '.join(PAPER)}; default: all"
+    parser.add_argument("--rows", nargs="+", choices=PAPER, default=list(PAPER), metavar="ROW", help=rows)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="S", help="default: 0 1 2")
     parser.add_argument("--jobs", type=int, default=1 if gpus else 2, help="runs at a time (CPU: 2, GPU: 1)")
     parser.add_argument("--nproc", type=int, default=1, help="processes of a run, one for each GPU")
-    parser.add_argument("--output", type=Path, default=Path("runs/ablations"), metavar="FOLDER")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/ablations"),
+        metavar="FOLDER",
+        help="default: runs/ablations",
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.jobs < 1 or options.nproc < 1:
         parser.error("--jobs and --nproc are at least 1")
@@ -96,24 +103,23 @@ def main(arguments: list[str]) -> None:
 
 def prepare(words: list[str], output: Path) -> Path:
     """Write the settings beneath the rows to base.yaml: given on the command line of train.py they would lie
-    above them. Raises ConfigError where the folder holds runs of others, or a row cannot be laid over."""
+    above them. Raises ConfigError for a setting that cannot be used, and where the folder holds runs with
+    others."""
     settings = [word for word in words if "=" in word]
     for word in settings:
         if word.partition("=")[0] in OWN:
             raise ConfigError(f"{word}: ablate.py sets it for each run; write --seeds or --output")
     files = [word for word in words if "=" not in word] or [str(ROOT / "configs/toy.yaml")]
     config, base = load_config(files, settings), output / "base.yaml"
-    if base.exists():
+    if base.exists() and any(output.glob("*_seed*/config.yaml")):
         before, now = (fixed(c) for c in (load_config(base), config))
         changed = [f"{key}: {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
         if changed:
             raise ConfigError(
                 f"{output} holds runs with other settings ({'; '.join(changed)}); choose another --output"
             )
-    log_of("", output).parent.mkdir(parents=True, exist_ok=True)
+    (output / "logs").mkdir(parents=True, exist_ok=True)
     save_config(config, base)
-    for row in PAPER:
-        load_config([base, ROWS / f"{row}.yaml"])
     if config.toy:
         toy.make_world(config.videos)  # now, and not in two runs at the same time
     return base

@@ -193,6 +193,8 @@ def draw_pictures(run: Path) -> str:
         return "pictures: " + ", ".join(str(path) for path in visualize.draw_run(run))
     except OSError as error:  # such as a full disk; all else is done
         return f"no pictures: {error.filename}: {error.strerror}"
+    except UserError as error:  # such as a video that has gone
+        return f"no pictures: {error}"
 
 
 def send_answers(log: Log, predictions: str, step: int) -> None:

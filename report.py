@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 import page
 from config import Config
 from data import QUESTION_TYPES, Sample, load_samples
-from evaluate import read_predictions, think_gain
+from evaluate import think_gain
 from files import DataError
 from metrics import COLUMNS, native_scores, tube_from_answer, viou_by_area
+from predictions import read_predictions
 from prompts import Answer, parse_answer
 from sheet import Row, by_reward, fit, read_rows, shown_frames, shown_steps
 from video import VideoError
@@ -74,13 +75,17 @@ def write_page(
             where = run / "rollouts.jsonl"
             raise DataError(f"{where}: {unknown[0]!r} is no sentence of {config.train_annotations}")
     chosen = {evaluation.name: extremes(by_reward(evaluation.rows)) for evaluation in evaluations}
-    shown = {key: trained[key] for key in groups}
-    shown |= {key: known[key] for parts in chosen.values() for keys in parts.values() for key in keys}
+    shown = [trained[key] for key in groups]
+    shown += [known[key] for parts in chosen.values() for keys in parts.values() for key in keys]
     clips, strips = read_clips(shown, config)
     parts = [
         *strips,
         *head(config, metrics, (run / "summary.json").is_file()),
-        page.section("Curves", page.paragraph(f"{curves[0]}."), page.grid(*map(page.figure_svg, curves[1]))),
+        page.section(
+            "Curves",
+            page.paragraph(f"{curves[0].capitalize()}."),
+            page.grid(*map(page.figure_svg, curves[1])),
+        ),
     ]
     if by_area is not None:
         parts.append(page.section("The boxes", gains(evaluations), page.wide(page.figure_svg(by_area))))
@@ -171,22 +176,27 @@ def sampled_groups(path: Path) -> dict[str, dict[int, list[dict]]]:
     return groups
 
 
-def read_clips(samples: dict[str, Sample], config: Config) -> tuple[dict[str, Clip], list[str]]:
-    """id -> clip, and their strips as HTML. Raises VideoError as write_page does."""
+def read_clips(samples: list[Sample], config: Config) -> tuple[dict[str, Clip], list[str]]:
+    """name_of -> clip, and their strips as HTML. Raises VideoError as write_page does."""
     clips, strips = {}, []
-    for key, sample in samples.items():
+    for name, sample in {name_of(sample): sample for sample in samples}.items():
         try:
             steps, frames = shown_frames(sample, config.text_format.step_seconds)
         except VideoError:
             if config.on_bad_video != "skip":
                 raise
             steps = shown_steps(sample, config.text_format.step_seconds)
-            clips[key] = Clip(steps, sample.width / sample.height, "")
+            clips[name] = Clip(steps, sample.width / sample.height, "")
             continue
         frames = np.stack([fit(frame, 2 * page.SIDE) for frame in frames])  # screens have fine pixels
-        strips.append(page.strip(key, frames))
-        clips[key] = Clip(steps, frames.shape[2] / frames.shape[1], key)
+        strips.append(page.strip(name, frames))
+        clips[name] = Clip(steps, frames.shape[2] / frames.shape[1], name)
     return clips, strips
+
+
+def name_of(sample: Sample) -> str:
+    """Of a sample's clip, which other sentences may share. (An id may stand in both splits.)"""
+    return f"{sample.video}, {sample.num_frames} frames from {sample.begin_frame}"
 
 
 def extremes(ranked: list[str]) -> dict[str, list[str]]:
@@ -264,11 +274,12 @@ def prompts(
     """The sampled answers to some prompts at several steps of the training."""
     parts = [page.legend()]
     for key, steps in groups.items():
+        sample, clip = samples[key], clips[name_of(samples[key])]
         columns, rows = [], []
         for step, records in steps.items():
             records = sorted(records, key=lambda record: -record["rewards"]["total"])
             mean = np.mean([record["rewards"]["total"] for record in records])
-            first, *between = [sampled(record, samples[key], clips[key], config) for record in records]
+            first, *between = [sampled(record, sample, clip, config) for record in records]
             last = [between.pop()] if between else []
             column = [
                 page.heading(f"Step {step}: {len(records)} answers, mean reward {mean:.2f}"),
@@ -283,8 +294,8 @@ def prompts(
                 rows.append([step, rewards["total"], record["advantage"], *(rewards[term] for term in terms)])
         table = page.table(["step", "reward", "advantage", *terms], rows)
         parts += [
-            page.heading(f"{title(samples[key])} ({key})"),
-            page.grid(*columns, least=clips[key].width),
+            page.heading(f"{title(sample)} ({key})"),
+            page.grid(*columns, least=clip.width),
             page.details(f"rewards of these {len(rows)} answers", table),
         ]
     return page.section("Sampled answers to the same prompts along the training", *parts)
@@ -319,13 +330,10 @@ def browser(
         for name, keys in chosen[evaluation.name].items():
             cards = []
             for key in keys:
-                cells = [
-                    answered(e.rows[key], known[key], clips[key], config) for e in beside if key in e.rows
-                ]
-                cards += [
-                    page.heading(f"{title(known[key])} ({key})"),
-                    page.grid(*cells, least=clips[key].width),
-                ]
+                sample, clip = known[key], clips[name_of(known[key])]
+                cells = [answered(e.rows[key], sample, clip, config) for e in beside if key in e.rows]
+                cards.append(page.heading(f"{title(sample)} ({key})"))
+                cards.append(page.grid(*cells, least=clip.width))
             inside.append(page.details(f"{name} rewards", *cards, shown=True))
         rows = [
             [key, title(known[key]), row.scored.rewards["total"], row.native["tIoU"], row.native["vIoU"]]

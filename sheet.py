@@ -10,10 +10,11 @@ from matplotlib.lines import Line2D
 
 from config import Config, load_config
 from data import Sample, check_videos, load_samples
-from evaluate import read_predictions, scale_of
+from evaluate import scale_of
 from files import DataError
 from metrics import native_scores, tube_from_answer
 from page import COLOURS, LIGHT
+from predictions import read_predictions
 from prompts import Answer, Box, Truth
 from rewards import Score, is_valid, score
 from video import read_clip, resize

@@ -17,7 +17,7 @@ log; evaluate again. Everything goes to output_dir:
     checkpoint/                      the trained model, as Hugging Face's from_pretrained reads it
     checkpoint_STEP/, best_STEP/     the same every save_every steps, and of the best evaluation along the way
     summary.json                     scores before and after, the reward, seconds
-    pictures/                        curves and answers, where matplotlib is installed
+    pictures/                        curves, answers and a page with both, where matplotlib is installed
 
 SIGTERM or Ctrl-C end it after the step at hand, with a checkpoint. Departures from the paper are the fields
 of config.py that say "not in the paper".

@@ -41,7 +41,7 @@ __all__ = ["draw_answers", "draw_run", "save_figure"]  # what logs.py calls
 
 WINDOW = 10  # steps that a curve averages over
 POINTS = 500  # of a curve at most; a longer run shows every second step, or third, ...
-DESCRIPTION = f"Lines: mean of the last {WINDOW} steps, bands: their standard deviation"
+DESCRIPTION = f"lines: mean of the last {WINDOW} steps, bands: their standard deviation"
 
 
 def draw_run(run: Path) -> list[Path]:
@@ -171,7 +171,7 @@ def draw_curves(panels: list[Panel], title: str) -> Figure:
     """All panels on one sheet."""
     rows = max(1, -(-len(panels) // 3))
     figure = Figure(figsize=(15, 4 * rows), dpi=DPI, layout="constrained")
-    figure.suptitle(f"{title}  ({DESCRIPTION[0].lower()}{DESCRIPTION[1:]})", fontsize=13)
+    figure.suptitle(f"{title}  ({DESCRIPTION})", fontsize=13)
     for k, panel in enumerate(panels):
         draw_panel(figure.add_subplot(rows, 3, k + 1), panel)
     return figure

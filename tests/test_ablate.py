@@ -176,7 +176,10 @@ def test_settings_lie_beneath_the_rows(tmp_path):
 
 def test_a_folder_is_for_one_experiment(tmp_path):
     config = str(ROOT / "configs/hcstvg_v1.yaml")
-    ablate.prepare([config, "steps=9"], tmp_path)
+    ablate.prepare([config, "steps=8"], tmp_path)
+    ablate.prepare([config, "steps=9"], tmp_path)  # nothing has been run
+    (tmp_path / "base_seed0").mkdir()
+    (tmp_path / "base_seed0/config.yaml").write_text("")
     ablate.prepare([config, "steps=9", "micro_batch=4", "save_every=5"], tmp_path)  # what is learned stays
     assert load_config(tmp_path / "base.yaml").micro_batch == 4
     for setting, said in {
@@ -194,13 +197,9 @@ def test_what_each_run_gets_cannot_be_set(tmp_path):
     for setting in ("seed=4", "output_dir=elsewhere"):
         with pytest.raises(ConfigError, match=rf"^{setting}: .* write --seeds or --output"):
             ablate.prepare([setting], tmp_path)
+    with pytest.raises(ConfigError, match="unknown key step; did you mean steps"):
+        ablate.prepare(["step=4"], tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_row_that_cannot_be_laid_over_is_said_at_once(tmp_path):
-    words = [str(ROOT / "configs/closed_model.yaml"), "coordinates=norm1000", "think=true"]
-    with pytest.raises(ConfigError, match="answer_format"):
-        ablate.prepare(words, tmp_path)
 
 
 def test_commands(tmp_path):

@@ -10,7 +10,7 @@ from config import Config, ConfigError, Sft, load_config, save_config
 from prompts import TextFormat
 from rewards import WEIGHTS
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
 @pytest.fixture

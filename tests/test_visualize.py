@@ -468,6 +468,18 @@ def test_evaluations_along_the_way(tmp_path):
     assert names.findall(halfway) == ["BEFORE", "STEP 6", "AFTER"] * 2
 
 
+def test_an_id_may_stand_in_both_splits_and_sentences_may_share_a_clip(tmp_path):
+    config = visualize.load_config(make_run(tmp_path, videos=2, seconds=30) / "config.yaml")
+    first, second = sheet.held_out(config).values()
+    other, again = dataclasses.replace(second, id=first.id), dataclasses.replace(first, sentence="it goes")
+    clips, strips = report.read_clips([first, other, again], config)
+    assert len(clips) == len(strips) == 2
+    assert report.name_of(first) == report.name_of(again) != report.name_of(other)
+    clip = clips[report.name_of(first)]
+    assert (clip.steps[0], clip.steps[-1], len(clip.steps), clip.aspect) == (0, 29, 12, 1)
+    assert clip.width == 12 * 60 + 4
+
+
 def test_worst_median_and_best():
     ranked = [str(k) for k in range(20)]
     assert report.extremes(ranked) == {"Worst": ranked[:4], "Median": ranked[8:12], "Best": ranked[16:]}
