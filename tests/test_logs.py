@@ -449,7 +449,7 @@ def test_drift_by_hand():
 
 
 def test_drift_against_polyfit():
-    """Slopes and standard errors of a second implementation; noise of all sizes, so that both answers come."""
+    """Slopes and standard errors of a second implementation; noise of all sizes, for both answers."""
     rng, answers = np.random.default_rng(0), []
     for n in range(300):
         steps = np.arange(15 + n % 16)
