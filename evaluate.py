@@ -47,12 +47,12 @@ from predictions import (
     answered,
     check_output,
     fingerprint_of,
-    gather,
+    gather_answers,
     place_for_answers,
     read_predictions,
 )
 from prompts import Answer, Items, Truth, parse_csv_answer, read_answer
-from rewards import RewardError, score
+from rewards import RewardError, load_plugins, score
 
 # ----------------------------------------------------------------------------------------------------------
 # From a model to predictions
@@ -166,7 +166,7 @@ def decode_split(
     order, on every rank, and leaves them in `output`; None where it was stopped before that."""
     if decode_missing(policy, samples, clips, config, output, fingerprint, stop) is None:
         return None
-    return gather(output, samples, fingerprint)
+    return gather_answers(output, samples, fingerprint)
 
 
 def decode_missing(
@@ -182,7 +182,7 @@ def decode_missing(
 
     fingerprint: how the answers come about (fingerprint_of), for the records; those of others do not count.
     Each rank adds its answers to a file of its own beside output, so that a killed run loses a batch at most;
-    gather puts them together.
+    gather_answers puts them together. Raises RewardError, on all ranks, where a reward of one's own fails.
     """
     rank, ranks = distributed.join()
     done = answered(output, fingerprint)
@@ -194,12 +194,18 @@ def decode_missing(
     if part.exists():
         write_jsonl(read_jsonl(part, "id", skip_cut=True), part)  # without the line that was cut
     name, lengths, began = output.stem.removeprefix("predictions_"), [], time.perf_counter()
-    for records in decode(policy, todo[rank::ranks], clips, config, name):
-        write_jsonl([{**record, "fingerprint": fingerprint} for record in records], part, append=True)
-        lengths += [record["length"] for record in records if "length" in record]
-        if stop and stop.asked:
-            break
+    fault = ""
+    try:
+        for records in decode(policy, todo[rank::ranks], clips, config, name):
+            write_jsonl([{**record, "fingerprint": fingerprint} for record in records], part, append=True)
+            lengths += [record["length"] for record in records if "length" in record]
+            if stop and stop.asked:
+                break
+    except RewardError as error:
+        fault = str(error)
     seconds = time.perf_counter() - began
+    for message in filter(None, distributed.gather(fault)):
+        raise RewardError(message)
     if stop and stop.agreed():
         return None
     return Spent(seconds, len(lengths), sum(lengths))
@@ -407,6 +413,7 @@ def answers_of_checkpoint(
     rank, _ = distributed.join()
     if config.threads:
         torch.set_num_threads(config.threads)
+    load_plugins(config.rewards)
     split = load_split(config, config.eval_annotations)[0]
     samples, cost = split[: config.eval_limit or None], None
     others = [other_sample(split, number) for number in range(len(samples)) if control == "other"]
@@ -425,7 +432,7 @@ def answers_of_checkpoint(
             shown = Controlled(clips, control, split, config.seed) if control else clips
             spent = decode_missing(policy, samples, shown, config, path, fingerprint)
         cost = cost_of(spent, config.eval_batch)
-    predictions = gather(path, samples, fingerprint)
+    predictions = gather_answers(path, samples, fingerprint)
     if rank == 0:
         report_answers(predictions, len(done), path)
         if cost:

@@ -76,6 +76,8 @@ def open_run(config: Config, marks: dict) -> Iterator[tuple[Path, Path | None, P
                 ended = found and found.folder.with_suffix("").name == "checkpoint"
                 if ended and progress.step < config.steps and answers.exists():  # it gets more steps now
                     answers.replace(run / f"predictions_{progress.step}.jsonl")
+                if progress.step < config.steps:  # it tells of an earlier end
+                    (run / "summary.json").unlink(missing_ok=True)
                 save_config(config, run / "config.yaml")
             else:
                 logs.start_run(config)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from config import Config, ConfigError, save_config
 from files import UserError, read_jsonl, write_jsonl, write_whole
+from rewards import plugin_files
 from trackers import TRACKERS, check_trackers
 
 PARTS = ("decode", "rollout", "score", "reference", "update", "wait")  # of a step
@@ -39,6 +40,9 @@ def start_run(config: Config) -> Path:
         raise ConfigError(f"output_dir: {run} exists and is no run of train.py; choose another")
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, run / "config.yaml")
+    for path in plugin_files(config.rewards):  # for the record; what is loaded is the named file
+        (run / "rewards").mkdir(exist_ok=True)
+        write_whole(run / "rewards" / path.strip("/").replace("/", "_"), Path(path).read_bytes())
     packages = (torch, transformers, decord, np)  # by module: decord2 installs the module decord, too
     versions = {package.__name__: package.__version__ for package in packages}
     write_json({"python": platform.python_version(), **versions}, run / "versions.json")
@@ -167,7 +171,8 @@ def drifts_apart(recent: list[tuple[float, float]]) -> bool:
     residuals = values - values.mean(axis=0) - np.outer(steps, slopes)  # (T, 2)
     errors = np.sqrt((residuals**2).sum(axis=0) / (len(values) - 2) / (steps @ steps))
     reward, viou = slopes
-    return bool(reward > 2 * errors[0] and viou < -2 * errors[1])
+    rounding = 1e-9 / len(values)
+    return bool(reward > 2 * errors[0] + rounding and viou < -2 * errors[1] - rounding)
 
 
 def flatten(tree: dict) -> dict[str, float]:
@@ -204,13 +209,14 @@ def send_answers(log: Log, predictions: str, step: int) -> None:
         return
     if importlib.util.find_spec("matplotlib") is None:
         return say_once("no sheets of answers for the trackers: pip install -r requirements-dev.txt")
+    import sheet
     import visualize
 
     try:
-        sheet = visualize.draw_answers(log.run, predictions, f"STEP {step}")
+        figure = sheet.draw_answers(log.run, predictions, f"STEP {step}")
     except UserError as error:  # such as: no video of the split can be read
         return say_once(f"no sheet of answers: {error}")
-    visualize.save_figure(sheet, answers_path(log.run, step))
+    visualize.save_figure(figure, answers_path(log.run, step))
     log.picture("eval/answers", answers_path(log.run, step), step)
 
 

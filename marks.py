@@ -1,4 +1,5 @@
-"""How weights, runs and checkpoints are recognised: by content and settings, not by the names of files."""
+"""How weights, runs and checkpoints are recognised: by content and settings, not by the names of files (but
+for those of rewards of one's own, whose names are settings)."""
 
 import dataclasses
 import hashlib
@@ -7,7 +8,7 @@ from pathlib import Path
 from adapters import SETTINGS, base_of
 from config import Config
 from data import Sample
-from rewards import plugins
+from rewards import load_file, plugin_files
 
 FREE = {  # settings that may change when a run goes on: nothing that is learned depends on them
     # where things are; what is in them is compared by marks_of
@@ -64,9 +65,8 @@ def marks_of(config: Config, samples: list[Sample]) -> dict:
 
 
 def rewards_mark(weights: dict) -> dict[str, str]:
-    """file -> a short mark of its content, of the files with rewards of one's own."""
-    paths = sorted({name.rpartition(":")[0] for name in plugins(weights)})
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] for path in paths}
+    """file -> a short mark of its text when it was loaded, of the files with rewards of one's own."""
+    return {path: load_file(path)[1] for path in plugin_files(weights)}
 
 
 def settings_of(config: Config) -> dict:

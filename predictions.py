@@ -34,7 +34,7 @@ def read_predictions(path: Path) -> list[dict]:
     return predictions
 
 
-def gather(output: Path, samples: list[Sample], fingerprint: str) -> list[dict]:
+def gather_answers(output: Path, samples: list[Sample], fingerprint: str) -> list[dict]:
     """The records of the samples, in order, when all ranks are here; from then on they are in `output`, and
     the ranks' files are gone."""
     rank, _ = distributed.join()

@@ -6,20 +6,21 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.figure import Figure
 
 import page
+from bench import read_truth
 from config import Config
 from data import QUESTION_TYPES, Sample, load_samples
 from evaluate import think_gain
 from files import DataError
 from metrics import COLUMNS, native_scores, tube_from_answer, viou_by_area
 from predictions import read_predictions
-from prompts import Answer, parse_answer
-from sheet import Row, by_reward, fit, read_rows, shown_frames, shown_steps
-from video import VideoError
+from prompts import Answer, Truth, parse_answer
+from sheet import Answered, by_reward, fit, read_answers, shown_frames
 
 PROMPTS, TIMES = 3, 4  # prompts whose sampled answers are shown, and training steps of each, at most
 EVALUATIONS = 5  # shown at most: the first, the last and some between
@@ -32,7 +33,7 @@ class Evaluation:
 
     name: str  # "BEFORE", "STEP 20", "AFTER"
     path: Path
-    rows: dict[str, Row]
+    answers: dict[str, Answered]  # id -> answer
     gain: dict | None  # of evaluate.think_gain
 
 
@@ -42,7 +43,7 @@ class Clip:
 
     steps: list[int]
     aspect: float  # width / height
-    strip: str  # name of the strip; empty where the video cannot be read
+    strip: str  # name of the strip
 
     @property
     def width(self) -> int:
@@ -58,12 +59,12 @@ def write_page(
     by_area: Figure | None,
     known: dict[str, Sample],
     evaluations: list[Evaluation],
-) -> str:
-    """The page as HTML.
+) -> tuple[str, str]:
+    """The page as HTML, and a line that says which videos cannot be read, if there are any; it stands on the
+    page, too.
 
     metrics: lines of metrics.jsonl. curves: how to read the figures of these numbers, and the figures.
-    by_area: that of the last evaluation (areas). known: id -> held-out sentence. Raises DataError, and
-    VideoError for a video that cannot be read (on_bad_video: skip leaves its frames grey).
+    by_area: that of the last evaluation (areas). known: id -> held-out sentence. Raises DataError.
     """
     groups = sampled_groups(run / "rollouts.jsonl")
     trained = {}
@@ -74,12 +75,19 @@ def write_page(
         if unknown:
             where = run / "rollouts.jsonl"
             raise DataError(f"{where}: {unknown[0]!r} is no sentence of {config.train_annotations}")
-    chosen = {evaluation.name: extremes(by_reward(evaluation.rows)) for evaluation in evaluations}
+    chosen = {evaluation.name: extremes(by_reward(evaluation.answers)) for evaluation in evaluations}
     shown = [trained[key] for key in groups]
     shown += [known[key] for parts in chosen.values() for keys in parts.values() for key in keys]
-    clips, strips = read_clips(shown, config)
+    clips, strips, faults = read_clips(shown, config)
+    unread = ""
+    if faults:
+        unread = (
+            f"{len(faults)} of the {len(clips)} clips shown cannot be read, and their frames are grey; the"
+        )
+        unread += f" first: {faults[0]}"
     parts = [
         *strips,
+        *([page.paragraph(unread)] if unread else []),
         *head(config, metrics, (run / "summary.json").is_file()),
         page.section(
             "Curves",
@@ -90,10 +98,10 @@ def write_page(
     if by_area is not None:
         parts.append(page.section("The boxes", gains(evaluations), page.wide(page.figure_svg(by_area))))
     if groups:
-        parts.append(prompts(groups, trained, clips, config))
+        parts.append(draw_prompts(groups, trained, clips, config))
     if evaluations:
-        parts.append(browser(evaluations, chosen, known, clips, config))
-    return page.document(f"{run.resolve().name}: a run of STVG-o1", "\n".join(parts))
+        parts.append(draw_evaluations(evaluations, chosen, known, clips, config))
+    return page.document(f"{run.resolve().name}: a run of STVG-o1", "\n".join(parts)), unread
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -116,35 +124,36 @@ def find_evaluations(run: Path) -> list[tuple[str, Path]]:
 def read_evaluations(
     found: list[tuple[str, Path]], known: dict[str, Sample], config: Config
 ) -> list[Evaluation]:
-    """Their answers, scored again. Raises DataError."""
+    """Their answers. Raises DataError."""
     evaluations = []
     for name, path in found:
-        rows, samples = read_rows(path, name, known, config), list(known.values())
+        answers, samples = read_answers(path, name, known, config), list(known.values())
         gain = think_gain(read_predictions(path), samples, config) if config.think else None
-        evaluations.append(Evaluation(name, path, rows, gain))
+        evaluations.append(Evaluation(name, path, answers, gain))
     return evaluations
 
 
 def areas(evaluation: Evaluation, known: dict[str, Sample], config: Config) -> list[dict]:
     """metrics.viou_by_area of an evaluation."""
-    samples = [known[key] for key in evaluation.rows]
-    scores = {"pred": [row.native for row in evaluation.rows.values()]}
+    samples = [known[key] for key in evaluation.answers]
+    scores = {"pred": [given.native for given in evaluation.answers.values()]}
     if config.think:
         scores["think"] = []
-        for sample, row in zip(samples, evaluation.rows.values(), strict=True):
-            tube = tube_from_answer(row.scored.answer, sample, config.text_format, row.scale, "think")
+        for sample, given in zip(samples, evaluation.answers.values(), strict=True):
+            tube = tube_from_answer(given.answer, sample, config.text_format, given.scale, "think")
             scores["think"].append(native_scores(tube, sample))
     return viou_by_area(samples, scores)
 
 
 def sampled_groups(path: Path) -> dict[str, dict[int, list[dict]]]:
     """id -> step -> the records of its sampled answers, of the PROMPTS prompts that were sampled at the most
-    steps, the earlier ones first, at TIMES of these steps.
+    steps, the earlier ones first, at TIMES of these steps. "truth" in them is a Truth: what they were judged
+    by, which ends where the video does.
 
     The file grows to gigabytes, so it is read line by line, and of all but these only the place is kept. A
     last line that is cut is left out. Raises DataError for another that is no record.
     """
-    keys = {"id", "step", "completion", "scale", "rewards", "advantage"}
+    keys = {"id", "step", "completion", "truth", "scale", "rewards", "advantage"}
     places: dict[str, dict[int, list[int]]] = {}
     if not path.is_file():
         return {}
@@ -168,30 +177,34 @@ def sampled_groups(path: Path) -> dict[str, dict[int, list[dict]]]:
         for key in sorted(places, key=lambda key: -len(places[key]))[:PROMPTS]:
             steps = sorted(places[key])
             some = np.linspace(0, len(steps) - 1, min(len(steps), TIMES)).round().astype(int)
-            groups[key] = {}
-            for step in (steps[k] for k in some):
-                groups[key][step] = [
-                    (file.seek(at), json.loads(file.readline()))[1] for at in places[key][step]
-                ]
+            groups[key] = {steps[k]: read_group(file, path, places[key][steps[k]]) for k in some}
     return groups
 
 
-def read_clips(samples: list[Sample], config: Config) -> tuple[dict[str, Clip], list[str]]:
-    """name_of -> clip, and their strips as HTML. Raises VideoError as write_page does."""
-    clips, strips = {}, []
-    for name, sample in {name_of(sample): sample for sample in samples}.items():
+def read_group(file: BinaryIO, path: Path, places: list[int]) -> list[dict]:
+    """The records that begin at these bytes of a file. Raises DataError where a truth is none."""
+    records = []
+    for place in places:
+        file.seek(place)
+        record = json.loads(file.readline())
         try:
-            steps, frames = shown_frames(sample, config.text_format.step_seconds)
-        except VideoError:
-            if config.on_bad_video != "skip":
-                raise
-            steps = shown_steps(sample, config.text_format.step_seconds)
-            clips[name] = Clip(steps, sample.width / sample.height, "")
-            continue
+            records.append(record | {"truth": read_truth(record["truth"])})
+        except ValueError as error:
+            where = f"{path}: {record['id']!r} at step {record['step']}"
+            raise DataError(f"{where}: {error}") from error
+    return records
+
+
+def read_clips(samples: list[Sample], config: Config) -> tuple[dict[str, Clip], list[str], list[str]]:
+    """name_of -> clip, their strips as HTML, and what is wrong with those that cannot be read."""
+    clips, strips, faults = {}, [], []
+    for name, sample in {name_of(sample): sample for sample in samples}.items():
+        steps, frames, fault = shown_frames(sample, config.text_format.step_seconds)
+        faults += [fault] if fault else []
         frames = np.stack([fit(frame, 2 * page.SIDE) for frame in frames])  # screens have fine pixels
         strips.append(page.strip(name, frames))
         clips[name] = Clip(steps, frames.shape[2] / frames.shape[1], name)
-    return clips, strips
+    return clips, strips, faults
 
 
 def name_of(sample: Sample) -> str:
@@ -213,10 +226,15 @@ def extremes(ranked: list[str]) -> dict[str, list[str]]:
 
 def head(config: Config, metrics: list[dict], finished: bool) -> list[str]:
     """Scores before and after, reward, and the settings that are not the defaults."""
-    steps = [line for line in metrics if line["phase"] == "grpo"]
-    done = steps[-1]["step"] if steps else 0
+    taught, steps = ([line for line in metrics if line["phase"] == phase] for phase in ("sft", "grpo"))
+    phases = [(taught, config.sft.steps, "supervised steps"), (steps, config.steps, "steps")]
+    done = [
+        f"{lines[-1]['step'] if lines else 0} of {planned} {kind}, "
+        for lines, planned, kind in phases
+        if planned
+    ]
     state = "finished" if finished else "under way or stopped"
-    words = [f"{config.model} on {config.train_annotations}: {done} of {config.steps} steps, {state}."]
+    words = [f"{config.model} on {config.train_annotations}: {''.join(done)}{state}."]
     if steps:
         few = min(10, len(steps))
         first, last = (np.mean([line["reward"] for line in part]) for part in (steps[:few], steps[-few:]))
@@ -265,7 +283,7 @@ def gains(evaluations: list[Evaluation]) -> str:
     )
 
 
-def prompts(
+def draw_prompts(
     groups: dict[str, dict[int, list[dict]]],
     samples: dict[str, Sample],
     clips: dict[str, Clip],
@@ -279,7 +297,7 @@ def prompts(
         for step, records in steps.items():
             records = sorted(records, key=lambda record: -record["rewards"]["total"])
             mean = np.mean([record["rewards"]["total"] for record in records])
-            first, *between = [sampled(record, sample, clip, config) for record in records]
+            first, *between = [draw_sampled(record, clip, config) for record in records]
             last = [between.pop()] if between else []
             column = [
                 page.heading(f"Step {step}: {len(records)} answers, mean reward {mean:.2f}"),
@@ -301,20 +319,19 @@ def prompts(
     return page.section("Sampled answers to the same prompts along the training", *parts)
 
 
-def sampled(record: dict, sample: Sample, clip: Clip, config: Config) -> str:
+def draw_sampled(record: dict, clip: Clip, config: Config) -> str:
     """One sampled answer on its frames."""
     parsed = parse_answer(record["completion"], config.think)
     words = f"reward {record['rewards']['total']:.2f}, advantage {record['advantage']:+.2f}"
-    return picture(words, parsed and parsed.in_frame(record["scale"]), sample, clip, config)
+    return draw_answer(words, parsed and parsed.in_frame(record["scale"]), record["truth"], clip)
 
 
-def picture(words: str, answer: Answer | None, sample: Sample, clip: Clip, config: Config) -> str:
-    truth = sample.truth(config.text_format.step_seconds)
+def draw_answer(words: str, answer: Answer | None, truth: Truth, clip: Clip) -> str:
     words += "" if answer else ", malformed"
     return page.paragraph(words) + page.tubes(truth, answer, clip.steps, clip.strip, clip.aspect)
 
 
-def browser(
+def draw_evaluations(
     evaluations: list[Evaluation],
     chosen: dict[str, dict[str, list[str]]],
     known: dict[str, Sample],
@@ -331,13 +348,14 @@ def browser(
             cards = []
             for key in keys:
                 sample, clip = known[key], clips[name_of(known[key])]
-                cells = [answered(e.rows[key], sample, clip, config) for e in beside if key in e.rows]
+                given = [e.answers[key] for e in beside if key in e.answers]
+                cells = [draw_held_out(answered, sample, clip, config) for answered in given]
                 cards.append(page.heading(f"{title(sample)} ({key})"))
                 cards.append(page.grid(*cells, least=clip.width))
             inside.append(page.details(f"{name} rewards", *cards, shown=True))
         rows = [
-            [key, title(known[key]), row.scored.rewards["total"], row.native["tIoU"], row.native["vIoU"]]
-            for key, row in evaluation.rows.items()
+            [key, title(known[key]), given.rewards["total"], given.native["tIoU"], given.native["vIoU"]]
+            for key, given in evaluation.answers.items()
         ]
         everything = page.table(["id", "sentence", "reward", "tIoU", "vIoU"], rows, sortable=True)
         inside.append(page.details(f"All {len(rows)} answers as numbers", everything))
@@ -350,11 +368,12 @@ def title(sample: Sample) -> str:
     return sample.sentence + (f" ({sample.question_type})" if sample.question_type else "")
 
 
-def answered(row: Row, sample: Sample, clip: Clip, config: Config) -> str:
+def draw_held_out(answered: Answered, sample: Sample, clip: Clip, config: Config) -> str:
     """A held-out answer on its frames, and its text."""
-    rewards = row.scored.rewards
-    scores = {"reward": rewards["total"], "tIoU": row.native["tIoU"], "vIoU": row.native["vIoU"]}
-    words = f"{row.name}: {', '.join(f'{name} {value:.2f}' for name, value in scores.items())}"
+    rewards, native = answered.rewards, answered.native
+    scores = {"reward": rewards["total"], "tIoU": native["tIoU"], "vIoU": native["vIoU"]}
+    words = f"{answered.name}: {', '.join(f'{name} {value:.2f}' for name, value in scores.items())}"
     terms = ", ".join(f"{name} {value:.2f}" for name, value in rewards.items() if name != "total")
-    text = page.details("text and reward terms", page.paragraph(terms), page.verbatim(row.text))
-    return picture(words, row.framed, sample, clip, config) + text
+    text = page.details("text and reward terms", page.paragraph(terms), page.verbatim(answered.text))
+    truth = sample.truth(config.text_format.step_seconds)
+    return draw_answer(words, answered.framed, truth, clip) + text

@@ -13,8 +13,8 @@ of your own, and name it in the configuration, with its weight, beside the paper
 
 It is called for every answer that parses, and sees what the built-in rewards see: an Answer whose boxes are
 in [0, 1] of the frame (answer.span, answer.think_boxes, answer.pred_boxes: step -> box), and the Truth (span,
-boxes). Whatever is here can be imported: `from rewards import giou, temporal_reward`. Total, logs, curves and
-bench follow from the name; with weight 0 it is only watched.
+boxes), and changes neither. Whatever is here can be imported: `from rewards import giou, temporal_reward`.
+Total, logs, curves and bench follow from the name; with weight 0 it is only watched.
 
 Bounds. For any text, and any truth with boxes in [0, 1]: format and consistency are 0 or 1, temporal is in
 [0, 1], one box earns GIoU - L1 >= -1 - 4, so spatial is in [-5, 1] and think in [0, 6]. With the paper's
@@ -23,16 +23,18 @@ text's integer grid that is written by format_answer, and exactly 0 for a text t
 """
 
 import functools
-import importlib.util
+import hashlib
 import math
+import re
 import reprlib
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import run_script
+from files import UserError, run_script
 from prompts import Answer, Box, Truth, parse_answer
 
 WEIGHTS = {"format": 1.0, "consistency": 1.0, "temporal": 1.0, "spatial": 1.0, "think": 0.5}  # Eq. 10
@@ -40,7 +42,8 @@ REWARDS = tuple(WEIGHTS)
 # Of the spatial reward: the weights of its two parts (Eq. 8), and two guards that are off (not in the paper).
 WEIGHTS |= {"giou": 1.0, "l1": 1.0}
 # empty_overlap: what it is where the two spans share no step that can be judged; 0 is the paper's.
-# missed_step: weight in its mean of each true step that the answer's span leaves out, which then earns -1.
+# missed_step: weight in its mean of each true step that the answer's span leaves out, which then earns -1
+# (without a common step the lower of the two).
 WEIGHTS |= {"empty_overlap": 0.0, "missed_step": 0.0}
 # What is scored and logged: the rewards, with the spatial one apart for the two lists of boxes.
 PARTS = {"spatial": ("spatial_think", "spatial_pred")}
@@ -126,15 +129,16 @@ def spatial_reward(answer: Answer, truth: Truth, which: str = "pred", weights: d
     """Mean of GIoU - L1 over the common steps, in [-5, 1] with the paper's weights; 0 if there is none.
 
     which: the list of boxes, "pred" or "think". That 0 is the paper's, and it is more than a bad box earns:
-    until boxes are better than nothing, the reward pays for missing the interval (README, "Assumptions").
+    until boxes are better than nothing, the reward pays for missing the interval (README, "Assumptions"). The
+    two guards in WEIGHTS, off by default, change that.
     """
     boxes, steps = getattr(answer, f"{which}_boxes"), common_steps(answer, truth)
     pairs = [(boxes.get(step, MISSING), truth.boxes[step]) for step in steps]
     values = [weights["giou"] * giou(b, g) - weights["l1"] * l1(b, g) for b, g in pairs]  # Eq. 8
     inside = [step for step in truth.boxes if truth.span[0] <= step <= truth.span[1]]
     missed = weights["missed_step"] * (len(inside) - len(steps))
-    if not steps and not missed:
-        return float(weights["empty_overlap"])
+    if not steps:
+        return min(weights["empty_overlap"], -1.0) if missed else float(weights["empty_overlap"])
     return (sum(values) - missed) / (len(steps) + missed)  # Eq. 6 and 7
 
 
@@ -164,41 +168,60 @@ def plugins(weights: dict) -> tuple[str, ...]:
     return tuple(name for name in weights if name not in WEIGHTS)
 
 
+def plugin_files(weights: dict) -> list[str]:
+    """The files that those functions stand in."""
+    return sorted({name.rpartition(":")[0] for name in plugins(weights)})
+
+
 def terms_of(weights: dict) -> tuple[str, ...]:
     """The names of all terms that are scored and logged: TERMS, and one's own."""
     return (*TERMS, *plugins(weights))
 
 
 @functools.cache
-def load_function(name: str) -> Callable[[Answer, Truth], float]:
-    """FILE.py:FUNCTION -> the function. FILE is relative to where you are. Raises ValueError that says what
-    is wrong with it."""
-    path, _, function = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+def load_file(path: str) -> tuple[types.ModuleType, str]:
+    """Run a file with rewards, once: the module, and a short mark of its text as it was then. path: relative
+    to where you are. Raises UserError that says what is wrong."""
+    module = types.ModuleType(path)
+    module.__file__ = str(Path(path).absolute())
+    sys.modules[path] = module  # where dataclasses, for one, look for it
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever stands in the file
+        source = Path(path).read_bytes()
+        exec(compile(source, module.__file__, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:  # whatever stands in the file
         line = _last_line(error, path)
-        raise ValueError(f"rewards: {path} cannot be loaded: {_one_line(error)}{line}; correct it") from error
+        raise UserError(f"rewards: {path} cannot be loaded: {_one_line(error)}{line}; correct it") from error
+    return module, hashlib.sha256(source).hexdigest()[:12]
+
+
+def load_function(name: str) -> Callable[[Answer, Truth], float]:
+    """FILE.py:FUNCTION -> the function. Raises UserError that says what is wrong with it."""
+    path, _, function = name.rpartition(":")
+    module, _ = load_file(path)
     if not callable(getattr(module, function, None)):
-        raise ValueError(f"rewards: {path} has no function {function!r}; write FILE.py:FUNCTION")
+        raise UserError(f"rewards: {path} has no function {function!r}; write FILE.py:FUNCTION")
     return getattr(module, function)
+
+
+def load_plugins(weights: dict) -> None:
+    """Load all of one's own, before hours of work depend on them. Raises UserError."""
+    for name in plugins(weights):
+        load_function(name)
 
 
 def call(name: str, answer: Answer, truth: Truth) -> tuple[float, str]:
     """What a function of one's own says of an answer; not a number, and what it raised, where it fails."""
     try:
         return float(load_function(name)(answer, truth)), ""
-    except Exception as error:  # ends the run, on all ranks and with the answer (Score.fault)
+    except (Exception, SystemExit) as error:  # ends the run, on all ranks and with the answer (Score.fault)
         return math.nan, f"{name} raised {_one_line(error)}{_last_line(error, name.rpartition(':')[0])}"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _last_line(error: Exception, path: str) -> str:
+def _last_line(error: BaseException, path: str) -> str:
     """Where in the file an error came up, for the end of a message."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename) == Path(path).absolute()]
@@ -229,7 +252,7 @@ def score(
     scale: (width, height) that the text's coordinates are divided by (TextFormat.scale). weights: all of
     WEIGHTS or some, and FILE.py:FUNCTION. think: False for answers without thinking boxes, whose two terms
     are then 0. An answer whose span is empty (last step < first step) keeps, by the equations, its format
-    reward alone.
+    reward alone; guards and rewards of one's own judge it, too.
     """
     weights = check_weights(weights)
     parsed = parse_answer(completion, think)
@@ -254,17 +277,15 @@ def score(
 
 
 def check_weights(weights: dict) -> dict[str, float]:
-    """All of WEIGHTS, the given ones replaced, and one's own. Raises ValueError for a name that is neither in
-    WEIGHTS nor FILE.py:FUNCTION of a function that can be loaded, and for a value that is not a number from
-    -1e6 to 1e6 (so that every reward of this file stays finite)."""
+    """All of WEIGHTS, the given ones replaced, and one's own, which are not loaded yet. Raises ValueError for
+    a name that is neither in WEIGHTS nor of the form FILE.py:FUNCTION, and for a value that is not a number
+    from -1e6 to 1e6 (so that every reward of this file stays finite)."""
     allowed = f"write numbers from -1e6 to 1e6 for any of {', '.join(WEIGHTS)}, or for FILE.py:FUNCTION"
     for key, value in weights.items():
         if not is_number(value, -1e6, 1e6):
             raise ValueError(f"rewards: the weight {key} is {reprlib.repr(value)}; {allowed}")
-        if key not in WEIGHTS:
-            if ".py:" not in str(key):
-                raise ValueError(f"rewards: there is no weight {key!r}; {allowed}")
-            load_function(key)
+        if key not in WEIGHTS and not re.fullmatch(r".+\.py:\w+", str(key)):
+            raise ValueError(f"rewards: there is no weight {key!r}; {allowed}")
     if weights.get("missed_step", 0) < 0:
         raise ValueError(f"rewards: missed_step is {weights['missed_step']}; write a number from 0 to 1e6")
     return {key: float(value) for key, value in {**WEIGHTS, **weights}.items()}

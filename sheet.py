@@ -1,6 +1,8 @@
 """The contact sheet of answers: held-out sentences from the worst to the best, as one picture of their frames
-with the boxes in the colours of STVG-o1, Fig. 3. How it reads answers and frames serves report.py as well."""
+with the boxes in the colours of STVG-o1, Fig. 3. How it reads answers and frames serves report.py as well.
+Nothing is learned from a picture, so a video that cannot be read ends none: its frames are grey."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,15 +11,15 @@ from matplotlib.figure import Figure  # used directly: no window, no global stat
 from matplotlib.lines import Line2D
 
 from config import Config, load_config
-from data import Sample, check_videos, load_samples
+from data import Sample, load_samples
 from evaluate import scale_of
-from files import DataError
+from files import DataError, short
 from metrics import native_scores, tube_from_answer
 from page import COLOURS, LIGHT
 from predictions import read_predictions
-from prompts import Answer, Box, Truth
-from rewards import Score, is_valid, score
-from video import read_clip, resize
+from prompts import Answer, Box, Truth, parse_answer
+from rewards import is_number, is_valid, score
+from video import VideoError, read_clip, resize
 
 # ----------------------------------------------------------------------------------------------------------
 # Boxes on frames
@@ -65,22 +67,24 @@ SCREEN = 2600  # two columns, where they are not wider than this
 GAP, BAR = 4, 6  # between frames; height of the bars that mark the spans
 MARGIN, HEADER, LINE = 160, 90, 30  # left of the frames, with the scores; above all; a line of text
 PALE = (226, 226, 226)  # a bar outside its span
+GREY = 192  # of the frames of a video that cannot be read
 
 
 @dataclass
-class Row:
-    """An answer, drawn and scored."""
+class Answered:
+    """An answer to a held-out sentence, and what it is worth."""
 
     name: str  # "BEFORE", "AFTER" or "STEP 100"
     text: str
-    scored: Score
+    answer: Answer | None  # in the numbers of the text; None: the text does not parse
     scale: tuple[int, int]  # of the text's coordinates
+    rewards: dict[str, float]  # terms, unweighted, and "total"
     native: dict[str, float]  # tIoU and vIoU on native frames, as in the paper's tables
 
     @property
     def framed(self) -> Answer | None:
         """The answer with its boxes in [0, 1]."""
-        return self.scored.answer and self.scored.answer.in_frame(self.scale)
+        return self.answer and self.answer.in_frame(self.scale)
 
 
 @dataclass
@@ -94,27 +98,31 @@ class Block:
 def draw_answers(run: Path, predictions: str = "predictions.jsonl", name: str = "AFTER") -> Figure:
     """The contact sheet: SAMPLES held-out sentences, evenly from the worst to the best reward of the answers
     in a file of the run folder. Those before training are drawn above them. name: what the former are
-    called. Raises DataError for records that cannot be used, VideoError."""
+    called. Raises DataError for records that cannot be used."""
     config = load_config(run / "config.yaml")
     known = held_out(config)
-    final = read_rows(run / predictions, name, known, config)
+    final = read_answers(run / predictions, name, known, config)
     before = {}
     if predictions != "predictions_before.jsonl" and (run / "predictions_before.jsonl").is_file():
-        before = read_rows(run / "predictions_before.jsonl", "BEFORE", known, config)
+        before = read_answers(run / "predictions_before.jsonl", "BEFORE", known, config)
     return draw_sheet(run.resolve().name, known, before, final, config)
 
 
 def draw_sheet(
-    name: str, known: dict[str, Sample], before: dict[str, Row], final: dict[str, Row], config: Config
+    name: str,
+    known: dict[str, Sample],
+    before: dict[str, Answered],
+    final: dict[str, Answered],
+    config: Config,
 ) -> Figure:
-    """The contact sheet of answers that have been read. name: of the run. Raises DataError, VideoError."""
+    """The contact sheet of answers that have been read. name: of the run."""
     ranked = by_reward(final)
     places = np.linspace(0, len(ranked) - 1, min(SAMPLES, len(ranked))).round().astype(int)
     chosen = [ranked[place] for place in places]
-    check_videos([known[key] for key in chosen])
     seconds = config.text_format.step_seconds
     blocks = [
-        draw_block(known[k], [rows[k] for rows in (before, final) if k in rows], seconds) for k in chosen
+        draw_block(known[key], [answers[key] for answers in (before, final) if key in answers], seconds)
+        for key in chosen
     ]
     title = f"{name}: held-out answers, worst to best of {len(ranked)}, down the columns"
     return lay_out(blocks, f"{title} (one step = {seconds:g} s)")
@@ -126,48 +134,67 @@ def held_out(config: Config) -> dict[str, Sample]:
     return {sample.id: sample for sample in samples}
 
 
-def by_reward(rows: dict[str, Row]) -> list[str]:
+def by_reward(answers: dict[str, Answered]) -> list[str]:
     """ids, from the worst answer to the best."""
-    return sorted(rows, key=lambda key: rows[key].scored.rewards["total"])
+    return sorted(answers, key=lambda key: answers[key].rewards["total"])
 
 
-def read_rows(path: Path, name: str, known: dict[str, Sample], config: Config) -> dict[str, Row]:
-    """id -> answer, scored again: only its text is needed, and what scale_of needs. Sentences whose videos
-    could not be read are left out. Raises DataError."""
-    rows = {}
+def read_answers(path: Path, name: str, known: dict[str, Sample], config: Config) -> dict[str, Answered]:
+    """id -> answer. Only its text is needed, and what scale_of needs. Sentences whose videos could not be
+    read are left out. Raises DataError."""
+    answers = {}
     for record in read_predictions(path):
         if "unreadable" in record:
             continue
         if record["id"] not in known:
             raise DataError(f"{path}: {record['id']!r} is no sentence of {config.eval_annotations}")
         sample = known[record["id"]]
-        scale = scale_of(record, sample, config)
+        text, scale = record["completion"], scale_of(record, sample, config)
+        try:
+            rewards = rewards_of(record, sample, scale, config)
+        except ValueError as error:
+            raise DataError(f"{path}: {sample.id!r}: {error}") from error
+        answer = parse_answer(text, config.think)
+        tube = tube_from_answer(answer, sample, config.text_format, scale)
+        answers[sample.id] = Answered(name, text, answer, scale, rewards, native_scores(tube, sample))
+    if not answers:
+        raise DataError(f"{path}: holds no answers; write it again with evaluate.py")
+    return answers
+
+
+def rewards_of(record: dict, sample: Sample, scale: tuple[int, int], config: Config) -> dict[str, float]:
+    """The rewards of an answer as its record has them, for the file of one's own reward may have changed since
+    then; a record without any is scored. Raises ValueError that says what is wrong with them."""
+    if "rewards" not in record:
         truth = sample.truth(config.text_format.step_seconds)
         scored = score(record["completion"], truth, scale, config.rewards, config.think)
         if scored.fault:
-            raise DataError(f"{path}: {sample.id!r}: {scored.fault}; correct the reward")
-        tube = tube_from_answer(scored.answer, sample, config.text_format, scale)
-        rows[sample.id] = Row(name, record["completion"], scored, scale, native_scores(tube, sample))
-    if not rows:
-        raise DataError(f"{path}: holds no answers; write it again with evaluate.py")
-    return rows
+            raise ValueError(f"{scored.fault}; correct the reward")
+        return scored.rewards
+    rewards, most = record["rewards"], sys.float_info.max
+    names = isinstance(rewards, dict) and "total" in rewards
+    if not names or not all(is_number(value, -most, most) for value in rewards.values()):
+        raise ValueError(f'"rewards" {short(rewards)} are not numbers with a "total"; remove the key')
+    return rewards
 
 
-def draw_block(sample: Sample, rows: list[Row], step_seconds: float) -> Block:
-    """The frames of at most STEPS steps, evenly over the clip, once for each row."""
+def draw_block(sample: Sample, answers: list[Answered], step_seconds: float) -> Block:
+    """The frames of at most STEPS steps, evenly over the clip, once for each answer."""
     truth = sample.truth(step_seconds)
-    steps, frames = shown_frames(sample, step_seconds)
+    steps, frames, fault = shown_frames(sample, step_seconds)
     side = min(SIDE, max(SIDE // 2, WIDE // len(steps)))
     strips, texts, top = [], [], LINE
-    for row in rows:
-        strip = draw_strip(frames, steps, truth, row, side)
+    for answer in answers:
+        strip = draw_strip(frames, steps, truth, answer, side)
         short = max(0, 4 * LINE - len(strip))  # room for the four lines beside it
         strips.append(np.pad(strip, ((0, short), (0, 0), (0, 0)), constant_values=255))
-        texts.append((MARGIN - 12, top + len(strips[-1]) / 2, _scores(row), {"ha": "right", "va": "center"}))
+        middle = top + len(strips[-1]) / 2
+        texts.append((MARGIN - 12, middle, _scores(answer), {"ha": "right", "va": "center"}))
         top += len(strips[-1])
     image = np.pad(np.concatenate(strips), ((LINE, LINE), (MARGIN, 0), (0, 0)), constant_values=255)
     width = image.shape[1] - MARGIN
     words = f"{sample.sentence} ({sample.question_type})" if sample.question_type else sample.sentence
+    words = f"[no video] {words}" if fault else words
     most = max(width // 11, 20)
     title = words if len(words) <= most else f"{words[: most - 4]} ..."
     texts.append((MARGIN, LINE / 2, title, {"va": "center", "weight": "bold"}))
@@ -178,24 +205,26 @@ def draw_block(sample: Sample, rows: list[Row], step_seconds: float) -> Block:
     return Block(image, texts)
 
 
-def shown_steps(sample: Sample, step_seconds: float) -> list[int]:
-    """At most STEPS steps, evenly over the clip."""
+def shown_frames(sample: Sample, step_seconds: float) -> tuple[list[int], np.ndarray, str]:
+    """At most STEPS steps, evenly over the clip, but for those that its file, which may end early, does not
+    hold; their frames, uint8 (T, H, W, 3); and why they are grey, if they are."""
     num_steps = sample.grid(step_seconds).num_steps
-    return np.linspace(0, num_steps - 1, min(num_steps, STEPS)).round().astype(int).tolist()
+    steps = np.linspace(0, num_steps - 1, min(num_steps, STEPS)).round().astype(int).tolist()
+    try:
+        frames = read_clip(sample, [i * step_seconds for i in steps])
+    except VideoError as error:
+        longest = max(sample.height, sample.width)
+        size = [max(1, round(SIDE * n / longest)) for n in (sample.height, sample.width)]
+        return steps, np.full((len(steps), *size, 3), GREY, np.uint8), str(error)
+    return steps[: len(frames)], frames, ""
 
 
-def shown_frames(sample: Sample, step_seconds: float) -> tuple[list[int], np.ndarray]:
-    """Those of shown_steps that the file holds, which may end early, and their frames, uint8 (T, H, W, 3).
-    Raises VideoError."""
-    steps = shown_steps(sample, step_seconds)
-    frames = read_clip(sample, [i * step_seconds for i in steps])
-    return steps[: len(frames)], frames
-
-
-def draw_strip(frames: np.ndarray, steps: list[int], truth: Truth, row: Row, side: int) -> np.ndarray:
+def draw_strip(
+    frames: np.ndarray, steps: list[int], truth: Truth, answered: Answered, side: int
+) -> np.ndarray:
     """One answer on the frames (T, H, W, 3) of T steps, side by side: uint8 (h, w, 3). Under a frame there is
     a green bar where the step is in the true span, and a red one where it is in the answer's."""
-    answer = row.framed
+    answer = answered.framed
     boxes = {"truth": truth.boxes, "think": {}, "pred": {}}
     spans = {"truth": truth.span, "pred": (0, -1)}
     if answer is not None:
@@ -213,11 +242,11 @@ def draw_strip(frames: np.ndarray, steps: list[int], truth: Truth, row: Row, sid
     return np.concatenate(tiles, axis=1)
 
 
-def _scores(row: Row) -> str:
-    lines = [row.name, f"reward {row.scored.rewards['total']:.2f}"]
-    if row.scored.answer is None:
+def _scores(answered: Answered) -> str:
+    lines = [answered.name, f"reward {answered.rewards['total']:.2f}"]
+    if answered.answer is None:
         return "\n".join([*lines, "malformed"])
-    return "\n".join([*lines, *(f"{name} {row.native[name]:.2f}" for name in ("tIoU", "vIoU"))])
+    return "\n".join([*lines, *(f"{name} {answered.native[name]:.2f}" for name in ("tIoU", "vIoU"))])
 
 
 def lay_out(blocks: list[Block], title: str) -> Figure:

@@ -72,7 +72,7 @@ from model import (
 from plan import print_plan
 from policy import Policy, load_policy
 from prompts import Truth
-from rewards import RewardError, Score, score
+from rewards import RewardError, Score, load_plugins, score
 from sft import supervise
 from steps import (
     adamw,
@@ -125,6 +125,7 @@ def main(arguments: list[str]) -> None:
         return
     check_trackers(config)
     check_peft(config.lora)
+    load_plugins(config.rewards)
     rank, ranks = distributed.join()
     check_batches(config, ranks)
     if config.threads:

@@ -9,8 +9,8 @@
     RUN/pictures/answers.png    held-out answers from the worst to the best, before and after training: truth
                                 green, think boxes blue, pred boxes red (STVG-o1, Fig. 3)
 
-Reads what train.py wrote (metrics.jsonl, rollouts.jsonl, predictions*.jsonl, config.yaml) and the videos;
-needs matplotlib.
+Reads what train.py wrote (metrics.jsonl, rollouts.jsonl, predictions*.jsonl, config.yaml) and the videos; the
+frames of those that have gone are grey. Rewards are those that the files hold. Needs matplotlib.
 """
 
 import io
@@ -35,9 +35,7 @@ from files import DataError, read_jsonl, run_script, write_whole
 from logs import PARTS, flatten
 from page import COLOURS, hexadecimal
 from rewards import TERMS
-from sheet import DPI, draw_answers, draw_sheet, held_out
-
-__all__ = ["draw_answers", "draw_run", "save_figure"]  # what logs.py calls
+from sheet import DPI, draw_sheet, held_out
 
 WINDOW = 10  # steps that a curve averages over
 POINTS = 500  # of a curve at most; a longer run shows every second step, or third, ...
@@ -47,9 +45,9 @@ DESCRIPTION = f"lines: mean of the last {WINDOW} steps, bands: their standard de
 def draw_run(run: Path) -> list[Path]:
     """Draw a run folder of train.py, also while it is still training (with what there is).
 
-    Returns the paths of the page and the pictures. Raises DataError where the folder is no run or a record
-    cannot be read; but a last line that is cut, by the end of a killed run, is left out. VideoError as
-    read_clip does; OSError where a picture cannot be written.
+    Returns the paths of the page and the pictures. Videos that cannot be read are said on stderr, once for
+    all. Raises DataError where the folder is no run or a record cannot be read; but a last line that is cut,
+    by the end of a killed run, is left out. OSError where a picture cannot be written.
     """
     missing = [name for name in ("config.yaml", "metrics.jsonl") if not (run / name).is_file()]
     if missing:
@@ -65,15 +63,17 @@ def draw_run(run: Path) -> list[Path]:
         evaluations = report.read_evaluations(evaluations, known, config)
         figures["area.png"] = draw_areas(report.areas(evaluations[-1], known, config))
         if evaluations[-1].name == "AFTER":
-            before = evaluations[0].rows if evaluations[0].name == "BEFORE" else {}
-            figures["answers.png"] = draw_sheet(name, known, before, evaluations[-1].rows, config)
-    page = report.write_page(
+            before = evaluations[0].answers if evaluations[0].name == "BEFORE" else {}
+            figures["answers.png"] = draw_sheet(name, known, before, evaluations[-1].answers, config)
+    page, unread = report.write_page(
         run, config, metrics, (DESCRIPTION, single), figures.get("area.png"), known, evaluations
     )
     paths = [run / "pictures" / file for file in ("run.html", *figures)]
     for path, figure in zip(paths[1:], figures.values(), strict=True):
         save_figure(figure, path)
     write_whole(paths[0], page.encode())
+    if unread:
+        print(unread, file=sys.stderr)
     return paths
 
 

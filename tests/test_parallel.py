@@ -568,22 +568,26 @@ def test_weights_that_explode(tmp_path, write_config):
     assert all(len(item["completions"]) == 4 and len(item["frames"]) for part in dumped for item in part)
 
 
-def test_a_reward_that_fails(tmp_path, write_config):
-    """On one of two ranks: both stop in that step, with the answer, once, and what they had is kept."""
+@pytest.mark.parametrize("eval_every", [0, 1])
+def test_a_reward_that_fails(tmp_path, write_config, eval_every):
+    """At the sixth answer of one of two ranks, in a step or in an evaluation: both stop there, with the
+    answer, once, and what they had is kept."""
     (tmp_path / "mine.py").write_text(
         "import os\n"
         "def f(answer, truth):\n"
         "    f.calls = getattr(f, 'calls', 0) + 1\n"
         "    return 1 / (f.calls < 6 or os.environ['RANK'] != '1')\n"
     )
-    settings = {**TOY, "batch_size": 2, "eval_limit": 1, "rewards": {f"{tmp_path}/mine.py:f": 1}}
-    path, run = write_config(tmp_path, **settings), tmp_path / "run"
+    settings = {**TOY, "batch_size": 2, "eval_limit": 2, "eval_every": eval_every}
+    path, run = write_config(tmp_path, **settings, rewards={f"{tmp_path}/mine.py:f": 1}), tmp_path / "run"
     code, _, err = finish(torchrun(2, [path], tmp_path))
     assert code != 0
-    (message,) = re.findall(r"^error: step 2: .*mine\.py:f raised ZeroDivisionError.*", err, re.M)
-    assert "(line 4); the answer was '<time>" in message and f"{run}/nonfinite_step_2.rank*.pt" in message
+    where = r"'\d\.y4m'" if eval_every else "step 2"
+    (message,) = re.findall(rf"^error: {where}: .*mine\.py:f raised ZeroDivisionError.*", err, re.M)
+    assert "(line 4); the answer was '<time>" in message
     assert (run / "checkpoint_1/state/progress.json").is_file()
-    assert (run / "nonfinite_step_2.rank1.pt").is_file()
+    if not eval_every:
+        assert f"{run}/nonfinite_step_2.rank*.pt" in message and (run / "nonfinite_step_2.rank1.pt").is_file()
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import torch
 
 import train
 from config import ConfigError, load_config
+from files import UserError
 from marks import rewards_mark, settings_of
 from prompts import Answer, Truth, format_answer
-from rewards import TERMS, check_weights, plugins, score, terms_of
+from rewards import TERMS, check_weights, load_file, load_function, load_plugins, plugins, score, terms_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two steps; boxes of an eighth of the frame, drafts of half that.
@@ -42,8 +43,6 @@ def test_it_sees_what_the_built_in_rewards_see(plugin):
     assert scored.rewards[name] == 0.5 and scored.fault == ""
     assert scored.rewards["total"] == pytest.approx(PAPER + 3 * 0.5, abs=1e-12)
     assert list(scored.rewards) == [*TERMS, name, "total"] == [*terms_of({name: 3.0}), "total"]
-    from rewards import load_function
-
     half, box = (0, 0, 0.25, 0.25), (0, 0, 0.5, 0.25)
     pred, think = {4: box, 5: box}, ((4, half), (5, half))
     assert load_function(name).seen == ((4, 5), half, pred, think, (4, 5), box)
@@ -85,18 +84,26 @@ def test_a_fault_names_the_reward_and_the_answer(plugin, body, message):
 
 
 def test_what_is_wrong_with_a_name(plugin, tmp_path):
+    """Its form is checked with the other settings; the file, where it is loaded: what was set can be read
+    without it."""
     good = plugin("return 0.0")
     assert plugins(check_weights({good: 2})) == (good,)
+    load_plugins({good: 2, "think": 1})
+    for name in ("smoothness", "mine.py", "mine:f", "mine.py:", "mine.py:f-g"):
+        with pytest.raises(ValueError, match=r"^rewards: there is no weight .*, or for FILE\.py:FUNCTION$"):
+            check_weights({name: 1.0})
     wrong = {
         f"{tmp_path}/absent.py:f": "absent.py cannot be loaded: FileNotFoundError",
         good.replace(":f", ":g"): "mine.py has no function 'g'; write FILE.py:FUNCTION",
         good.replace(":f", ":math"): "mine.py has no function 'math'",
         plugin("return (", "broken.py"): r"broken.py cannot be loaded: SyntaxError: .*; correct it",
-        "smoothness": "there is no weight 'smoothness'; write numbers .* or for FILE.py:FUNCTION",
+        plugin("pass\n1 / 0", "fails.py"): r"fails.py cannot be loaded: ZeroDivisionError: .* \(line 6\);",
+        plugin("pass\nraise SystemExit(3)", "ends.py"): "ends.py cannot be loaded: SystemExit: 3",
     }
     for name, message in wrong.items():
-        with pytest.raises(ValueError, match=rf"^rewards: .*{message}"):
-            check_weights({name: 1.0})
+        assert check_weights({name: 1.0})[name] == 1.0
+        with pytest.raises(UserError, match=rf"^rewards: .*{message}"):
+            load_plugins({name: 1.0})
     with pytest.raises(ValueError, match=r"^rewards: missed_step is -1; write a number from 0"):
         check_weights({"missed_step": -1})
 
@@ -108,22 +115,38 @@ def test_from_a_file_and_from_the_command_line(plugin, tmp_path):
     config = load_config(path)
     assert config.rewards[name] == 0.2 and config.rewards["temporal"] == 2 and config.rewards["think"] == 0.5
     assert load_config(path, [f"rewards.{name}=1.5", "rewards.think=0"]).rewards[name] == 1.5
-    with pytest.raises(ConfigError, match=r"^command line: rewards: .*gone\.py cannot be loaded"):
-        load_config(path, [f"rewards.{tmp_path}/gone.py:f=1"])
+    assert load_config(path, [f"rewards.{tmp_path}/gone.py:f=1"]).rewards[f"{tmp_path}/gone.py:f"] == 1
+    with pytest.raises(ConfigError, match=r"^command line: rewards: there is no weight 'smooth'"):
+        load_config(path, ["rewards.smooth=1"])
+
+
+def test_a_file_is_run_once_and_may_hold_what_python_files_hold(tmp_path):
+    (tmp_path / "two.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nruns = []\nruns.append(1)\n"
+        "@dataclass\nclass Seen:\n    count: int = 0\nseen = Seen()\n"
+        "def f(answer, truth):\n    seen.count += 1\n    return seen.count\n"
+        "def g(answer, truth):\n    return 10 * seen.count + len(runs)\n"
+    )
+    f, g = f"{tmp_path}/two.py:f", f"{tmp_path}/two.py:g"
+    terms = score(format_answer(ANSWER), TRUTH, weights={f: 1, g: 1}).rewards
+    assert (terms[f], terms[g]) == (1, 11)
 
 
 def test_another_text_is_another_reward(plugin, tmp_path):
-    """For checkpoints and saved answers: what stands in the file counts, wherever it lies."""
+    """For checkpoints and saved answers what stands in the file counts, as it was when it was loaded: a run
+    under way goes on by the function that it has, and says so."""
     name = plugin("return 0.0")
+    file = name.removesuffix(":f")
     path = tmp_path / "config.yaml"
     path.write_text(f"rewards: {{{name}: 0.2}}\n")
     before, marks = settings_of(load_config(path)), rewards_mark({name: 1, "think": 1})
-    assert list(marks) == [name.removesuffix(":f")]
-    assert settings_of(load_config(path)) == before
+    assert list(marks) == [file] and rewards_mark({"think": 1}) == {}
     plugin("return 1.0")
+    assert settings_of(load_config(path)) == before
+    assert score(format_answer(ANSWER), TRUTH, weights={name: 1}).rewards[name] == 0
+    load_file.cache_clear()  # as in another process
     after = settings_of(load_config(path))
-    assert {key for key in after if after[key] != before[key]} == {f"rewards.{name.removesuffix(':f')}"}
-    assert rewards_mark({"think": 1}) == {}
+    assert {key for key in after if after[key] != before[key]} == {f"rewards.{file}"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -137,6 +160,8 @@ def test_it_is_logged_like_the_others(plugin, tmp_path, write_config):
     name = plugin("return answer.end - answer.start")
     train.main([write_config(tmp_path, **TINY, rewards={name: 0.25})])
     run = tmp_path / "run"
+    (copy,) = (run / "rewards").iterdir()  # for the record
+    assert copy.read_bytes() == Path(name.removesuffix(":f")).read_bytes()
     rollouts = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["phase"] == "grpo"]

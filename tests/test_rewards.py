@@ -436,6 +436,8 @@ def test_wrong_weights_are_named(key, value):
         (text(0, 9, steps(0, 9, AWAY)), {"missed_step": 1.0}, away),
         (text(9, 9, {9: GOOD}), {"empty_overlap": -0.5}, -0.5),
         (text(9, 9, {9: GOOD}), {"empty_overlap": -0.5, "missed_step": 2.0}, -1),
+        (text(9, 9, {9: GOOD}), {"empty_overlap": -3.0, "missed_step": 0.01}, -3),
+        (text(5, 5, {5: GOOD}), {"empty_overlap": -3.0, "missed_step": 1.0}, (1 - 3) / 4),
         (text(7, 4, RIGHT), {"empty_overlap": -0.5}, -0.5),
     ],
 )
