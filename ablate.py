@@ -7,12 +7,14 @@
 Everything goes to a folder (--output, runs/ablations):
 
     base.yaml     the settings, over which each row of configs/ablations/ is laid
-    ROW_seedS/    a run of train.py, with the answers of its controls
+    ROW_seedS/    a run of train.py, with the answers of its controls in predictions_CONTROL.jsonl
     logs/         what they printed
 
 Runs are processes of their own. Started again, it goes on: a finished run stays, another continues from its
 last checkpoint (save_every). A run that fails is reported, and the others go on. After training, the whole
-method is asked again about grey, shuffled and other videos (controls.py).
+method is asked again about grey, shuffled and other videos (controls.py); what is answered already is not
+asked again. Settings with which a row would not be the paper's, such as another weight of a reward, are
+refused before anything is trained.
 """
 
 import argparse
@@ -35,10 +37,21 @@ from config import Config, ConfigError, load_config, save_config
 from controls import CONTROLS
 from data import load_samples
 from evaluate import score_predictions
-from files import UserError, read_jsonl, run_script
+from files import DataError, UserError, read_jsonl, run_script
 from marks import FREE
 from metrics import COLUMNS, Row
-from tables import PAPER, ROWS, Run, average, format_tables, markdown, read_runs
+from tables import (
+    PAPER,
+    ROWS,
+    Run,
+    average,
+    compared_settings,
+    distinction,
+    format_tables,
+    known_rows,
+    markdown,
+    read_runs,
+)
 
 ROOT = Path(__file__).parent
 OWN = ("seed", "output_dir")  # settings that each run gets here
@@ -52,7 +65,7 @@ class Task:
     name: str
     command: list[str]
     log: Path  # what it prints
-    result: Path  # a file that is there once it is done
+    result: Path | None  # a file that is there once it is done; None: it finds out by itself what is left
 
 
 def main(arguments: list[str]) -> None:
@@ -80,31 +93,33 @@ def main(arguments: list[str]) -> None:
         parser.error("--jobs: one run at a time on GPUs; for more start it again with CUDA_VISIBLE_DEVICES")
 
     started, output = time.time(), options.output
-    base = prepare(options.words, output)
     rows, seeds = dict.fromkeys(options.rows), dict.fromkeys(options.seeds)
+    base = prepare(options.words, output, list(rows))
     trainings = [training(row, seed, base, options.nproc) for seed in seeds for row in rows]
-    failures = run_tasks(trainings, options.jobs, "train")
-    runs = read_runs([task.result.parent for task in trainings if task.result.exists()])
+    failed = run_tasks(trainings, options.jobs, "train")
+    runs = read_runs([output / task.name for task in trainings if task not in failed])
     whole = [run for run in runs if run.row == WHOLE]
-    asked = [asking(run.folder, control, options.nproc) for run in whole for control in CONTROLS]
-    failures += run_tasks(asked, options.jobs, "control")
+    pairs = [(run, control) for run in whole for control in CONTROLS]
+    askings = [asking(run.folder, control, options.nproc) for run, control in pairs]
+    failed += run_tasks(askings, options.jobs, "control")
+    answered = [pair for pair, task in zip(pairs, askings, strict=True) if task not in failed]
 
     print(format_tables(runs))
     if whole:
-        print(f"\n{format_controls(whole)}")
+        print(f"\n{format_controls(whole, answered)}")
     print(f"\n{len(runs)} of {len(trainings)} runs are in {output}/; this took {time.time() - started:.0f} s")
-    if failures:
-        raise UserError(f"{len(failures)} failed, see above; started again, it goes on with them")
+    if failed:
+        raise UserError(f"{len(failed)} failed, see above; started again, it goes on with them")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # What is to be done
 
 
-def prepare(words: list[str], output: Path) -> Path:
+def prepare(words: list[str], output: Path, rows: list[str]) -> Path:
     """Write the settings beneath the rows to base.yaml: given on the command line of train.py they would lie
-    above them. Raises ConfigError for a setting that cannot be used, and where the folder holds runs with
-    others."""
+    above them. Raises ConfigError for a setting that cannot be used, where the folder holds runs with others,
+    and as check_rows does."""
     settings = [word for word in words if "=" in word]
     for word in settings:
         if word.partition("=")[0] in OWN:
@@ -120,9 +135,28 @@ def prepare(words: list[str], output: Path) -> Path:
             )
     (output / "logs").mkdir(parents=True, exist_ok=True)
     save_config(config, base)
+    check_rows(base, rows)
     if config.toy:
         toy.make_world(config.videos)  # now, and not in two runs at the same time
     return base
+
+
+def check_rows(base: Path, rows: list[str]) -> None:
+    """Raises ConfigError, which names the settings that are to blame, unless each row laid over base.yaml is
+    still that row: what is trained would stand in no table, or in another's place."""
+    known, spoilt = known_rows(), {}  # spoilt: a setting -> the rows that it changes
+    for row in rows:
+        config = load_config([base, ROWS / f"{row}.yaml"])
+        ours, theirs = distinction(config), known[row]
+        keys = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+        if keys:  # the first: without steps, for one, no reward counts
+            setting = f"{keys[0]}: {compared_settings(config)[keys[0]]}"
+            spoilt.setdefault(setting, []).append(row)
+    if spoilt:
+        blamed = "; ".join(f"{setting} (beneath {', '.join(names)})" for setting, names in spoilt.items())
+        raise ConfigError(
+            f"{blamed}: these would be no rows of the paper's; leave it out, or name other --rows"
+        )
 
 
 def fixed(config: Config) -> dict:
@@ -143,10 +177,11 @@ def training(row: str, seed: int, base: Path, nproc: int) -> Task:
 
 
 def asking(run: Path, control: str, nproc: int) -> Task:
-    """The run's model, asked about other frames."""
-    name = f"{run.name}_{control}"
-    command = [*script("evaluate.py", nproc), str(run), "--control", control]
-    return Task(name, command, log_of(name, run.parent), control_answers(run, control))
+    """The run's model, asked about other frames where it has not been yet; fails where the file for the answers
+    holds some that were made in another way."""
+    name, output = f"{run.name}_{control}", str(control_answers(run, control))
+    command = [*script("evaluate.py", nproc), str(run), "--control", control, "--output", output]
+    return Task(name, command, log_of(name, run.parent), None)
 
 
 def log_of(name: str, output: Path) -> Path:
@@ -161,6 +196,7 @@ def control_answers(run: Path, control: str) -> Path:
 def script(name: str, nproc: int) -> list[str]:
     """The beginning of a command: on one process plain Python, which ends an error in one line."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    torchrun.append("--shutdown-timeout=600")  # seconds to finish a step and save; without it they are 30
     return [sys.executable, *(torchrun if nproc > 1 else []), str(ROOT / name)]
 
 
@@ -168,15 +204,15 @@ def script(name: str, nproc: int) -> list[str]:
 # Processes
 
 
-def run_tasks(tasks: list[Task], jobs: int, name: str) -> list[str]:
-    """Run those that are not done yet, `jobs` at a time; return what went wrong, which is printed, too.
+def run_tasks(tasks: list[Task], jobs: int, name: str) -> list[Task]:
+    """Run those that are not done yet, `jobs` at a time; return those that failed, of which is printed why.
 
     An exception in here, such as Ctrl-C, ends the processes: train.py finishes its step and saves, or, after
-    another Ctrl-C, is killed.
+    another Ctrl-C, is killed with all that it has started.
     """
-    waiting = [task for task in tasks if not task.result.exists()]
+    waiting = [task for task in tasks if not (task.result and task.result.exists())]
     running: dict[subprocess.Popen, Task] = {}
-    failures = []
+    failed = []
     with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), desc=name, unit="run") as bar:
         try:
             while waiting or running:
@@ -188,12 +224,13 @@ def run_tasks(tasks: list[Task], jobs: int, name: str) -> list[str]:
                 for process in [process for process in running if process.poll() is not None]:
                     task = running.pop(process)
                     bar.update()
-                    if process.returncode or not task.result.exists():  # stopped by a signal, it returns 0
-                        failures.append(f"{task.name} failed: {last_line(task.log)} ({task.log})")
-                        bar.write(failures[-1], file=sys.stderr)
+                    stopped = task.result and not task.result.exists()  # by a signal; it returns 0
+                    if process.returncode or stopped:
+                        failed.append(task)
+                        bar.write(f"{task.name} failed: {last_line(task.log)} ({task.log})", file=sys.stderr)
         finally:
             end(list(running))
-    return failures
+    return failed
 
 
 def start(task: Task) -> subprocess.Popen:
@@ -205,16 +242,35 @@ def start(task: Task) -> subprocess.Popen:
 
 
 def end(processes: list[subprocess.Popen]) -> None:
+    """Ask them to end, and wait for that; on Ctrl-C kill them, and all that they have started."""
     for process in processes:
         process.terminate()
     try:
         for process in processes:
             process.wait()
     except KeyboardInterrupt:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):  # it has ended by now
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks, too
+        for process in [process for process in processes if process.poll() is None]:
+            started = descendants(process.pid)  # before they are orphans
+            process.kill()
+            for number in started:
+                with contextlib.suppress(ProcessLookupError):  # it has ended by now
+                    os.kill(number, signal.SIGKILL)
         raise
+
+
+def descendants(process: int) -> list[int]:
+    """The numbers of all processes that it has started, those that they have started, and so on; on a system
+    without /proc none. torchrun's ranks are in sessions of their own, so that no signal to a group of
+    processes reaches them."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended by now
+            _, _, after_name = path.read_bytes().rpartition(b")")  # a name may have spaces and brackets
+            children.setdefault(int(after_name.split()[1]), []).append(int(path.parent.name))
+    found = [process]
+    for number in found:  # which grows
+        found += children.get(number, [])
+    return found[1:]
 
 
 def last_line(log: Path) -> str:
@@ -228,10 +284,12 @@ def last_line(log: Path) -> str:
 # The controls' table
 
 
-def format_controls(runs: list[Run]) -> str:
-    """Scores of the same models on real and on other videos, as a table in Markdown."""
+def format_controls(runs: list[Run], answered: list[tuple[Run, str]]) -> str:
+    """Scores of the same models on real and on other videos, as a table in Markdown. answered: which of the
+    runs have answered which control."""
     shown = {"the videos": [run.scores for run in runs]}
-    shown |= {text: control_scores(runs, control) for control, text in CONTROLS.items()}
+    for control, text in CONTROLS.items():
+        shown[text] = [control_scores(run, control) for run, asked in answered if asked == control]
     lines = [["", "runs", *COLUMNS]]
     for name, scores in shown.items():
         cells = [average([row[column] for row in scores]) for column in COLUMNS]
@@ -239,16 +297,17 @@ def format_controls(runs: list[Run]) -> str:
     return f"Controls: RFT + thinking boxes, asked about other frames\n\n{markdown(lines)}"
 
 
-def control_scores(runs: list[Run], control: str) -> list[Row]:
-    """The scores of the runs that have been asked, protocol native."""
-    scores = []
-    for run in runs:
-        config, answers = run.config, control_answers(run.folder, control)
-        if answers.exists():
-            data = (config.dataset, config.eval_annotations, config.videos, config.vidor)
-            samples = load_samples(*data)[0][: config.eval_limit or None]
-            scores.append(score_predictions(read_jsonl(answers, "id"), samples, config)["native"])
-    return scores
+def control_scores(run: Run, control: str) -> Row:
+    """The scores of a run's answers about other frames, protocol native. Raises DataError where a sentence of
+    the held-out split has none, which would count as a failure."""
+    config, path = run.config, control_answers(run.folder, control)
+    data = (config.dataset, config.eval_annotations, config.videos, config.vidor)
+    samples = load_samples(*data)[0][: config.eval_limit or None]
+    answers = {answer["id"]: answer for answer in read_jsonl(path, "id")}  # maybe beyond eval_limit, too
+    missing = [sample.id for sample in samples if sample.id not in answers]
+    if missing:
+        raise DataError(f"{path}: {len(missing)} sentences have no answer; start ablate.py again")
+    return score_predictions([answers[sample.id] for sample in samples], samples, config)["native"]
 
 
 if __name__ == "__main__":

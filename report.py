@@ -79,12 +79,8 @@ def write_page(
     shown = [trained[key] for key in groups]
     shown += [known[key] for parts in chosen.values() for keys in parts.values() for key in keys]
     clips, strips, faults = read_clips(shown, config)
-    unread = ""
-    if faults:
-        unread = (
-            f"{len(faults)} of the {len(clips)} clips shown cannot be read, and their frames are grey; the"
-        )
-        unread += f" first: {faults[0]}"
+    count = f"{len(faults)} of the {len(clips)} clips shown cannot be read"
+    unread = f"{count}, and their frames are grey; the first: {faults[0]}" if faults else ""
     parts = [
         *strips,
         *([page.paragraph(unread)] if unread else []),

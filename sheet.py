@@ -163,8 +163,8 @@ def read_answers(path: Path, name: str, known: dict[str, Sample], config: Config
 
 
 def rewards_of(record: dict, sample: Sample, scale: tuple[int, int], config: Config) -> dict[str, float]:
-    """The rewards of an answer as its record has them, for the file of one's own reward may have changed since
-    then; a record without any is scored. Raises ValueError that says what is wrong with them."""
+    """The rewards of an answer as its record has them, since the file of one's own rewards may have changed;
+    a record without any is scored. Raises ValueError that says what is wrong with them."""
     if "rewards" not in record:
         truth = sample.truth(config.text_format.step_seconds)
         scored = score(record["completion"], truth, scale, config.rewards, config.think)

@@ -4,9 +4,11 @@
 
 A run is recognised by its settings, not by its name: reinforcement learning or not, supervised steps or not,
 thinking boxes or not, and the rewards, as the files in configs/ablations/ set them, one for each row. Runs of
-a row must agree in everything else but the seed. The whole method is a row of every table.
+a row must agree in all else that is learned from but the seed (check_alike). The whole method is a row of
+every table.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -78,12 +80,17 @@ class Run:
 
 def read_runs(paths: list[str | Path]) -> list[Run]:
     """Finished runs of train.py. Raises DataError that names the folder which is none."""
-    known = {distinction(load_config(ROWS / f"{row}.yaml")): row for row in PAPER}
+    known = known_rows()
     return [read_run(Path(path), known) for path in paths]
 
 
-def read_run(folder: Path, known: dict[tuple, str]) -> Run:
-    """known: distinction -> file in ROWS."""
+def known_rows() -> dict[str, dict]:
+    """File in ROWS -> its distinction."""
+    return {row: distinction(load_config(ROWS / f"{row}.yaml")) for row in PAPER}
+
+
+def read_run(folder: Path, known: dict[str, dict]) -> Run:
+    """known: as of known_rows."""
     for name in ("config.yaml", "summary.json"):
         if not (folder / name).is_file():
             raise DataError(
@@ -95,33 +102,43 @@ def read_run(folder: Path, known: dict[tuple, str]) -> Run:
     scores = get(str(summary), content, "after") if isinstance(content, dict) else None
     if not isinstance(scores, dict) or not scores.keys() >= set(COLUMNS):
         raise DataError(f"{summary}: holds no scores after training; was it written by train.py?")
-    return Run(folder, config, scores, known.get(distinction(config), ""))
+    ours = distinction(config)
+    return Run(folder, config, scores, next((row for row, theirs in known.items() if theirs == ours), ""))
 
 
-def distinction(config: Config) -> tuple:
-    """What tells the rows of Tables 5-8 apart. A reward of one's own with weight 0 is only watched."""
-    rewards = {name: weight for name, weight in config.rewards.items() if weight or name in WEIGHTS}
-    learns = config.steps > 0
-    return learns, config.sft.steps > 0, config.think, tuple(sorted(rewards.items())) if learns else ()
+def distinction(config: Config) -> dict:
+    """What tells the rows of Tables 5-8 apart, by dotted names: whether there are steps, thinking boxes, and
+    with which rewards it learns. A reward of one's own with weight 0 is only watched."""
+    learns = {"steps": config.steps > 0, "sft.steps": config.sft.steps > 0, "think": config.think}
+    if config.steps:
+        used = {name: weight for name, weight in config.rewards.items() if weight or name in WEIGHTS}
+        learns |= {f"rewards.{name}": weight for name, weight in used.items()}
+    return learns
+
+
+def compared_settings(config: Config) -> dict:
+    """All settings that matter for the scores, by dotted names: those that must stay when a run goes on, and
+    what it begins with, learns from, and for how long."""
+    more = ("model", "train_annotations", "steps")
+    return settings_of(config) | {name: getattr(config, name) for name in more}
 
 
 def check_alike(runs: list[Run]) -> None:
     """Raises DataError where runs would be averaged, or compared, that differ in more than they should: those
-    of one row in the seed, those of different rows in what may make up a row."""
-    of_rows = {"seed", "think", "rewards", "sft", "model"}  # the toy's model that does not think is another
-    firsts = {}
-    for run in runs:
-        settings = settings_of(run.config) | {"model": run.config.model, "steps": run.config.steps}
-        learning = "with steps" if run.config.steps else "without"
-        for group, free in ((run.row, {"seed"}), (learning, of_rows), ("all", of_rows | {"steps"})):
-            first, theirs = firsts.setdefault(group, (run, settings))
-            for key in {**settings, **theirs}:
-                ours, other = settings.get(key), theirs.get(key)
-                if key.split(".")[0] not in free and ours != other:
-                    raise DataError(
-                        f"{run.folder}: {key} is {ours}, in {first.folder} it is {other}; leave out one of"
-                        " them"
-                    )
+    of one row in the seed, those of different rows in what may make up a row, and in the number of steps
+    where one has none. The model may be another where one thinks and one does not: the toy's have learned
+    different answers."""
+    settings = [compared_settings(run.config) for run in runs]
+    for (first, theirs), (run, ours) in itertools.combinations(zip(runs, settings, strict=True), 2):
+        free = {"seed"} if run.row == first.row else {"seed", "think", "rewards", "sft"}
+        free |= {"model"} if ours["think"] != theirs["think"] else set()
+        free |= {"steps"} if not (ours["steps"] and theirs["steps"]) else set()
+        for key in {**ours, **theirs}:
+            one, other = ours.get(key), theirs.get(key)
+            if key.split(".")[0] not in free and one != other:
+                raise DataError(
+                    f"{run.folder}: {key} is {one}, in {first.folder} it is {other}; leave out one of them"
+                )
 
 
 # ----------------------------------------------------------------------------------------------------------

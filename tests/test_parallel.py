@@ -570,13 +570,13 @@ def test_weights_that_explode(tmp_path, write_config):
 
 @pytest.mark.parametrize("eval_every", [0, 1])
 def test_a_reward_that_fails(tmp_path, write_config, eval_every):
-    """At the sixth answer of one of two ranks, in a step or in an evaluation: both stop there, with the
-    answer, once, and what they had is kept."""
+    """At the sixth answer that parses of one of two ranks, in a step, or at the fifth, in an evaluation: both
+    stop there, with the answer, once, and what they had is kept."""
     (tmp_path / "mine.py").write_text(
         "import os\n"
         "def f(answer, truth):\n"
         "    f.calls = getattr(f, 'calls', 0) + 1\n"
-        "    return 1 / (f.calls < 6 or os.environ['RANK'] != '1')\n"
+        f"    return 1 / (f.calls < {6 - eval_every} or os.environ['RANK'] != '1')\n"
     )
     settings = {**TOY, "batch_size": 2, "eval_limit": 2, "eval_every": eval_every}
     path, run = write_config(tmp_path, **settings, rewards={f"{tmp_path}/mine.py:f": 1}), tmp_path / "run"

@@ -1,6 +1,8 @@
 """visualize.py: pixels of the pictures and numbers of the curves, from run folders made by hand."""
 
+import base64
 import dataclasses
+import io
 import json
 import re
 import subprocess
@@ -20,19 +22,21 @@ from test_page import HOSTILE, Tables
 import report
 import sheet
 import visualize
-from config import Config, save_config
+from config import Config, Sft, save_config
 from data import load_samples
 from files import DataError, read_jsonl
 from logs import PARTS
 from page import COLOURS, LIGHT
 from prompts import Answer, Truth, format_answer, parse_answer, truth_answer
 from rewards import TERMS, score
-from sheet import Row, draw_strip, fit, overlay
-from video import VideoError
+from sheet import Answered, draw_strip, fit, overlay
 from visualize import curve, draw_curves, draw_run, panels_of, runs_of, trailing
 
 ROOT = Path(__file__).parent.parent
 GREEN, BLUE, RED = (COLOURS[name] for name in ("truth", "think", "pred"))
+HONEST = (
+    "<time> 2 - 2 </time> <think_bbox> 2. [0, 0, 9, 9] </think_bbox> <pred_bbox> 2. [0, 0, 9, 9] </pred_bbox>"
+)
 GREY = 255 - round((255 - 100) * LIGHT)  # what becomes of a pixel of 100
 
 
@@ -99,7 +103,8 @@ def sampled(videos):
             text = format_answer(Answer(2, 3, tuple(think), tuple(pred))) if generation < 3 else "no idea"
             rewards = score(text, truth).rewards
             record = {"step": step, "id": f"{k}.y4m", "generation": generation, "completion": text}
-            record |= {"scale": [1000, 1000], "rewards": rewards, "advantage": 1.5 - generation}
+            record |= {"truth": {"span": truth.span, "boxes": truth.boxes}, "scale": [1000, 1000]}
+            record |= {"rewards": rewards, "advantage": 1.5 - generation}
             lines.append(record)
     return lines
 
@@ -184,7 +189,8 @@ def test_bars_mark_the_spans_beneath_the_frames():
     truth = Truth((1, 2), {1: (0.2, 0.2, 0.8, 0.8), 2: (0.2, 0.2, 0.8, 0.8)})
     items = tuple((step, (200, 200, 800, 800)) for step in (2, 3))
     scored = score(format_answer(Answer(2, 3, items, items)), truth)
-    strip = draw_strip(grey_frames(5), list(range(5)), truth, Row("AFTER", "", scored, (1000, 1000), {}), 56)
+    answered = Answered("AFTER", "", scored.answer, (1000, 1000), scored.rewards, {})
+    strip = draw_strip(grey_frames(5), list(range(5)), truth, answered, 56)
     tiles = [strip[:, k * (56 + sheet.GAP) :][:, :56] for k in range(5)]
     under = [tile[56:, 28].tolist() for tile in tiles]
     assert [list(GREEN) in column for column in under] == [False, True, True, False, False]
@@ -317,7 +323,7 @@ def test_pictures_of_a_run(drawn):
 
 def test_the_sheet_shows_the_worst_and_the_best(tmp_path):
     run = make_run(tmp_path)
-    words = [text.get_text() for text in visualize.draw_answers(run).texts]
+    words = [text.get_text() for text in sheet.draw_answers(run).texts]
     rows = [text.split("\n") for text in words if text.startswith(("BEFORE", "AFTER"))]
     assert [row[0] for row in rows] == ["BEFORE", "AFTER"] * 8
     assert rows[0] == ["BEFORE", "reward 0.00", "malformed"]
@@ -339,13 +345,13 @@ def test_the_sheet_of_an_evaluation_along_the_way(tmp_path):
         ("predictions_5.jsonl", "STEP 5", ["BEFORE", "STEP 5"] * 2),
         ("predictions_before.jsonl", "STEP 0", ["STEP 0"] * 2),
     ):
-        words = [text.get_text() for text in visualize.draw_answers(run, name, step).texts]
+        words = [text.get_text() for text in sheet.draw_answers(run, name, step).texts]
         assert [word.split("\n")[0] for word in words if "\n" in word] == expected
 
 
 def test_texts_of_the_sheet_do_not_overlap(tmp_path):
     run = make_run(tmp_path)
-    figure = visualize.draw_answers(run)
+    figure = sheet.draw_answers(run)
     FigureCanvasAgg(figure).draw()
     boxes = [text.get_window_extent() for text in [*figure.texts, *figure.legends[0].get_texts()]]
     assert len(boxes) > 70
@@ -356,7 +362,7 @@ def test_texts_of_the_sheet_do_not_overlap(tmp_path):
 
 def test_long_clips_show_twelve_steps(tmp_path):
     run = make_run(tmp_path, videos=1, seconds=30)
-    words = [text.get_text() for text in visualize.draw_answers(run).texts]
+    words = [text.get_text() for text in sheet.draw_answers(run).texts]
     steps = [int(word) for word in words if word.isdigit()]
     assert len(steps) == 11 and steps[-1] == 29  # "step 0" is the twelfth
 
@@ -380,7 +386,7 @@ def test_a_perfect_answer_is_last(tmp_path):
     records = read_jsonl(run / "predictions.jsonl", "completion")
     records[0]["completion"] = perfect
     write_jsonl(run / "predictions.jsonl", records)
-    words = [text.get_text() for text in visualize.draw_answers(run).texts]
+    words = [text.get_text() for text in sheet.draw_answers(run).texts]
     assert [w for w in words if w.startswith("AFTER")][-1] == "AFTER\nreward 5.00\ntIoU 1.00\nvIoU 1.00"
 
 
@@ -472,8 +478,8 @@ def test_an_id_may_stand_in_both_splits_and_sentences_may_share_a_clip(tmp_path)
     config = visualize.load_config(make_run(tmp_path, videos=2, seconds=30) / "config.yaml")
     first, second = sheet.held_out(config).values()
     other, again = dataclasses.replace(second, id=first.id), dataclasses.replace(first, sentence="it goes")
-    clips, strips = report.read_clips([first, other, again], config)
-    assert len(clips) == len(strips) == 2
+    clips, strips, faults = report.read_clips([first, other, again], config)
+    assert len(clips) == len(strips) == 2 and faults == []
     assert report.name_of(first) == report.name_of(again) != report.name_of(other)
     clip = clips[report.name_of(first)]
     assert (clip.steps[0], clip.steps[-1], len(clip.steps), clip.aspect) == (0, 29, 12, 1)
@@ -528,22 +534,174 @@ def test_a_run_without_thinking_boxes(tmp_path):
     assert ">think boxes</text>" not in text
 
 
-def test_videos_that_cannot_be_read_leave_grey_frames(tmp_path):
+def strips_of(text):
+    """The picture of each strip on a page, uint8 (h, w, 3), and the number of times it is shown."""
+    strips = {}
+    for name, data in re.findall(r'<symbol id="([^"]*)".*?base64,([^"]*)"', text):
+        image = imread(io.BytesIO(base64.b64decode(data)), format="png")[:, :, :3]
+        strips[name] = (image * 255).round().astype(np.uint8), text.count(f'<use href="#{name}"')
+    return list(strips.values())
+
+
+@pytest.mark.parametrize("choice", ["error", "skip"])
+def test_a_video_that_cannot_be_read_leaves_grey_frames(tmp_path, choice, capsys):
     run = make_run(tmp_path, videos=3)
     (tmp_path / "videos" / "0.y4m").write_bytes(b"no video")
     records = read_jsonl(run / "predictions.jsonl")
     records[0] = {"id": "0.y4m", "completion": "", "unreadable": True}
     write_jsonl(run / "predictions.jsonl", records)
-    with pytest.raises(VideoError, match=r"0\.y4m"):  # sampled, and answered before
-        draw_run(run)
     text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("on_bad_video: error", "on_bad_video: skip"))
+    (run / "config.yaml").write_text(text.replace("on_bad_video: error", f"on_bad_video: {choice}"))
     text = page_of(run)
-    assert text.count("<symbol") == 2
-    assert (
-        text.count('<use href="#strip') == text.count('<svg class="tubes"') - 12 - 1
-    )  # 3 steps of 4; before
+    said = "1 of the 3 clips shown cannot be read, and their frames are grey; the first: "
+    said += f"{tmp_path}/videos/0.y4m: 8 bytes that cannot be opened as a video (incomplete, or of an unknown"
+    said += " codec); fetch or re-encode the file, or remove its annotation"
+    assert f"<p>{said}</p>" in text and capsys.readouterr().err == said + "\n"
+    strips = strips_of(text)
+    assert [(set(np.unique(image)), shown) for image, shown in strips] == [
+        ({sheet.GREY}, 3 * 4 + 1),  # sampled at 3 steps, and answered before
+        ({100}, 4 * 4 + 2 * 2),  # at 4 steps; before and after, at each of the two
+        ({100}, 4 + 2 * 2),
+    ]
     assert "All 2 answers as numbers" in text and "All 3 answers as numbers" in text
+    assert "no video" not in "".join(text.get_text() for text in sheet.draw_answers(run).texts)  # none left
+
+
+def test_a_run_without_its_videos(tmp_path, capsys):
+    """As one that was copied from another machine: all that can be drawn is drawn."""
+    run = make_run(tmp_path, videos=4)
+    before = [imread(path) for path in draw_run(run)[1:]]
+    assert capsys.readouterr().err == ""
+    (tmp_path / "videos").rename(tmp_path / "elsewhere")
+    visualize.main([str(run)])
+    out, err = capsys.readouterr()
+    paths = [run / "pictures" / name for name in ("run.html", "curves.png", "area.png", "answers.png")]
+    assert out == "".join(f"{path}\n" for path in paths)
+    said = "4 of the 4 clips shown cannot be read, and their frames are grey; the first: "
+    said += f"{tmp_path}/videos/0.y4m: no such video file; check the folder given as `videos`"
+    text = paths[0].read_text(encoding="utf-8")
+    assert err == said + "\n" and f"<p>{said}</p>" in text
+    assert [set(np.unique(image)) for image, _ in strips_of(text)] == [{sheet.GREY}] * 4
+    curves, areas, answers = map(imread, paths[1:])
+    assert (curves == before[0]).all() and (areas == before[1]).all()
+    # The same sheet but for the frames, and the words before each sentence.
+    assert answers.shape == before[2].shape
+    colours = [(np.round(answers[:, :, :3] * 255) == colour).all(2) for colour in (GREEN, BLUE, RED)]
+    assert [mask.sum() for mask in colours] == [
+        (np.round(before[2][:, :, :3] * 255) == colour).all(2).sum() for colour in (GREEN, BLUE, RED)
+    ]
+    words = [text.get_text() for text in sheet.draw_answers(run).texts]
+    assert words.count("[no video] the $quare moves_left from $here") == 4
+
+
+@pytest.mark.parametrize(("size", "shape"), [((1920, 1080), (94, 168)), ((2, 9000), (168, 1))])
+def test_grey_frames_have_the_shape_of_the_video(tmp_path, size, shape):
+    sample = sheet.held_out(visualize.load_config(make_run(tmp_path, videos=1) / "config.yaml"))["0.y4m"]
+    width, height = size
+    gone = dataclasses.replace(sample, video="gone.mp4", width=width, height=height)
+    steps, frames, fault = sheet.shown_frames(gone, 1.0)
+    assert steps == [0, 1, 2, 3, 4, 5] and frames.shape == (6, *shape, 3) and fault.startswith("gone.mp4: ")
+
+
+def test_a_sampled_answer_stands_beside_the_truth_it_was_judged_by(tmp_path):
+    """Of the true steps 2 and 3 the video showed the first only, which is what the record says."""
+    run = make_run(tmp_path, videos=1)
+    lines = [line for line in sampled(1) if line["step"] == 5]
+    cut = {"span": [2, 2], "boxes": {"2": [0.25, 0.25, 0.5, 0.75]}}
+    write_jsonl(run / "rollouts.jsonl", [line | {"truth": cut} for line in lines])
+    text = page_of(run)
+    trained, held_out = text.split("<h2>Held-out answers</h2>")
+    spans = re.compile(r'aria-label="truth steps (\d) to (\d)')
+    assert spans.findall(trained) == [("2", "2")] * 4 and set(spans.findall(held_out)) == {("2", "3")}
+    assert trained.count('<rect class="box truth"') == 4
+    write_jsonl(run / "rollouts.jsonl", [line | {"truth": cut | {"span": [2]}} for line in lines])
+    said = r"rollouts\.jsonl: '0\.y4m' at step 5: truth span \[2\]: write \[first, last\]"
+    with pytest.raises(DataError, match=said):
+        draw_run(run)
+
+
+def test_steps_that_are_done(tmp_path):
+    run = make_run(tmp_path, videos=1)
+    config = visualize.load_config(run / "config.yaml")
+
+    def said(sft, steps, metrics, finished):
+        planned = dataclasses.replace(config, model="m", train_annotations="a", steps=steps, sft=Sft(sft))
+        return re.match(
+            r"<p>m on a: (.*?)\.( Mean reward.*)?</p>", report.head(planned, metrics, finished)[0]
+        )[1]
+
+    assert said(1, 0, METRICS[1:2], True) == "1 of 1 supervised steps, finished"
+    assert said(4, 12, METRICS[1:2], False) == (
+        "1 of 4 supervised steps, 0 of 12 steps, under way or stopped"
+    )
+    assert said(1, 12, METRICS[:5], False) == ("1 of 1 supervised steps, 3 of 12 steps, under way or stopped")
+    assert said(0, 12, METRICS, True) == "12 of 12 steps, finished"
+    assert said(0, 0, METRICS[:1], True) == "finished"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rewards of the time when the answers were given
+
+
+def with_own_reward(tmp_path):
+    """A run whose reward is the built-in ones and a tenth of what a file says, which is 7; the file; what the
+    run's answers have earned, by id."""
+    run, own = make_run(tmp_path, videos=2), tmp_path / "own.py"
+    own.write_text("def seven(answer, truth):\n    return 7\n")
+    name = f"{own}:seven"
+    config = visualize.load_config(run / "config.yaml", [f"rewards.{name}=0.1"])
+    save_config(config, run / "config.yaml")
+    records, totals = read_jsonl(run / "predictions.jsonl"), {}
+    for record, sample in zip(records, sheet.held_out(config).values(), strict=True):
+        rewards = score(record["completion"], sample.truth(1.0)).rewards
+        totals[record["id"]] = rewards["total"] + 0.7
+        record["rewards"] = rewards | {name: 7.0, "total": rewards["total"] + 0.7}
+    write_jsonl(run / "predictions.jsonl", records)
+    (run / "predictions_before.jsonl").unlink()
+    return run, own, totals
+
+
+def rewards_on(text):
+    """id -> reward, of the table with all answers of the last evaluation."""
+    return {row[0]: row[2] for row in Tables(text).tables[-1][1:]}
+
+
+@pytest.mark.parametrize("own_file", ["edited", "gone"])
+def test_rewards_are_those_of_the_record(tmp_path, own_file):
+    run, own, totals = with_own_reward(tmp_path)
+    own.unlink() if own_file == "gone" else own.write_text("def seven(answer, truth):\n    return 997\n")
+    visualize.main([str(run)])
+    text = (run / "pictures" / "run.html").read_text(encoding="utf-8")
+    expected = {key: f"{total:.2f}" for key, total in totals.items()}
+    assert rewards_on(text) == expected and f"{own}:seven 7.00" in text
+    words = [text.get_text().split("\n") for text in sheet.draw_answers(run).texts]
+    assert [word[1] for word in words if word[0] == "AFTER"] == [f"reward {r}" for r in expected.values()]
+
+
+def test_answers_without_rewards_are_scored(tmp_path):
+    run, own, totals = with_own_reward(tmp_path)
+    records = read_jsonl(run / "predictions.jsonl")
+    write_jsonl(run / "predictions.jsonl", [{k: r[k] for k in ("id", "completion")} for r in records])
+    assert rewards_on(page_of(run)) == {key: f"{total:.2f}" for key, total in totals.items()}
+
+
+def test_answers_without_rewards_whose_reward_has_gone(tmp_path):
+    run, own, _ = with_own_reward(tmp_path)
+    own.unlink()
+    write_jsonl(run / "predictions.jsonl", [{"id": "0.y4m", "completion": HONEST}])
+    with pytest.raises(
+        DataError, match=rf"predictions\.jsonl: '0\.y4m': {own}:seven raised .*{own} cannot be"
+    ):
+        draw_run(run)
+
+
+@pytest.mark.parametrize("rewards", [5, [], {}, {"format": 1.0}, {"total": "5"}, {"total": float("nan")}])
+def test_rewards_that_are_none(tmp_path, rewards):
+    run = make_run(tmp_path, videos=1)
+    write_jsonl(run / "predictions.jsonl", [{"id": "0.y4m", "completion": "x", "rewards": rewards}])
+    said = r"predictions\.jsonl: '0\.y4m': \"rewards\" .* are not numbers with a \"total\"; remove the key"
+    with pytest.raises(DataError, match=said):
+        draw_run(run)
 
 
 def test_question_types(tmp_path):
@@ -620,8 +778,9 @@ def test_a_video_that_is_not_the_annotated_one(tmp_path):
     run = make_run(tmp_path, videos=1)
     path = tmp_path / "eval.json"
     path.write_text(path.read_text().replace('"img_num": 12', '"img_num": 40'))
-    with pytest.raises(VideoError, match=r"0\.y4m: lasts 6\.00 s, but its annotation says 20\.00 s"):
-        draw_run(run)
+    text = page_of(run)
+    assert "0.y4m: lasts 6.00 s, but its annotation says 20.00 s" in text
+    assert [set(np.unique(image)) for image, _ in strips_of(text)] == [{sheet.GREY}]
 
 
 def test_no_space_for_pictures(tmp_path, full_disk):
