@@ -154,9 +154,7 @@ def check_rows(base: Path, rows: list[str]) -> None:
             spoilt.setdefault(setting, []).append(row)
     if spoilt:
         blamed = "; ".join(f"{setting} (beneath {', '.join(names)})" for setting, names in spoilt.items())
-        raise ConfigError(
-            f"{blamed}: these would be no rows of the paper's; leave it out, or name other --rows"
-        )
+        raise ConfigError(f"{blamed}: such rows are not the paper's; leave it out, or name other --rows")
 
 
 def fixed(config: Config) -> dict:
@@ -177,8 +175,8 @@ def training(row: str, seed: int, base: Path, nproc: int) -> Task:
 
 
 def asking(run: Path, control: str, nproc: int) -> Task:
-    """The run's model, asked about other frames where it has not been yet; fails where the file for the answers
-    holds some that were made in another way."""
+    """The run's model, asked about other frames where it has not been yet; an error where the file for the
+    answers holds some that were made in another way."""
     name, output = f"{run.name}_{control}", str(control_answers(run, control))
     command = [*script("evaluate.py", nproc), str(run), "--control", control, "--output", output]
     return Task(name, command, log_of(name, run.parent), None)

@@ -6,7 +6,8 @@ that are not listed here pass through untouched:
                "boxes": {"5": [x1, y1, x2, y2], ...}},   step -> box in [0, 1]
      "scale": [1000, 1000],                              optional: (width, height) that the text's boxes are
                                                          divided by
-     "think": true,                                      false: answers without <think_bbox>
+     "think": true,                                      optional: false for answers without <think_bbox>;
+                                                         if not given, as in --config
      "step": 1, "id": "clip 7"}                          optional: lines with the same two are a group
 
 Each line of the output is the same object with new "rewards" and, in a group of two or more, "advantage". A
@@ -15,12 +16,16 @@ boxes of the groups where the reward and vIoU disagree most.
 """
 
 import argparse
+import codecs
 import json
 import reprlib
 import sys
 import textwrap
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -28,9 +33,9 @@ import exploits
 import page
 import rewards
 from config import Config, ConfigError, load_config
-from files import DataError, read_jsonl, write_whole
-from prompts import Truth
-from rewards import PARTS, REWARDS, Score, is_number, plugins, score, terms_of
+from files import DataError, write_whole
+from prompts import Answer, Truth, parse_answer
+from rewards import PARTS, REWARDS, is_number, load_plugins, plugins, score, terms_of
 
 HEADS = ("reward", "mean", "min", "max", "spread", "vIoU r", "share", "decides")
 LEGEND = (
@@ -45,16 +50,31 @@ CELLS = 16  # steps of a clip that are drawn at most
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the file, scored."""
+    """What a line of the file says, checked."""
 
-    record: dict  # as it goes out
+    completion: str
     truth: Truth
-    score: Score
+    scale: tuple[float, float]
+    think: bool
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is kept of a file of N answers: numbers, for a run leaves gigabytes of answers."""
+
+    values: dict[str, np.ndarray]  # term, or "total" -> (N,)
+    vious: np.ndarray  # (N,): vIoU of the final boxes
+    parsed: int  # so many of the answers parse
+    groups: list[list[int]]  # of two lines or more, by their numbers from 0
+    advantages: np.ndarray  # (N,): Eq. 11; NaN for a line without a group
 
 
 def main(arguments: list[str]) -> None:
-    """Score every line, then write: a file with a faulty line writes nothing. Raises DataError that names
-    file and line, ConfigError, RewardError, and OSError where the page cannot be written."""
+    """Score every line, then read the file again and write: a file with a faulty line writes nothing.
+
+    Raises UserError: DataError that names file and line, ConfigError, or what load_plugins raises. With
+    --exploits RewardError; OSError where the page cannot be written.
+    """
     parser = argparse.ArgumentParser(
         prog="python rewards.py",
         description=rewards.__doc__,
@@ -71,17 +91,19 @@ def main(arguments: list[str]) -> None:
     if options.exploits and options.html:
         parser.error("--html goes with FILE.jsonl")
     config = read_config(options.config)
+    load_plugins(config.rewards)
     if options.exploits:
         print(exploits.report(config.rewards, config.think))
         return
-    lines, groups = score_file(Path(options.file), config)
-    table = term_table(lines, groups, config.rewards)
-    if options.html:
-        write_whole(Path(options.html), draw_page(options.file, lines, groups, table).encode())
-    else:
-        sys.stdout.write("".join(output_lines(options.file, lines)))
-        sys.stdout.flush()
-    print(summary(lines, groups, table), file=sys.stderr)
+    with open_answers(options.file) as file:
+        scored = score_file(file, config)
+        table = term_table(scored, config.rewards)
+        if options.html:
+            write_whole(Path(options.html), draw_page(file, scored, table, config.think).encode())
+        else:
+            sys.stdout.writelines(output_lines(file, scored))
+            sys.stdout.flush()
+    print(summary(scored, table), file=sys.stderr)
 
 
 def read_config(words: list[str]) -> Config:
@@ -94,6 +116,42 @@ def read_config(words: list[str]) -> Config:
 
 # ----------------------------------------------------------------------------------------------------------
 # From lines to scores
+
+
+def open_answers(path: str) -> BinaryIO:
+    """A file that can be read twice. Raises DataError."""
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    if not file.seekable():
+        file.close()
+        raise DataError(f"{path}: is read twice, which a pipe cannot be; write it to a file first")
+    return file
+
+
+def read_records(file: BinaryIO) -> Iterator[dict]:
+    """The objects of the file, one at a time from its beginning, as files.read_jsonl reads them all at once.
+    Raises DataError that names the file and the line."""
+    file.seek(0)
+    blank = 0  # the first of the blank lines that an editor may leave at the end, and only there
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            blank = blank or number
+            continue
+        try:
+            record = None if blank else json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not {"completion", "truth"} <= record.keys():
+            wrong = 'is no JSON object with "completion", "truth"; correct or remove it'
+            raise DataError(f"{file.name}, line {blank or number}: {wrong}")
+        yield record
+
+
+def read_again(file: BinaryIO, scored: Scored) -> Iterator[tuple[int, dict]]:
+    """The objects that were scored, numbered from 0; not those that a run has added since."""
+    return zip(range(len(scored.vious)), read_records(file), strict=False)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -119,88 +177,117 @@ def read_truth(value: object) -> Truth:
     return Truth(tuple(span), {int(step): tuple(map(float, box)) for step, box in boxes.items()})
 
 
-def score_record(record: dict, weights: dict) -> Line:
-    """Score one object of the input; an advantage of earlier rewards goes. Raises ValueError that says what
-    is wrong with it, or with a reward of one's own."""
-    completion, think = record["completion"], record.get("think", True)
+def read_line(record: dict, think: bool) -> Line:
+    """One object of the input, checked. think: where it does not say. Raises ValueError that says what to
+    write instead."""
+    completion, think = record["completion"], record.get("think", think)
     scale = record.get("scale", [1000, 1000])
     _require(isinstance(completion, str), f'"completion" is {reprlib.repr(completion)}: write a string')
     _require(isinstance(think, bool), f'"think" is {reprlib.repr(think)}: write true or false')
     sizes = isinstance(scale, list) and len(scale) == 2 and all(is_number(v, 1, 99999) for v in scale)
     _require(sizes, f'"scale" is {reprlib.repr(scale)}: write [width, height], numbers from 1 to 99999')
-    truth = read_truth(record["truth"])
-    scored = score(completion, truth, tuple(scale), weights, think)
-    _require(not scored.fault, scored.fault)
-    kept = {key: value for key, value in record.items() if key != "advantage"}
-    return Line(kept | {"rewards": scored.rewards}, truth, scored)
+    return Line(completion, read_truth(record["truth"]), tuple(scale), think)
 
 
-def score_file(path: Path, config: Config) -> tuple[list[Line], list[list[int]]]:
-    """All lines, with advantages, and the groups: lists of their numbers, from 0. Raises DataError."""
-    lines = []
-    for number, record in enumerate(read_jsonl(path, "completion", "truth"), 1):
+def score_file(file: BinaryIO, config: Config) -> Scored:
+    """Score all lines, and see that they can be written. Raises DataError for the first that is faulty."""
+    names = (*terms_of(config.rewards), "total")
+    numbers, parsed, found = array("d"), 0, {}
+    for k, record in enumerate(read_records(file)):
         try:
-            lines.append(score_record(record, config.rewards))
+            line = read_line(record, config.think)
+            scored = score(line.completion, line.truth, line.scale, config.rewards, line.think)
+            _require(not scored.fault, scored.fault)
+            output_line(record, scored.rewards)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: {error}") from error
-    groups = groups_of([line.record for line in lines])
-    if groups:
-        add_advantages(lines, groups, config.scale_rewards)
-    return lines, groups
-
-
-def groups_of(records: list[dict]) -> list[list[int]]:
-    """The answers to one prompt in one step: where they stand. Lines without an "id" belong to no group."""
-    found = {}
-    for k, record in enumerate(records):
+            raise DataError(f"{file.name}, line {k + 1}: {error}") from error
+        numbers.extend(scored.rewards[name] for name in names)
+        numbers.append(scored.diagnostics["viou_pred"])
+        parsed += scored.answer is not None
         if "id" in record:
-            found.setdefault(json.dumps([record.get("step"), record["id"]]), []).append(k)
-    return [group for group in found.values() if len(group) > 1]
+            found.setdefault(group_key(record), []).append(k)
+    *columns, vious = np.array(numbers).reshape(-1, len(names) + 1).T
+    values = dict(zip(names, columns, strict=True))
+    groups = [group for group in found.values() if len(group) > 1]
+    advantages = advantages_of(values["total"], groups, config.scale_rewards)
+    for k in (k for group in groups for k in group if not np.isfinite(advantages[k])):
+        raise DataError(
+            f"{file.name}, line {k + 1}: the advantage is {advantages[k]}; write rewards that are nearer 0"
+        )
+    return Scored(values, vious, parsed, groups, advantages)
 
 
-def add_advantages(lines: list[Line], groups: list[list[int]], scale_rewards: bool) -> None:
-    """Give every line of a group its "advantage" (Eq. 11)."""
-    import torch  # takes seconds, and predictions have no groups
-
-    from grpo import group_advantages
-
-    for group in groups:
-        totals = torch.tensor([lines[k].score.rewards["total"] for k in group], dtype=torch.float64)
-        for k, advantage in zip(group, group_advantages(totals, scale_rewards).tolist(), strict=True):
-            lines[k].record["advantage"] = advantage
+def group_key(record: dict) -> str:
+    """Equal for the answers to one prompt in one step."""
+    return json.dumps([record.get("step"), record["id"]])
 
 
-def output_lines(path: str, lines: list[Line]) -> list[str]:
-    """Raises DataError for what JSON cannot hold, such as a NaN that was passed through."""
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(json.dumps(line.record, allow_nan=False) + "\n")
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: cannot be written as JSON: {error}") from error
-    return texts
+def advantages_of(totals: np.ndarray, groups: list[list[int]], scale_rewards: bool) -> np.ndarray:
+    """(N,) -> (N,): Eq. 11 in every group; NaN for the lines without one."""
+    advantages = np.full(len(totals), np.nan)
+    if groups:
+        import torch  # takes seconds, and predictions have no groups
+
+        from grpo import group_advantages
+
+        for group in groups:
+            advantages[group] = group_advantages(torch.from_numpy(totals[group]), scale_rewards).numpy()
+    return advantages
+
+
+def output_line(record: dict, earned: dict[str, float], advantage: float | None = None) -> str:
+    """An object as it goes out; an advantage of earlier rewards goes. Raises ValueError for what JSON cannot
+    hold, such as a NaN that would pass through."""
+    kept = {key: value for key, value in record.items() if key != "advantage"} | {"rewards": earned}
+    try:
+        return (
+            json.dumps(kept if advantage is None else kept | {"advantage": advantage}, allow_nan=False) + "\n"
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be written as JSON: {error}") from error
+
+
+def output_lines(file: BinaryIO, scored: Scored) -> Iterator[str]:
+    """All lines as they go out."""
+    for k, record in read_again(file, scored):
+        earned = {name: float(of_all[k]) for name, of_all in scored.values.items()}
+        advantage = float(scored.advantages[k])
+        yield output_line(record, earned, None if np.isnan(advantage) else advantage)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # What the terms do
 
 
-def term_table(lines: list[Line], groups: list[list[int]], weights: dict) -> list[list]:
+def term_table(scored: Scored, weights: dict) -> list[list]:
     """A row for every term and for the total, in the order of HEADS; None where a number has no meaning."""
-    if not lines:
+    if not len(scored.vious):
         return []
-    values = {
-        name: np.array([line.score.rewards[name] for line in lines]) for name in (*terms_of(weights), "total")
-    }
-    vious = np.array([line.score.diagnostics["viou_pred"] for line in lines])
-    shares, decides = shares_of(values, groups, weights)
+    shares, decides = shares_of(scored.values, scored.groups, weights)
     rows = []
-    for name, of_all in values.items():
-        spread = np.mean([of_all[group].std(ddof=1) for group in groups]) if groups else None
-        row = [of_all.mean(), of_all.min(), of_all.max(), spread, spearman(of_all, vious)]
+    for name, of_all in scored.values.items():
+        spread = spread_within(of_all, scored.groups) if scored.groups else None
+        row = [of_all.mean(), of_all.min(), of_all.max(), spread, spearman(of_all, scored.vious)]
         row += [shares.get(name), decides.get(name)]
         rows.append([name, *(value if value is None else float(value) for value in row)])
     return rows
+
+
+def centred(of_all: np.ndarray, groups: list[list[int]]) -> np.ndarray:
+    """(N,) -> (M,): the values in the groups, one group after the other, less the mean of their group."""
+    values, sizes = of_all[np.concatenate(groups)], np.array([len(group) for group in groups])
+    return values - np.repeat(sums(values, groups) / sizes, sizes)
+
+
+def sums(values: np.ndarray, groups: list[list[int]]) -> np.ndarray:
+    """(M,) -> (groups,): sums over each group, of values that stand as those of centred."""
+    return np.add.reduceat(values, np.cumsum([0, *(len(group) for group in groups[:-1])]))
+
+
+def spread_within(of_all: np.ndarray, groups: list[list[int]]) -> float:
+    """Standard deviation (n - 1) within a group, mean over the groups."""
+    variances = sums(centred(of_all, groups) ** 2, groups) / [len(group) - 1 for group in groups]
+    return float(np.sqrt(variances).mean())
 
 
 def shares_of(
@@ -211,22 +298,18 @@ def shares_of(
 
     values: term, or "total" -> (N,). Empty where no group has a spread.
     """
+    if not groups:
+        return {}, {}
     weight = {
         part: weights[name] for name in (*REWARDS, *plugins(weights)) for part in PARTS.get(name, [name])
     }
-    centred = {
-        name: [of_all[group] - of_all[group].mean() for group in groups] for name, of_all in values.items()
-    }
-    totals = centred["total"]
-    spread = np.array([total @ total for total in totals])  # (groups,)
+    total = centred(values["total"], groups)
+    spread = sums(total**2, groups)  # (groups,)
     if not (spread > 1e-12).any():
         return {}, {}
-    products = np.array(
-        [
-            [w * (own @ total) for own, total in zip(centred[name], totals, strict=True)]
-            for name, w in weight.items()
-        ]
-    )  # (terms, groups)
+    products = np.array(  # (terms, groups)
+        [w * sums(centred(values[name], groups) * total, groups) for name, w in weight.items()]
+    )
     shares = products.sum(axis=1) / spread.sum()
     within = products[:, spread > 1e-12] / spread[spread > 1e-12]
     largest = within > within.max(axis=0) - 1e-9
@@ -248,10 +331,9 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(p @ q / scale) if scale else None
 
 
-def headline(lines: list[Line], groups: list[list[int]], table: list[list]) -> list[str]:
+def headline(scored: Scored, table: list[list]) -> list[str]:
     """The sentences above and below the table."""
-    parsed = sum(line.score.answer is not None for line in lines)
-    first = f"{len(lines)} answers, {parsed} of them parse; {len(groups)} groups"
+    first = f"{len(scored.vious)} answers, {scored.parsed} of them parse; {len(scored.groups)} groups"
     r = table[-1][HEADS.index("vIoU r")] if table else None
     if r is not None and r < 0:
         return [first, f"The total falls where vIoU rises (r = {r:.2f}): this reward prefers worse answers."]
@@ -262,9 +344,9 @@ def cells(numbers: list[float | None]) -> list[str]:
     return ["-" if number is None else f"{number:.3f}" for number in numbers]
 
 
-def summary(lines: list[Line], groups: list[list[int]], table: list[list]) -> str:
+def summary(scored: Scored, table: list[list]) -> str:
     """For people, in a terminal."""
-    first, *warning = headline(lines, groups, table)
+    first, *warning = headline(scored, table)
     if not table:
         return first
     width = max(len(row[0]) for row in table) + 2
@@ -278,63 +360,63 @@ def summary(lines: list[Line], groups: list[list[int]], table: list[list]) -> st
 # The page
 
 
-def draw_page(name: str, lines: list[Line], groups: list[list[int]], table: list[list]) -> str:
+def draw_page(file: BinaryIO, scored: Scored, table: list[list], think: bool) -> str:
     """The summary, and answers with their boxes: of the groups where the orders by total and by vIoU differ
     most, or, where there are none, the answers whose total ranks furthest above their vIoU."""
-    totals = np.array([line.score.rewards["total"] for line in lines])
-    vious = np.array([line.score.diagnostics["viou_pred"] for line in lines])
+    totals, vious, groups = scored.values["total"], scored.vious, scored.groups
     if groups:
         agreement = [spearman(totals[group], vious[group]) for group in groups]
         order = sorted(range(len(groups)), key=lambda k: 1 if agreement[k] is None else agreement[k])
         chosen = [groups[k] for k in order[:SHOWN]]
         title = "Groups where the reward and vIoU disagree most"
     else:
-        ahead = ranks(totals) - ranks(vious) if lines else totals
-        chosen = [[k] for k in np.argsort(-ahead, kind="stable")[:SHOWN]]
+        ahead = ranks(totals) - ranks(vious) if len(totals) else totals
+        chosen = [[int(k)] for k in np.argsort(-ahead, kind="stable")[:SHOWN]]
         title = "Answers that the reward ranks furthest above their vIoU"
-    first, *warning = headline(lines, groups, table)
+    first, *warning = headline(scored, table)
     terms = page.section(
         "Terms",
         page.paragraph(first),
         page.table(list(HEADS), [[name, *cells(numbers)] for name, *numbers in table]),
         *map(page.paragraph, [LEGEND, *warning]),
     )
-    parts = [draw_group([lines[k] for k in group]) for group in chosen]
+    wanted = {k for group in chosen for k in group}
+    records = {k: record for k, record in read_again(file, scored) if k in wanted}
+    parts = [draw_group(scored, {k: records[k] for k in group}, think) for group in chosen]
     answers = page.section(title, page.legend(), *parts)
-    return page.document(f"Rewards of {Path(name).name}", terms + answers)
+    return page.document(f"Rewards of {Path(file.name).name}", terms + answers)
 
 
-def draw_group(lines: list[Line]) -> str:
-    """The answers to one prompt, the best reward first."""
-    lines = sorted(lines, key=lambda line: -line.score.rewards["total"])
-    record, truth = lines[0].record, lines[0].truth
+def draw_group(scored: Scored, records: dict[int, dict], think: bool) -> str:
+    """The answers to one prompt, the best reward first. records: number of a line -> its object."""
+    order = sorted(records, key=lambda k: -scored.values["total"][k])
+    lines = [read_line(records[k], think) for k in order]
+    answers = [parse_answer(line.completion, line.think) for line in lines]
+    record, truth = records[order[0]], lines[0].truth
     names = [f"{key} {record[key]}" for key in ("step", "id") if key in record]
-    steps = steps_to_draw(lines)
-    heads = ["answer", "total", "advantage", "vIoU"]
-    heads += [term for term in lines[0].score.rewards if term != "total"]
+    steps = steps_to_draw(truth, answers)
+    terms = [term for term in scored.values if term != "total"]
     rows, drawings = [], []
-    for k, line in enumerate(lines):
-        earned = dict(line.score.rewards)
-        total, viou = earned.pop("total"), line.score.diagnostics["viou_pred"]
-        label = f"{line.record.get('generation', k)}"
-        rows.append([label, total, line.record.get("advantage"), viou, *earned.values()])
-        scale = tuple(line.record.get("scale", (1000, 1000)))
-        answer = line.score.answer and line.score.answer.in_frame(scale)
+    for place, (k, line, answer) in enumerate(zip(order, lines, answers, strict=True)):
+        label, total, viou = records[k].get("generation", place), scored.values["total"][k], scored.vious[k]
+        advantage = None if np.isnan(scored.advantages[k]) else scored.advantages[k]
+        rows.append([f"{label}", total, advantage, viou, *(scored.values[term][k] for term in terms)])
         drawings.append(
             page.paragraph(f"answer {label}: total {total:.2f}, vIoU {viou:.2f}")
-            + page.tubes(line.truth, answer, steps)
-            + page.details("text", page.verbatim(line.record["completion"]))
+            + page.tubes(line.truth, answer and answer.in_frame(line.scale), steps)
+            + page.details("text", page.verbatim(line.completion))
         )
     sentence = [page.paragraph(str(record["sentence"]))] if "sentence" in record else []
     span = page.paragraph(f"The event is steps {truth.span[0]} to {truth.span[1]}.")
     title = page.heading(", ".join(names) or "an answer")
-    return "\n".join([title, *sentence, span, page.table(heads, rows), page.grid(*drawings)])
+    table = page.table(["answer", "total", "advantage", "vIoU", *terms], rows)
+    return "\n".join([title, *sentence, span, table, page.grid(*drawings)])
 
 
-def steps_to_draw(lines: list[Line]) -> list[int]:
+def steps_to_draw(truth: Truth, answers: list[Answer | None]) -> list[int]:
     """From the first to the last step of the truth and of the answers near it, CELLS of them at most."""
-    first, last = lines[0].truth.span
-    spans = [line.score.answer.span for line in lines if line.score.answer is not None]
+    first, last = truth.span
+    spans = [answer.span for answer in answers if answer is not None]
     begin = max(min([first, *(span[0] for span in spans)]), first - CELLS // 2, 0)
     end = min(max([last, *(span[1] for span in spans)]), last + CELLS // 2)
     return sorted({round(step) for step in np.linspace(begin, end, min(CELLS, end - begin + 1))})

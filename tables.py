@@ -131,8 +131,10 @@ def check_alike(runs: list[Run]) -> None:
     settings = [compared_settings(run.config) for run in runs]
     for (first, theirs), (run, ours) in itertools.combinations(zip(runs, settings, strict=True), 2):
         free = {"seed"} if run.row == first.row else {"seed", "think", "rewards", "sft"}
-        free |= {"model"} if ours["think"] != theirs["think"] else set()
-        free |= {"steps"} if not (ours["steps"] and theirs["steps"]) else set()
+        if ours["think"] != theirs["think"]:
+            free.add("model")
+        if not (ours["steps"] and theirs["steps"]):
+            free.add("steps")
         for key in {**ours, **theirs}:
             one, other = ours.get(key), theirs.get(key)
             if key.split(".")[0] not in free and one != other:

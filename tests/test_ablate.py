@@ -16,10 +16,16 @@ import ablate
 import evaluate
 import toy
 from config import ConfigError, load_config
-from files import UserError
+from files import DataError, UserError
+from tables import Run
 
 ROOT = Path(__file__).parent.parent
 METRICS = ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")
+ASKED = {
+    "grey frames": "blank",
+    "the frames of another video": "other",
+    "the frames of the clip in a random order": "shuffled",
+}
 TWO_ROWS = ["--rows", "rft_think", "giou_only", "--seeds", "0", "1"]
 
 
@@ -44,9 +50,15 @@ def at_work(folder):
     return found
 
 
-def test_rows_and_seeds_a_failure_and_two_more_starts(write_config, tmp_path, monkeypatch, capsys):
+def controls_in(printed):
+    """{what is shown: cells} of the controls' table."""
+    lines = [line.strip("|").split("|") for line in printed.partition("Controls: ")[2].splitlines()]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines if len(cells) > 1}
+
+
+def test_rows_and_seeds_a_failure_and_another_start(write_config, tmp_path, monkeypatch, capsys):
     """One run of four cannot begin, since its folder is taken; the others do, and are not trained again when
-    the command is repeated: then that run alone, and then nothing."""
+    the command is repeated for a seed: then that run alone. The controls are asked about what is missing."""
     started, begin = [], ablate.start
     monkeypatch.setattr(ablate, "start", lambda task: (started.append(task.name), begin(task))[1])
     output = tmp_path / "rows"
@@ -74,26 +86,9 @@ def test_rows_and_seeds_a_failure_and_two_more_starts(write_config, tmp_path, mo
         spread = abs(values[0] - values[1]) / 2**0.5
         assert found[5]["RFT + thinking boxes"][1 + 2 * k] == f"{sum(values) / 2:.1f} ± {spread:.1f}"
 
-    (output / "giou_only_seed1/notes.txt").unlink()
-    started.clear()
-    ablate.main(arguments)
-    assert started == ["giou_only_seed1"]
-    again = capsys.readouterr().out
-    assert sorted(path.name for path in output.glob("*_seed*")) == sorted(runs)
-    assert parsed(again)[7]["GIoU only"][0] == "2" and "4 of 4 runs are in" in again
-
-    started.clear()
-    dates = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != "base.yaml"}
-    ablate.main(arguments)
-    assert started == []
-    assert dates == {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.name != "base.yaml"}
-    last = capsys.readouterr().out
-
     # The controls' means are those of evaluate.py, which reads the answers that are there.
-    rows = [line.strip("|").split("|") for line in last.partition("Controls: ")[2].splitlines()]
-    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in rows if len(cells) > 1}
-    asked = {"grey frames": "blank", "the frames of another video": "other"}
-    for text, control in (asked | {"the frames of the clip in a random order": "shuffled"}).items():
+    rows = controls_in(printed)
+    for text, control in ASKED.items():
         scores = []
         for run in (output / "rft_think_seed0", output / "rft_think_seed1"):
             evaluate.main([str(run), "--control", control, "--json"])
@@ -101,6 +96,46 @@ def test_rows_and_seeds_a_failure_and_two_more_starts(write_config, tmp_path, mo
         means = [f"{statistics.mean(score[metric] for score in scores):.1f}" for metric in METRICS]
         assert rows[text][0] == "2" and [cell.split(" ±")[0] for cell in rows[text][1:]] == means
     assert rows["the videos"] == ["2", *found[5]["RFT + thinking boxes"][1::2]]
+
+    # Of one control a single answer is left, as of a quick look; another's answers are now of other settings;
+    # a third one has more than those that count.
+    (output / "giou_only_seed1/notes.txt").unlink()
+    started.clear()
+    run = output / "rft_think_seed1"
+    few, foreign, many = (run / f"predictions_{name}.jsonl" for name in ("blank", "other", "shuffled"))
+    before = few.read_text()
+    few.write_text(before.splitlines(keepends=True)[0])
+    foreign.write_text(foreign.read_text().replace('"fingerprint": "', '"fingerprint": "x'))
+    evaluate.main([str(run), "--control", "shuffled", "eval_limit=5"])
+    capsys.readouterr()
+    assert len(many.read_text().splitlines()) == 5
+    dates = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path != few and path.is_file()}
+    with pytest.raises(UserError, match=r"^1 failed, see above"):
+        ablate.main([*arguments, "--seeds", "1"])
+    again, reported = capsys.readouterr()
+    assert started == ["giou_only_seed1", *controls[3:]]
+    assert f"rft_think_seed1_other failed: error: {foreign}: holds answers made in another way" in reported
+    assert few.read_text() == before
+    assert dates == {path: path.stat().st_mtime_ns for path in dates}
+    assert sorted(path.name for path in output.glob("*_seed*")) == sorted(runs)
+    assert parsed(again)[7]["GIoU only"][0] == "1" and "2 of 2 runs are in" in again
+    rows = controls_in(again)
+    assert rows["the frames of another video"] == ["0", *4 * ["not run"]]
+    for text, path in {"grey frames": few, "the frames of the clip in a random order": many}.items():
+        evaluate.main([str(run), "--control", path.stem.removeprefix("predictions_"), "--json"])
+        scores = json.loads(capsys.readouterr().out)["native"]
+        assert rows[text] == ["1", *(f"{scores[metric]:.1f}" for metric in METRICS)]
+
+
+def test_a_control_that_is_not_answered_in_full(write_config, tmp_path):
+    """Its missing answers would be failures, which controls should have."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "predictions_blank.jsonl").write_text('{"id": "0.y4m", "completion": ""}\n')
+    config = load_config(write_config(tmp_path, eval_limit=3))
+    said = "predictions_blank.jsonl: 2 sentences have no answer; start ablate.py again"
+    with pytest.raises(DataError, match=f"^{run}/{said}$"):
+        ablate.control_scores(Run(run, config, {}, "rft_think"), "blank")
 
 
 def test_a_signal_ends_the_runs_with_a_checkpoint(write_config, tmp_path):
@@ -127,30 +162,56 @@ def test_a_signal_ends_the_runs_with_a_checkpoint(write_config, tmp_path):
 
 
 STUBBORN = """
+import os, signal, sys, time
+from pathlib import Path
+folder, rank = Path(sys.argv[0]).parent, os.environ.get("RANK", "0")
+signal.signal(signal.SIGTERM, lambda *_: (folder / f"asked{rank}").touch())
+(folder / f"begun{rank}").touch()
+time.sleep(100)
+"""
+STARTER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from ablate import Task, run_tasks
-code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True));"
-code += "print('begun', flush=True); [time.sleep(0.1) for _ in range(1000)]"
+from ablate import Task, run_tasks, script
 folder = Path({folder!r})
-command = [sys.executable, "-c", code, str(folder)]
+command = script(str(folder / "stubborn.py"), {nproc})
 run_tasks([Task("stubborn", command, folder / "log", folder / "none")], 1, "")
 """
 
 
-def test_ctrl_c_and_another_one(tmp_path):
-    """A process that does not end when it is asked to is waited for, until it is asked for again."""
-    script, log = tmp_path / "stubborn.py", tmp_path / "log"
-    script.write_text(STUBBORN.format(root=str(ROOT), folder=str(tmp_path)))
-    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
-    for said in (["begun"], ["begun", "asked"]):
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_ctrl_c_and_another_one(tmp_path, nproc):
+    """A process that does not end when it is asked to is waited for, until it is asked for again; torchrun's
+    ranks, which are in sessions of their own, too."""
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    starter = tmp_path / "starter.py"
+    starter.write_text(STARTER.format(root=str(ROOT), folder=str(tmp_path), nproc=nproc))
+    process = subprocess.Popen([sys.executable, str(starter)], stderr=subprocess.DEVNULL)
+    for what in ("begun", "asked"):
         until = time.time() + 60
-        while not log.exists() or log.read_text().split() != said:
+        while not all((tmp_path / f"{what}{rank}").exists() for rank in range(nproc)):
             assert process.poll() is None and time.time() < until
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) != 0 and gone(tmp_path)
+
+
+def test_descendants():
+    """A shell that has started a shell that has started a sleep; the other children of the test are not
+    its."""
+    other = subprocess.Popen(["sleep", "60"])
+    shell = subprocess.Popen(["sh", "-c", "sh -c 'sleep 60 & echo $$ $!; wait' & echo $!; wait"], stdout=-1)
+    try:
+        told = sorted({int(number) for number in (shell.stdout.readline() + shell.stdout.readline()).split()})
+        assert len(told) == 2 and sorted(ablate.descendants(shell.pid)) == told
+        assert {other.pid, shell.pid, *told} <= set(ablate.descendants(os.getpid()))
+        assert ablate.descendants(told[-1]) == ablate.descendants(other.pid) == []
+    finally:
+        for number in (other.pid, shell.pid, *ablate.descendants(shell.pid)):
+            os.kill(number, signal.SIGKILL)
+        other.wait()
+        shell.communicate()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -159,28 +220,64 @@ def test_ctrl_c_and_another_one(tmp_path):
 
 def test_settings_lie_beneath_the_rows(tmp_path):
     """On train.py's command line `steps=9` would train the row that is not to be trained."""
-    base = ablate.prepare([str(ROOT / "configs/hcstvg_v1.yaml"), "steps=9", "rewards.think=0.7"], tmp_path)
-    steps, weights = {}, {}
+    words = [str(ROOT / "configs/hcstvg_v1.yaml"), "steps=9", "sft.batch_size=5"]
+    base = ablate.prepare(words, tmp_path, list(ablate.PAPER))
+    steps, sft, weights = {}, {}, {}
     for row in ablate.PAPER:
         _, _, *files, _, _, _ = ablate.training(row, 0, base, 1).command
         config = load_config(files)
-        steps[row], weights[row] = config.steps, config.rewards["think"]
-    assert {row for row, count in steps.items() if count == 0} == {"base", "sft"}
-    assert set(steps.values()) == {0, 9}
-    assert weights == dict.fromkeys(ablate.PAPER, 0.7) | {
+        steps[row], sft[row], weights[row] = config.steps, config.sft, config.rewards["think"]
+    assert steps == dict.fromkeys(ablate.PAPER, 9) | {"base": 0, "sft": 0}
+    assert {phase.batch_size for phase in sft.values()} == {5}
+    assert {row: phase.steps for row, phase in sft.items() if phase.steps} == {"sft": 350}
+    assert weights == dict.fromkeys(ablate.PAPER, 0.5) | {
         "no_think_reward": 0.0,
         "lambda_0.2": 0.2,
         "lambda_1.0": 1.0,
     }
 
 
+REWARDED = "rft, rft_think, no_think_reward, giou_only, l1_only, lambda_0.2, lambda_1.0"
+SPOILT = {  # a setting beneath the rows: what is said of it and of the rows that it changes
+    "rewards.think=0.7": r"rewards.think: 0.7 \(beneath rft, rft_think, giou_only, l1_only\): such",
+    "sft.steps=100": rf"sft.steps: 100 \(beneath base, {REWARDED}\): such",
+    "steps=0": rf"steps: 0 \(beneath {REWARDED}\): such",
+    "think=false": rf"think: False \(beneath base, sft, {REWARDED.removeprefix('rft, ')}\): such",
+    "steps=0 think=false": rf"think: False \(beneath base, sft\); steps: 0 \(beneath {REWARDED}\): such",
+    "rewards.OWN:one=0.5": rf"rewards.OWN:one: 0.5 \(beneath {REWARDED}\): such",
+}
+
+
+@pytest.mark.parametrize("setting", SPOILT)
+def test_settings_that_leave_no_row(tmp_path, setting):
+    """A row must be recognised by tables.py when it has been trained; that is seen before."""
+    own = tmp_path / "own.py"
+    own.write_text("def one(answer, truth):\n    return 1.0\n")
+    words = [str(ROOT / "configs/hcstvg_v1.yaml"), *setting.replace("OWN", str(own)).split()]
+    said = SPOILT[setting].replace("OWN", str(own))
+    with pytest.raises(ConfigError, match=rf"^{said} .*; leave it out, or name other --rows$") as caught:
+        ablate.prepare(words, tmp_path / "rows", list(ablate.PAPER))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_leave_the_rows_that_are_asked_for(tmp_path):
+    """They set the weight themselves, or learn from no reward. One that is only watched changes no row."""
+    own = tmp_path / "own.py"
+    own.write_text("def one(answer, truth):\n    return 1.0\n")
+    hcstvg = str(ROOT / "configs/hcstvg_v1.yaml")
+    ablate.prepare([hcstvg, "rewards.think=0.7"], tmp_path, ["base", "sft", "no_think_reward", "lambda_0.2"])
+    ablate.prepare([hcstvg, "think=false"], tmp_path, ["rft"])
+    ablate.prepare([hcstvg, f"rewards.{own}:one=0"], tmp_path, list(ablate.PAPER))
+
+
 def test_a_folder_is_for_one_experiment(tmp_path):
     config = str(ROOT / "configs/hcstvg_v1.yaml")
-    ablate.prepare([config, "steps=8"], tmp_path)
-    ablate.prepare([config, "steps=9"], tmp_path)  # nothing has been run
+    ablate.prepare([config, "steps=8"], tmp_path, ["rft"])
+    ablate.prepare([config, "steps=9"], tmp_path, ["rft"])  # nothing has been run
     (tmp_path / "base_seed0").mkdir()
     (tmp_path / "base_seed0/config.yaml").write_text("")
-    ablate.prepare([config, "steps=9", "micro_batch=4", "save_every=5"], tmp_path)  # what is learned stays
+    free = ["micro_batch=4", "save_every=5"]  # what is learned stays
+    ablate.prepare([config, "steps=9", *free], tmp_path, ["rft"])
     assert load_config(tmp_path / "base.yaml").micro_batch == 4
     for setting, said in {
         "steps=10": "steps: 9 -> 10",
@@ -189,16 +286,16 @@ def test_a_folder_is_for_one_experiment(tmp_path):
         "eval_limit=5": "eval_limit: 0 -> 5",
     }.items():
         with pytest.raises(ConfigError, match=rf"with other settings \(.*{said}.*\); choose another"):
-            ablate.prepare([config, "steps=9", setting], tmp_path)
+            ablate.prepare([config, "steps=9", setting], tmp_path, ["rft"])
     assert load_config(tmp_path / "base.yaml").steps == 9
 
 
 def test_what_each_run_gets_cannot_be_set(tmp_path):
     for setting in ("seed=4", "output_dir=elsewhere"):
         with pytest.raises(ConfigError, match=rf"^{setting}: .* write --seeds or --output"):
-            ablate.prepare([setting], tmp_path)
+            ablate.prepare([setting], tmp_path, ["rft"])
     with pytest.raises(ConfigError, match="unknown key step; did you mean steps"):
-        ablate.prepare(["step=4"], tmp_path)
+        ablate.prepare(["step=4"], tmp_path, ["rft"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,9 +319,11 @@ def test_commands(tmp_path):
     assert set(map(tuple, models.values())) == {()}
     task = ablate.training("base", 0, base, 8)
     assert task.command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
+    assert task.command[5:7] == ["--shutdown-timeout=600", str(ROOT / "train.py")]
     asked = ablate.asking(tmp_path / "run", "blank", 2)
-    assert asked.command[4:] == ["--nproc_per_node=2", str(ROOT / "evaluate.py"), *asked.command[6:]]
-    assert asked.command[6:] == [str(tmp_path / "run"), "--control", "blank"]
+    assert asked.command[4:7:2] == ["--nproc_per_node=2", str(ROOT / "evaluate.py")]
+    answers = str(tmp_path / "run/predictions_blank.jsonl")
+    assert asked.command[7:] == [str(tmp_path / "run"), "--control", "blank", "--output", answers]
 
 
 @pytest.mark.parametrize(

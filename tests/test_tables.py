@@ -188,10 +188,14 @@ SAME = {  # settings of two runs that may stand in one table, and the rows where
     "how it runs": ([], ["micro_batch=4", "eval_batch=2"], {"RFT + thinking boxes": "2"}),
     "rows": (["rewards.l1=0"], ["rewards.giou=0"], {"GIoU only": "1", "L1 only": "1"}),
     "no steps": (["steps=0", "sft.steps=7"], ["steps=0"], {"supervised fine-tuning": "1"}),
-    "another model, as the toy has": (["think=false", "model=a"], [], {"RFT, no thinking boxes": "1"}),
+    "another model that does not think": (["think=false", "model=a"], [], {"RFT, no thinking boxes": "1"}),
 }
 UNLIKE = {
     "another model": ([], ["model=other"], "model is other, in "),
+    "another model in another row": (["rewards.l1=0"], ["model=other"], "model is other, in "),
+    "another model, untrained": (["steps=0"], ["model=other"], "model is other, in "),
+    "other sentences": ([], ["seed=1", "train_annotations=half.json"], "train_annotations is half.json, in "),
+    "other sentences, untrained": (["steps=0"], ["train_annotations=a"], "train_annotations is a, in "),
     "fewer steps": ([], ["steps=9"], "steps is 9, in "),
     "fewer steps in another row": (["rewards.l1=0"], ["steps=9"], "steps is 9, in "),
     "fewer supervised": (["steps=0", "sft.steps=7"], ["steps=0", "sft.steps=8"], "sft.steps is 8, in "),
@@ -218,6 +222,17 @@ def test_runs_that_cannot_be_compared(made_up, case):
     message = str(caught.value)
     assert message.startswith(f"{two}: {said}{one} it is ") and "leave out one" in message
     assert "\n" not in message
+
+
+def test_each_run_is_compared_with_every_other(made_up):
+    """The first one may have another model than either, but these two may not differ from one another."""
+    direct = made_up("direct", (1, 2, 3, 4), "think=false", "model=a")
+    small = made_up("small", (1, 2, 3, 4), "rewards.l1=0", "model=b")
+    large = made_up("large", (1, 2, 3, 4), "model=c")
+    tables.main([direct, small])
+    tables.main([direct, large])
+    with pytest.raises(DataError, match=f"^{large}: model is c, in {small} it is b; leave out one"):
+        tables.main([direct, small, large])
 
 
 def test_what_is_no_finished_run(made_up, tmp_path):
