@@ -198,7 +198,7 @@ def draw_pictures(run: Path) -> str:
         return "pictures: " + ", ".join(str(path) for path in visualize.draw_run(run))
     except OSError as error:  # such as a full disk; all else is done
         return f"no pictures: {error.filename}: {error.strerror}"
-    except UserError as error:  # such as a video that has gone
+    except UserError as error:  # such as annotations that have gone
         return f"no pictures: {error}"
 
 
@@ -214,7 +214,7 @@ def send_answers(log: Log, predictions: str, step: int) -> None:
 
     try:
         figure = sheet.draw_answers(log.run, predictions, f"STEP {step}")
-    except UserError as error:  # such as: no video of the split can be read
+    except UserError as error:  # such as a record that cannot be used
         return say_once(f"no sheet of answers: {error}")
     visualize.save_figure(figure, answers_path(log.run, step))
     log.picture("eval/answers", answers_path(log.run, step), step)
