@@ -16,7 +16,7 @@ boxes of the groups where the reward and vIoU disagree most.
 """
 
 import argparse
-import codecs
+import itertools
 import json
 import reprlib
 import sys
@@ -33,7 +33,7 @@ import exploits
 import page
 import rewards
 from config import Config, ConfigError, load_config
-from files import DataError, write_whole
+from files import DataError, iterate_jsonl, open_to_read, write_whole
 from prompts import Answer, Truth, parse_answer
 from rewards import PARTS, REWARDS, is_number, load_plugins, plugins, score, terms_of
 
@@ -120,10 +120,7 @@ def read_config(words: list[str]) -> Config:
 
 def open_answers(path: str) -> BinaryIO:
     """A file that can be read twice. Raises DataError."""
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    file = open_to_read(path)
     if not file.seekable():
         file.close()
         raise DataError(f"{path}: is read twice, which a pipe cannot be; write it to a file first")
@@ -131,22 +128,9 @@ def open_answers(path: str) -> BinaryIO:
 
 
 def read_records(file: BinaryIO) -> Iterator[dict]:
-    """The objects of the file, one at a time from its beginning, as files.read_jsonl reads them all at once.
-    Raises DataError that names the file and the line."""
+    """The objects of the file, one at a time from its beginning. Raises DataError."""
     file.seek(0)
-    blank = 0  # the first of the blank lines that an editor may leave at the end, and only there
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            blank = blank or number
-            continue
-        try:
-            record = None if blank else json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not {"completion", "truth"} <= record.keys():
-            wrong = 'is no JSON object with "completion", "truth"; correct or remove it'
-            raise DataError(f"{file.name}, line {blank or number}: {wrong}")
-        yield record
+    return iterate_jsonl(file, "completion", "truth")
 
 
 def read_again(file: BinaryIO, scored: Scored) -> Iterator[tuple[int, dict]]:
@@ -210,10 +194,10 @@ def score_file(file: BinaryIO, config: Config) -> Scored:
     values = dict(zip(names, columns, strict=True))
     groups = [group for group in found.values() if len(group) > 1]
     advantages = advantages_of(values["total"], groups, config.scale_rewards)
-    for k in (k for group in groups for k in group if not np.isfinite(advantages[k])):
-        raise DataError(
-            f"{file.name}, line {k + 1}: the advantage is {advantages[k]}; write rewards that are nearer 0"
-        )
+    for k in itertools.chain(*groups):
+        if not np.isfinite(advantages[k]):  # the rewards are finite, but not their differences
+            wrong = f"the advantage is {advantages[k]}; write rewards that are nearer 0"
+            raise DataError(f"{file.name}, line {k + 1}: {wrong}")
     return Scored(values, vious, parsed, groups, advantages)
 
 
@@ -238,11 +222,11 @@ def advantages_of(totals: np.ndarray, groups: list[list[int]], scale_rewards: bo
 def output_line(record: dict, earned: dict[str, float], advantage: float | None = None) -> str:
     """An object as it goes out; an advantage of earlier rewards goes. Raises ValueError for what JSON cannot
     hold, such as a NaN that would pass through."""
-    kept = {key: value for key, value in record.items() if key != "advantage"} | {"rewards": earned}
+    out = {key: value for key, value in record.items() if key != "advantage"} | {"rewards": earned}
+    if advantage is not None:
+        out["advantage"] = advantage
     try:
-        return (
-            json.dumps(kept if advantage is None else kept | {"advantage": advantage}, allow_nan=False) + "\n"
-        )
+        return json.dumps(out, allow_nan=False) + "\n"
     except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot be written as JSON: {error}") from error
 

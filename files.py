@@ -10,8 +10,9 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 REMEDY = "correct or remove the record"
 
@@ -105,33 +106,44 @@ def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
 
 
 def read_jsonl(path: Path, *keys: str, skip_cut: bool = False) -> list[dict]:
-    """The objects of a file with one on each line, in its order. Raises DataError that names the file and the
-    line, for a file that cannot be read and for a line that is no JSON object with these keys.
+    """All objects of a file, as iterate_jsonl reads them. Raises DataError, also for a file that cannot be
+    read."""
+    with open_to_read(path) as file:
+        return list(iterate_jsonl(file, *keys, skip_cut=skip_cut))
+
+
+def open_to_read(path: str | Path) -> BinaryIO:
+    """Raises DataError for a file that cannot be read."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def iterate_jsonl(file: BinaryIO, *keys: str, skip_cut: bool = False) -> Iterator[dict]:
+    """The objects of an open file with one on each line, in its order, one at a time. Raises DataError that
+    names the file and the line, for a line that is no JSON object with these keys.
 
     Lines end at newlines only: other line separators, such as U+2028, may stand in a JSON string. skip_cut:
     leave out a last line that has no newline and does not parse, which is what a run that was killed while
     it wrote leaves behind.
     """
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    whole = lines[-1] == b""  # what follows the last newline
-    while lines and not lines[-1].strip():  # editors leave an empty line
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, 1):
+    blank = 0  # the first of the blank lines that an editor may leave at the end, and only there
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            blank = blank or number
+            continue
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = None if blank else json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
         except (ValueError, RecursionError):
-            if skip_cut and not whole and number == len(lines):
-                break
+            if skip_cut and not line.endswith(b"\n"):
+                return
             record = None
         if not isinstance(record, dict) or not record.keys() >= set(keys):
             wanted = ", ".join(f'"{key}"' for key in keys)
-            raise DataError(f"{path}, line {number}: is no JSON object with {wanted}; correct or remove it")
-        records.append(record)
-    return records
+            wrong = f"is no JSON object with {wanted}; correct or remove it"
+            raise DataError(f"{file.name}, line {blank or number}: {wrong}")
+        yield record
 
 
 def read_json(path: str, unique: bool = True) -> object:

@@ -1,24 +1,27 @@
 """The bench: lines in, lines with rewards out, what each term does, faults named, the page."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import look, open_browser
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_rewards import AWAY, GOOD, RIGHT, TABLE, TRUTH, steps, text
 
 import bench
 import rewards
-from bench import HEADS, LEGEND, groups_of, ranks, shares_of, spearman
-from config import ConfigError
-from files import DataError
-from prompts import Truth
+from bench import HEADS, LEGEND, group_key, ranks, shares_of, spearman
+from config import Config, ConfigError
+from files import DataError, UserError
+from prompts import Truth, parse_answer
 from rewards import TERMS, WEIGHTS, score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,9 +126,46 @@ def test_advantages_of_groups(tmp_path, capsys):
 
 
 def test_groups_are_equal_steps_and_ids():
-    records = [{"step": 1, "id": 1}, {"step": 1, "id": "1"}, {"id": "1"}, {"step": 1}, {"step": 1}]
-    assert groups_of(records) == []  # 1 is not "1", no step is not step 1, and without an id there is none
-    assert groups_of([*records, {"id": "1", "step": 1}, {"step": None, "id": "1"}]) == [[1, 5], [2, 6]]
+    same = [{"step": None, "id": "1"}, {"id": "1", "length": 3}]  # 1 is not "1", and no step is not step 1
+    records = [{"step": 1, "id": 1}, {"step": 1, "id": "1"}, {"step": 2, "id": 1}, {"id": 1}, *same]
+    keys = [group_key(record) for record in records]
+    assert len(set(keys)) == 5 and keys[-2] == keys[-1]
+
+
+def test_both_readings_see_the_same_lines(tmp_path):
+    """A run may add lines, one of them half written, between the two readings."""
+    config = Config()
+    path = write(tmp_path / "rollouts.jsonl", [line(text(4, 7, RIGHT), id="a"), line("no", id="a")])
+    with bench.open_answers(str(path)) as file:
+        scored = bench.score_file(file, config)
+        with path.open("a") as more:
+            more.write(json.dumps(line("no", id="a")) + '\n{"completion')
+        output = [json.loads(text) for text in bench.output_lines(file, scored)]
+        page = bench.draw_page(file, scored, bench.term_table(scored, config.rewards), config.think)
+    assert [result["rewards"]["total"] for result in output] == [5, 0]
+    assert page.count('class="tubes"') == 2
+
+
+def test_a_pipe_is_refused(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)  # as `python rewards.py <(zcat ...)` would
+    with pytest.raises(DataError, match="pipe: is read twice, which a pipe cannot be; write it to a file"):
+        bench.main([str(pipe)])
+    os.close(writer)
+
+
+def test_what_is_kept_of_an_answer_is_its_numbers(tmp_path):
+    """Neither reading holds even a quarter of the file."""
+    record = line("no" * 50000, id="a")
+    path = write(tmp_path / "answers.jsonl", (record for _ in range(200)))
+    tracemalloc.start()
+    with bench.open_answers(str(path)) as file:
+        scored = bench.score_file(file, Config())
+        written = sum(len(text) for text in bench.output_lines(file, scored))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert written > path.stat().st_size > 2e7 > 4 * peak
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -248,8 +288,33 @@ def test_a_reward_that_prefers_worse_answers_is_named(tmp_path, capsys):
     assert {row["spread"] for row in table.values()} == {None}  # no groups
 
 
+@given(st.lists(st.integers(2, 5), min_size=1, max_size=6), st.data())
+def test_spread_and_covariance_are_numpys(sizes, data):
+    """Groups of any sizes whose lines stand anywhere: for each, numpy's own."""
+    of_lines = st.lists(st.floats(-5, 5), min_size=sum(sizes), max_size=sum(sizes)).map(np.array)
+    a, b, order = data.draw(of_lines), data.draw(of_lines), data.draw(st.permutations(range(sum(sizes))))
+    groups = [list(part) for part in np.split(np.array(order), np.cumsum(sizes)[:-1])]
+    spread = np.mean([np.std(a[group], ddof=1) for group in groups])
+    assert bench.spread_within(a, groups) == pytest.approx(spread, abs=1e-9)
+    products = bench.sums(bench.centred(a, groups) * bench.centred(b, groups), groups)
+    expected = [np.cov(a[group], b[group])[0, 1] * (len(group) - 1) for group in groups]
+    assert products == pytest.approx(expected, abs=1e-9)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Other weights, and rewards of one's own
+
+
+def test_lines_without_think_are_read_as_the_configuration_says(tmp_path, capsys):
+    without = "<time> 4 - 4 </time> <pred_bbox> 4. [200, 200, 400, 600] </pred_bbox>"
+    records = [line(without), line(text(4, 7, RIGHT)), line(text(4, 7, RIGHT), think=True)]
+    config = tmp_path / "config.yaml"
+    for think, expected in ((None, [0, 1, 1]), ("false", [1, 0, 1]), ("true", [0, 1, 1])):
+        config.write_text(f"think: {think}\n" if think else "")
+        words = ["--config", str(config)] if think else []
+        output, _ = bench_of(tmp_path / "answers.jsonl", records, capsys, *words)
+        assert [result["rewards"]["format"] for result in output] == expected
+        assert all(("think" in r) == ("think" in result) for r, result in zip(records, output, strict=True))
 
 
 def test_a_configuration_gives_the_weights(tmp_path, capsys):
@@ -269,6 +334,29 @@ def test_a_configuration_gives_the_weights(tmp_path, capsys):
     row = read_table(summary)[name]
     assert row["share"] == pytest.approx(0.25 * (4 - 2) / (totals[0] - totals[1]), abs=6e-4)
     assert sum(row["share"] or 0 for row in read_table(summary).values()) == pytest.approx(1, abs=4e-3)
+
+
+def test_a_reward_that_is_not_there_ends_before_any_scoring(tmp_path, capsys):
+    path = write(tmp_path / "answers.jsonl", [{"neither": "completion nor truth"}])
+    config = tmp_path / "config.yaml"
+    config.write_text(f"rewards: {{'{tmp_path / 'absent.py'}:length': 1}}\n")
+    for arguments in ([str(path)], ["--exploits"]):
+        with pytest.raises(UserError, match=r"absent\.py cannot be loaded: FileNotFoundError") as error:
+            bench.main([*arguments, "--config", str(config)])
+        assert "\n" not in str(error.value) and capsys.readouterr().out == ""
+
+
+def test_a_reward_beyond_all_numbers_names_the_line(tmp_path, capsys):
+    """Two rewards are finite, and their difference is not."""
+    plugin = tmp_path / "huge.py"
+    plugin.write_text("def huge(answer, truth):\n    return 1e308 if answer.start == 4 else -1e308\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"rewards: {{'{plugin}:huge': 1}}\n")
+    records = [line("no"), line(text(4, 7, RIGHT), id="a"), line(text(5, 5, {5: GOOD}), id="a")]
+    path = write(tmp_path / "answers.jsonl", records)
+    with pytest.raises(DataError, match=r"answers\.jsonl, line 2: the advantage is (nan|inf); write rewards"):
+        bench.main([str(path), "--config", str(config)])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_reward_that_fails_names_the_line(tmp_path):
@@ -452,14 +540,29 @@ def test_the_page_of_predictions(tmp_path, capsys):
 )
 def test_steps_that_are_drawn(span, answers, expected):
     truth = Truth(span, {})
-    lines = []
-    for answer in answers:
-        words = "no" if answer is None else text(*answer, {answer[0]: GOOD})
-        lines.append(bench.Line({}, truth, score(words, truth)))
-    assert bench.steps_to_draw(lines) == list(expected)
+    texts = ["no" if answer is None else text(*answer, {answer[0]: GOOD}) for answer in answers]
+    assert bench.steps_to_draw(truth, [parse_answer(words) for words in texts]) == list(expected)
 
 
 def test_of_a_long_event_sixteen_steps_are_drawn():
-    truth = Truth((10, 310), {})
-    drawn = bench.steps_to_draw([bench.Line({}, truth, score("no", truth))])
-    assert drawn == list(range(10, 311, 20))
+    assert bench.steps_to_draw(Truth((10, 310), {}), [None]) == list(range(10, 311, 20))
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(width, tmp_path, capsys):
+    """Groups, an answer that does not parse, one of many steps, and a term with a long name."""
+    plugin = tmp_path / "rewards_with_a_long_name.py"
+    plugin.write_text("def length(answer, truth):\n    return answer.end - answer.start + 1\n")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"rewards: {{'{plugin}:length': 0.1}}\n")
+    long = steps(0, 40, AWAY)
+    records = [line(c, id="a" * 200) for c in (text(4, 7, RIGHT), text(0, 40, long), "no " * 500)]
+    records += [line(text(4, 7, boxes), id="<script>x()</script>", step=2) for boxes in (RIGHT, WRONG)]
+    page = tmp_path / "out.html"
+    bench_of(tmp_path / "answers.jsonl", records, capsys, "--html", str(page), "--config", str(config))
+    with open_browser() as driver:
+        assert look(driver, page, width) == []
+        shown = driver.execute_script(
+            "return ['svg.tubes', 'h3', 'table'].map(kind => document.querySelectorAll(kind).length)"
+        )
+    assert shown == [5, 2, 3]
