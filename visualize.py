@@ -97,6 +97,7 @@ CURVE_COLOURS |= {"tiou": PURPLE, "viou_think": BLUE, "viou_pred": RED}
 CURVE_COLOURS |= {"m_tIoU": PURPLE, "m_vIoU": RED, "vIoU@0.3": ORANGE, "vIoU@0.5": TEAL}
 OTHERS = ("black", BLUE, ORANGE, TEAL, PINK, BROWN, GREEN, GREY, PURPLE, RED)
 DRIFT = "#ffdf9e"
+LABEL = 26  # letters of a name at most
 
 
 @dataclass(frozen=True)
@@ -211,13 +212,18 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     if panel.kind == "eval":
         axes.set_ylim(0, 100)
     if len(lines) > 1:  # below the axes, where it covers no curve
-        names = [name.removeprefix("std/").removeprefix("seconds/") for name in lines]
-        longest = max(map(len, names))
-        columns = 1 if longest > 24 else 2 if longest > 14 or len(names) in (2, 4) else 3
+        names = [label(name) for name in lines]
+        columns = 2 if max(map(len, names)) > 14 or len(names) in (2, 4) else 3
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": columns}
         found = axes.legend(lines.values(), names, **place, frameon=False, fontsize=10, columnspacing=1.2)
         for text in found.get_texts():
             text.set_parse_math(False)  # a reward of one's own may be called anything
+
+
+def label(name: str) -> str:
+    """A metric in a legend, which has room for two of them: without its group or its file's folder."""
+    name = name.rpartition("/")[2]
+    return name if len(name) <= LABEL else f"...{name[3 - LABEL :]}"
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:

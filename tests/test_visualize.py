@@ -30,7 +30,7 @@ from page import COLOURS, LIGHT
 from prompts import Answer, Truth, format_answer, parse_answer, truth_answer
 from rewards import TERMS, score
 from sheet import Answered, draw_strip, fit, overlay
-from visualize import curve, draw_curves, draw_run, panels_of, runs_of, trailing
+from visualize import curve, draw_curves, draw_run, label, panels_of, runs_of, trailing
 
 ROOT = Path(__file__).parent.parent
 GREEN, BLUE, RED = (COLOURS[name] for name in ("truth", "think", "pred"))
@@ -243,10 +243,10 @@ def test_curves_are_the_numbers_of_the_log():
 def test_terms_of_ones_own_show_with_their_spread():
     panels = axes_of(METRICS)
     terms = curves_of(panels["Reward terms, unweighted"])
-    assert set(terms) == {*TERMS, "my/own.py:$mine_"}
-    assert set(terms["my/own.py:$mine_"].get_ydata()) == {-1.0}
+    assert set(terms) == {*TERMS, "own.py:$mine_"}
+    assert set(terms["own.py:$mine_"].get_ydata()) == {-1.0}
     spread = curves_of(panels["Spread within a group: reward and terms"])
-    assert set(spread) == {"reward_std", *terms} and set(spread["my/own.py:$mine_"].get_ydata()) == {0.5}
+    assert set(spread) == {"reward_std", *terms} and set(spread["own.py:$mine_"].get_ydata()) == {0.5}
     colours = [line.get_color() for line in terms.values()]
     assert len(set(colours)) == len(colours)
 
@@ -815,3 +815,9 @@ def test_without_matplotlib(tmp_path):
     done = visualize_script(tmp_path, "nothing", blocked="matplotlib")
     assert done.returncode == 1
     assert done.stderr == "error: visualize.py needs matplotlib: pip install -r requirements-dev.txt\n"
+
+
+def test_labels():
+    assert label("std/spatial_pred") == "spatial_pred" and label("1 - format") == "1 - format"
+    assert label("std/rewards/mine.py:smoothness") == "mine.py:smoothness"
+    assert label("a" * 30 + ".py:f") == "..." + "a" * 18 + ".py:f" and len(label("x" * 99)) == 26
