@@ -143,8 +143,7 @@ def load_config(paths: str | Path | list[str], overrides: list[str] = ()) -> Con
     (`rewards.think=1.0` for a nested key). Raises ConfigError that names the file, or the command line, which
     must be right by itself upon what lies beneath.
 
-    Where only the first of several files sets output_dir, the names of the others are added to it, as in
-    runs/toy_l1_only.
+    A file after the first that does not set output_dir adds its name to it, as in runs/toy_l1_only.
     """
     first, *others = [paths] if isinstance(paths, str | Path) else paths
     config = _fill(Config, _read(Path(first)), str(first))
