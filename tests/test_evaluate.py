@@ -27,6 +27,7 @@ from data import load_samples
 from metrics import grid_ceiling
 from policy import load_policy
 from prompts import Answer, format_answer, parse_answer, truth_answer
+from rewards import load_file
 
 ROOT = Path(__file__).parent.parent
 PROTOCOLS = {"native", "stcat", "tubedetr"}
@@ -386,6 +387,7 @@ def test_rewards_of_ones_own(taught, tmp_path, capsys, monkeypatch):
     evaluate.main([str(run / "best")])
     assert "all of them from before" in capsys.readouterr().err
     (tmp_path / "mine.py").write_text(PLUGIN + "# another\n")
+    load_file.cache_clear()  # as in another process
     evaluate.main([str(run / "best")])
     assert f"the answers are in {run}/predictions_of_best.2.jsonl\n" in capsys.readouterr().err
 
