@@ -86,7 +86,9 @@ def main(arguments: list[str]) -> None:
         metavar="FOLDER",
         help="default: runs/ablations",
     )
-    options = parser.parse_intermixed_args(arguments)
+    settings = [word for word in arguments if re.match(r"[\w.]+.*=", word)]  # --rows would take them
+    options = parser.parse_args([word for word in arguments if word not in settings])
+    options.words += settings
     if options.jobs < 1 or options.nproc < 1:
         parser.error("--jobs and --nproc are at least 1")
     if gpus and options.jobs > 1:

@@ -35,7 +35,7 @@ import rewards
 from config import Config, ConfigError, load_config
 from files import DataError, iterate_jsonl, open_to_read, write_whole
 from prompts import Answer, Truth, parse_answer
-from rewards import PARTS, REWARDS, is_number, load_plugins, plugins, score, terms_of
+from rewards import is_number, load_plugins, score, terms_of, weights_of_terms
 
 HEADS = ("reward", "mean", "min", "max", "spread", "vIoU r", "share", "decides")
 LEGEND = (
@@ -44,6 +44,7 @@ LEGEND = (
     " is this term's, with its weight; the shares add up to 1, and that of a term that works against the rest"
     " is negative. decides: share of the groups with a spread in which the term has the largest share."
 )
+OPEN = 3  # of them that are not folded away
 SHOWN = 20  # groups, or single answers, on a page
 CELLS = 16  # steps of a clip that are drawn at most
 
@@ -81,15 +82,16 @@ def main(arguments: list[str]) -> None:
         epilog=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("file", nargs="?", metavar="FILE.jsonl", help="answers to score, as described below")
-    what.add_argument("--exploits", action="store_true", help="score a catalogue of cheats instead")
+    parser.add_argument("file", nargs="?", metavar="FILE.jsonl", help="answers to score, as described below")
+    parser.add_argument("--exploits", action="store_true", help="score a catalogue of cheats instead")
     words = "YAML files and key=value settings: whose `rewards` to use (default: the paper's)"
     parser.add_argument("--config", nargs="+", default=[], metavar="C", help=words)
     parser.add_argument("--html", metavar="OUT.html", help="write a page instead of lines")
     options = parser.parse_args(arguments)
-    if options.exploits and options.html:
-        parser.error("--html goes with FILE.jsonl")
+    if options.file is None and options.config and options.config[-1].endswith(".jsonl"):
+        options.file = options.config.pop()  # `--config C FILE.jsonl`
+    if (options.file is None) != options.exploits or (options.exploits and options.html):
+        parser.error("name a FILE.jsonl, perhaps with --html, or --exploits")
     config = read_config(options.config)
     load_plugins(config.rewards)
     if options.exploits:
@@ -99,7 +101,7 @@ def main(arguments: list[str]) -> None:
         scored = score_file(file, config)
         table = term_table(scored, config.rewards)
         if options.html:
-            write_whole(Path(options.html), draw_page(file, scored, table, config.think).encode())
+            write_whole(Path(options.html), draw_page(file, scored, table, config).encode())
         else:
             sys.stdout.writelines(output_lines(file, scored))
             sys.stdout.flush()
@@ -284,9 +286,7 @@ def shares_of(
     """
     if not groups:
         return {}, {}
-    weight = {
-        part: weights[name] for name in (*REWARDS, *plugins(weights)) for part in PARTS.get(name, [name])
-    }
+    weight = weights_of_terms(weights)
     total = centred(values["total"], groups)
     spread = sums(total**2, groups)  # (groups,)
     if not (spread > 1e-12).any():
@@ -344,7 +344,7 @@ def summary(scored: Scored, table: list[list]) -> str:
 # The page
 
 
-def draw_page(file: BinaryIO, scored: Scored, table: list[list], think: bool) -> str:
+def draw_page(file: BinaryIO, scored: Scored, table: list[list], config: Config) -> str:
     """The summary, and answers with their boxes: of the groups where the orders by total and by vIoU differ
     most, or, where there are none, the answers whose total ranks furthest above their vIoU."""
     totals, vious, groups = scored.values["total"], scored.vious, scored.groups
@@ -358,16 +358,18 @@ def draw_page(file: BinaryIO, scored: Scored, table: list[list], think: bool) ->
         chosen = [[int(k)] for k in np.argsort(-ahead, kind="stable")[:SHOWN]]
         title = "Answers that the reward ranks furthest above their vIoU"
     first, *warning = headline(scored, table)
+    weights = ", ".join(f"{name}: {weight:g}" for name, weight in config.rewards.items())
     terms = page.section(
         "Terms",
-        page.paragraph(first),
+        page.paragraph(f"{file.name}, with the rewards {weights}. {first}."),
         page.table(list(HEADS), [[name, *cells(numbers)] for name, *numbers in table]),
         *map(page.paragraph, [LEGEND, *warning]),
     )
     wanted = {k for group in chosen for k in group}
     records = {k: record for k, record in read_again(file, scored) if k in wanted}
-    parts = [draw_group(scored, {k: records[k] for k in group}, think) for group in chosen]
-    answers = page.section(title, page.legend(), *parts)
+    parts = [draw_group(scored, {k: records[k] for k in group}, config.think) for group in chosen]
+    more = [page.details(f"{len(parts) - OPEN} more", *parts[OPEN:])] if len(parts) > OPEN else []
+    answers = page.section(title, page.legend(), *parts[:OPEN], *more)
     return page.document(f"Rewards of {Path(file.name).name}", terms + answers)
 
 

@@ -92,7 +92,13 @@ def write_page(
         ),
     ]
     if by_area is not None:
-        parts.append(page.section("The boxes", gains(evaluations), page.wide(page.figure_svg(by_area))))
+        parts.append(
+            page.section(
+                "The boxes",
+                gains(evaluations),
+                page.wide(page.figure_svg(by_area), round(80 * by_area.get_figwidth())),
+            )
+        )
     if groups:
         parts.append(draw_prompts(groups, trained, clips, config))
     if evaluations:
@@ -232,9 +238,9 @@ def head(config: Config, metrics: list[dict], finished: bool) -> list[str]:
     state = "finished" if finished else "under way or stopped"
     words = [f"{config.model} on {config.train_annotations}: {''.join(done)}{state}."]
     if steps:
-        few = min(10, len(steps))
+        few = max(1, len(steps) // 10)  # as in summary.json
         first, last = (np.mean([line["reward"] for line in part]) for part in (steps[:few], steps[-few:]))
-        words.append(f"Mean reward of the first {few} steps {first:.2f}, of the last {few} {last:.2f}.")
+        words.append(f"Mean reward, first and last {few} of {len(steps)} steps: {first:.2f} → {last:.2f}.")
     parts = [page.paragraph(" ".join(words))]
     scores = [line for line in metrics if line["phase"] == "eval"]
     if scores:

@@ -178,6 +178,12 @@ def terms_of(weights: dict) -> tuple[str, ...]:
     return (*TERMS, *plugins(weights))
 
 
+def weights_of_terms(weights: dict) -> dict[str, float]:
+    """The weight of each of terms_of in the total."""
+    names = (*REWARDS, *plugins(weights))
+    return {term: weights[name] for name in names for term in PARTS.get(name, (name,))}
+
+
 @functools.cache
 def load_file(path: str) -> tuple[types.ModuleType, str]:
     """Run a file with rewards, once: the module, and a short mark of its text as it was then. path: relative
@@ -188,6 +194,9 @@ def load_file(path: str) -> tuple[types.ModuleType, str]:
     try:
         source = Path(path).read_bytes()
         exec(compile(source, module.__file__, "exec"), module.__dict__)
+    except FileNotFoundError as error:
+        remedy = "correct the path, which is relative to where you are"
+        raise UserError(f"rewards: there is no file {module.__file__}; {remedy}") from error
     except (Exception, SystemExit) as error:  # whatever stands in the file
         line = _last_line(error, path)
         raise UserError(f"rewards: {path} cannot be loaded: {_one_line(error)}{line}; correct it") from error

@@ -94,8 +94,9 @@ PINK, BROWN, GREEN = "#d6579b", "#8c5a2b", "#3c9a3c"
 CURVE_COLOURS = {"reward": "black", "reward_std": "black", "format": GREY, "consistency": ORANGE}
 CURVE_COLOURS |= {"temporal": PURPLE, "think": TEAL, "spatial_think": BLUE, "spatial_pred": RED}
 CURVE_COLOURS |= {"tiou": PURPLE, "viou_think": BLUE, "viou_pred": RED}
+CURVE_COLOURS |= dict.fromkeys(("kl", "think_gap", "span_ratio", "length", "loss", "1 - format"), "black")
 CURVE_COLOURS |= {"m_tIoU": PURPLE, "m_vIoU": RED, "vIoU@0.3": ORANGE, "vIoU@0.5": TEAL}
-OTHERS = ("black", BLUE, ORANGE, TEAL, PINK, BROWN, GREEN, GREY, PURPLE, RED)
+OTHERS = (BLUE, ORANGE, TEAL, PINK, BROWN, GREEN, GREY, PURPLE, RED, "black")
 DRIFT = "#ffdf9e"
 LABEL = 26  # letters of a name at most
 
@@ -245,11 +246,14 @@ def runs_of(steps: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def draw_areas(bins: list[dict]) -> Figure:
-    """Mean vIoU of the think and of the pred boxes by the share of the frame that the subject takes.
+    """Mean vIoU of the think and of the pred boxes by the share of the frame that the subject takes (STVG-o1,
+    Fig. 4).
 
     bins: of metrics.viou_by_area, with "pred" and maybe "think"."""
-    figure = Figure(figsize=(9.2, 4.2), dpi=DPI, layout="constrained")
-    axes = figure.add_subplot(title="Held-out vIoU by the size of the subject (STVG-o1, Fig. 4)")
+    filled = [k for k, row in enumerate(bins) if row["N"]]
+    bins = bins[filled[0] : filled[-1] + 1]  # without the empty ones at both ends
+    figure = Figure(figsize=(2.5 + 0.7 * len(bins), 4.2), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot(title="Held-out vIoU by size of the subject")
     names = [name for name in ("think", "pred") if name in bins[0]]
     width = 0.8 / len(names)
     for k, name in enumerate(names):
@@ -257,12 +261,12 @@ def draw_areas(bins: list[dict]) -> Figure:
         colour = hexadecimal(COLOURS[name])
         axes.bar(places, [row[name] or 0 for row in bins], width, color=colour, label=f"{name} boxes")
     axes.set_xticks(range(len(bins)), [f"{row['low']:g}-\n{row['high']:g}\nN = {row['N']}" for row in bins])
-    axes.set_xlabel("area of the true boxes / area of the frame; N: number of sentences")
+    axes.set_xlabel("true boxes / frame, by area\n(N: sentences)")
     axes.set_ylabel("mean vIoU (%)")
     axes.grid(alpha=0.25, axis="y")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2)
+    figure.legend(loc="outside lower center", frameon=False, ncols=2)
     return figure
 
 

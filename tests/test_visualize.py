@@ -408,8 +408,8 @@ def test_numbers_on_the_page_are_those_of_the_files(drawn):
         ["before", "80.0", "30.0", "40.0", "10.0", "10", "1"],
         ["after", "90.0", "50.0", "80.0", "60.0", "10", "1"],
     ]
-    # Rewards 2 + step / 8: the first 10 steps of 12, and the last 10.
-    assert "Mean reward of the first 10 steps 2.69, of the last 10 2.94." in text
+    # Rewards 2 + step / 8: the first tenth of 12 steps, and the last.
+    assert "Mean reward, first and last 1 of 12 steps: 2.12 → 3.50." in text
     assert "12 of 12 steps, finished." in text
     assert ["time_unit", "second", "frame"] in settings and ["steps", "12", "1000"] in settings
     assert [row[0] for row in settings].count("seed") == 0
@@ -680,7 +680,7 @@ def test_answers_without_rewards_whose_reward_has_gone(tmp_path):
     own.unlink()
     records = read_jsonl(run / "predictions.jsonl")
     write_jsonl(run / "predictions.jsonl", [{"id": "0.y4m", "completion": records[0]["completion"]}])
-    said = rf"predictions\.jsonl: '0\.y4m': {own}:seven raised .*{own} cannot be loaded"
+    said = rf"predictions\.jsonl: '0\.y4m': {own}:seven raised UserError: rewards: there is no file {own};"
     with pytest.raises(DataError, match=said):
         draw_run(run)
 
