@@ -93,7 +93,7 @@ def test_what_is_wrong_with_a_name(plugin, tmp_path):
         with pytest.raises(ValueError, match=r"^rewards: there is no weight .*, or for FILE\.py:FUNCTION$"):
             check_weights({name: 1.0})
     wrong = {
-        f"{tmp_path}/absent.py:f": "there is no file /.*absent.py; correct the path, which is relative to where you",
+        f"{tmp_path}/absent.py:f": "there is no file /.*absent.py; correct the path",
         good.replace(":f", ":g"): "mine.py has no function 'g'; write FILE.py:FUNCTION",
         good.replace(":f", ":math"): "mine.py has no function 'math'",
         plugin("return (", "broken.py"): r"broken.py cannot be loaded: SyntaxError: .*; correct it",
