@@ -70,6 +70,25 @@ def test_file_then_command_line(path):
     }
 
 
+def test_files_over_files(path, tmp_path):
+    """A later one lies over the earlier, nested keys one by one, and adds its name to an output_dir that it
+    does not set; the command line lies over all. A file is to blame whatever lies over it."""
+    path.write_text("steps: 7\nrewards: {think: 0, l1: 2}\noutput_dir: runs/a\n")
+    part, other = tmp_path / "giou_0.5.yaml", tmp_path / "other.yaml"
+    part.write_text("rewards: {giou: 0.5, l1: 3}\n")
+    other.write_text("steps: 9\noutput_dir: runs/b\n")
+    config = load_config([path, part])
+    assert config.rewards == WEIGHTS | {"think": 0, "l1": 3, "giou": 0.5}
+    assert (config.steps, config.output_dir) == (7, "runs/a_giou_0.5")
+    assert load_config([path, part, other]).output_dir == "runs/b"
+    config = load_config([path, other, part], ["steps=8"])
+    assert (config.steps, config.output_dir, config.rewards["l1"]) == (8, "runs/b_giou_0.5", 3)
+    assert load_config([path, part], ["output_dir=runs/c"]).output_dir == "runs/c"
+    other.write_text("steps: -1\n")
+    with pytest.raises(ConfigError, match=rf"^{other}: steps"):
+        load_config([path, other, part], ["steps=8"])
+
+
 def test_defaults_are_not_shared(path):
     load_config(path, ["rewards.think=9", "sft.steps=9"]).rewards["l1"] = 5
     assert load_config(path).rewards == WEIGHTS and load_config(path).sft == Sft()

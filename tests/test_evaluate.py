@@ -422,6 +422,7 @@ def test_cost_of_what_was_decoded():
     """10 answers in 25 s; of videos that could not be read no second is told."""
     cost = evaluate.cost_of(evaluate.Spent(25.0, 10, 600), 8)
     assert (cost["answers"], cost["seconds"], cost["tokens"], cost["batch"]) == (10, 2.5, 60, 8)
+    assert evaluate.cost_of(evaluate.Spent(2.0, 3, 60), 8)["batch"] == 3  # there were no more
     assert evaluate.cost_of(evaluate.Spent(25.0, 0, 0), 8) is None
 
 
@@ -805,8 +806,9 @@ def test_videos_that_cannot_be_read(decoding, tmp_path, world, monkeypatch, caps
     capsys.readouterr()
     evaluate.main([*arguments, "on_bad_video=skip", "--json", "--output", str(tmp_path / "skip.jsonl")])
     captured = capsys.readouterr()
-    row = json.loads(captured.out)["native"]
-    assert row["N"] == 6 and row["failures"] >= 2
+    scores = json.loads(captured.out)
+    row = scores["native"]
+    assert row["N"] == 6 and row["failures"] >= 2 and scores["cost"]["answers"] == 4
     assert captured.err.count("skipped: ") == 2 and "2 of them are empty, since their videos" in captured.err
     records = {record["id"]: record for record in read(tmp_path / "skip.jsonl")}
     assert [i for i, r in records.items() if r.get("unreadable")] == ["1.y4m", "4.y4m"]

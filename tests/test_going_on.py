@@ -192,10 +192,11 @@ def test_more_steps(left_alone, finished, found):
 
     killed(train, "improve", 1, words)
     assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 4
+    assert not (run / "summary.json").exists()  # which would say that it has ended
     assert [line["step"] for line in metrics_of(run)] == [0, 1, 2]
     if found != "half replaced":
         first_end_is_kept()
-    killed(train, "report", 1, words)  # all is there, but the summary is the one of the first end
+    killed(train, "report", 1, words)  # all is there but the summary
     train.main(words)
     assert_same(run, left_alone(FOUR))
     (run / "predictions.jsonl").unlink()
@@ -222,6 +223,19 @@ def test_a_stop_in_the_last_step_then_more(left_alone, tmp_path, write_config):
     train.main([path, "resume=auto", "steps=4"])
     assert_same(run, left_alone(FOUR))
     assert (run / "predictions_2.jsonl").read_bytes() == first
+
+
+def test_drift_is_looked_for_in_the_last_steps_also_after_a_kill(tmp_path, write_config, monkeypatch):
+    """Of reward and vIoU as they stand in the log, here of two steps."""
+    path, run, seen = write_config(tmp_path, **FOUR, save_every=1), tmp_path / "run", []
+    monkeypatch.setattr(train, "DRIFT_STEPS", 2)
+    monkeypatch.setattr(train, "drifts_apart", lambda recent: seen.append(list(recent)) or len(seen) > 3)
+    killed(train, "improve", 4, [path])
+    train.main([path, "resume=auto"])
+    lines = [line for line in metrics_of(run) if line["phase"] == "grpo"]
+    pairs = [(line["reward"], line["viou_pred"]) for line in lines]
+    assert seen == [pairs[:1], pairs[:2], pairs[1:3], pairs[2:]]
+    assert [line["drift"] for line in lines] == [0, 0, 0, 1]
 
 
 def test_nothing_more_to_do(finished):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import logs
-from config import Config, ConfigError
+from config import Config, ConfigError, load_config
 from files import read_jsonl, write_jsonl
-from logs import PARTS, Clock, Log, drifts_apart, flatten, send_answers
+from logs import PARTS, Clock, Log, draw_pictures, drifts_apart, flatten, send_answers
 from trackers import check_trackers
 
 ROOT = Path(__file__).parent.parent
@@ -355,6 +355,17 @@ def test_a_sheet_that_cannot_be_drawn_is_said_once(tmp_path, monkeypatch, capsys
     assert not (run / "pictures").exists()
 
 
+def test_pictures_that_cannot_be_drawn_end_no_run(tmp_path):
+    """Such as those of a run whose annotations have gone: all else is done."""
+    pytest.importorskip("matplotlib")
+    from test_visualize import make_run
+
+    run = make_run(tmp_path, videos=1)
+    annotations = Path(load_config(run / "config.yaml").eval_annotations)
+    annotations.unlink()
+    assert draw_pictures(run).startswith(f"no pictures: {annotations}: ")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Time and memory
 
@@ -445,7 +456,8 @@ def test_drift_by_hand():
     assert not drifts_apart([*zip(down, up, strict=True)])
     assert drifts_apart([*zip(up, down, strict=True)][:15])
     assert not drifts_apart([*zip(up, down, strict=True)][:14])
-    assert not any(drifts_apart([(k / 7, k / 11)] * 30) for k in range(1000))  # rounding is no slope
+    level = [(k / 7, k / 11) for k in range(1000)]
+    assert not any(drifts_apart([pair] * count) for pair in level for count in (15, 22, 30))  # but rounding
     assert not drifts_apart([])
 
 

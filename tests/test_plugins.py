@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import logs
 import train
-from config import ConfigError, load_config
+from config import Config, ConfigError, load_config
 from files import UserError
 from marks import rewards_mark, settings_of
 from prompts import Answer, Truth, format_answer
@@ -70,6 +71,7 @@ FAULTS = {
     "too large": ("return 1e308 * 1e10", r"the reward .*mine\.py:f is inf"),
     "nothing": ("pass", r"raised TypeError: float\(\) argument must be"),
     "a word": ("return 'high'", r"raised ValueError: could not convert string to float: 'high'"),
+    "ends": ("raise SystemExit(3)", r"raised SystemExit: 3 \(line 5\)"),
 }
 
 
@@ -88,7 +90,7 @@ def test_what_is_wrong_with_a_name(plugin, tmp_path):
     without it."""
     good = plugin("return 0.0")
     assert plugins(check_weights({good: 2})) == (good,)
-    load_plugins({good: 2, "think": 1})
+    load_plugins({good: 2, "think": 1, plugin("return 0.0", "a:b.py"): 1})
     for name in ("smoothness", "mine.py", "mine:f", "mine.py:", "mine.py:f-g"):
         with pytest.raises(ValueError, match=r"^rewards: there is no weight .*, or for FILE\.py:FUNCTION$"):
             check_weights({name: 1.0})
@@ -149,6 +151,15 @@ def test_another_text_is_another_reward(plugin, tmp_path):
     assert {key for key in after if after[key] != before[key]} == {f"rewards.{file}"}
 
 
+def test_files_of_one_name_are_kept_apart(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"# {folder}")
+    weights = {f"{tmp_path}/{folder}/mine.py:f": 1.0 for folder in ("a", "b")}
+    run = logs.start_run(Config(output_dir=str(tmp_path / "run"), rewards=weights))
+    assert sorted(copy.read_text() for copy in (run / "rewards").iterdir()) == ["# a", "# b"]
+
+
 # ----------------------------------------------------------------------------------------------------------
 # In a run
 
@@ -204,6 +215,13 @@ def test_gauges_follow_from_the_rollouts(tmp_path, write_config):
         {name: value / len(records) for name, value in gauges.items()}, abs=1e-9
     )
     assert line["overlap"] > 0.3 and line["drift"] == 0
+
+
+def test_a_function_that_is_missing_is_said_first(plugin, tmp_path, write_config):
+    """Before there is a run."""
+    with pytest.raises(UserError, match=r"has no function 'g'"):
+        train.main([write_config(tmp_path, **TINY, rewards={plugin("return 0.0").replace(":f", ":g"): 1})])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_fault_ends_the_run_with_the_answer(plugin, tmp_path, write_config):

@@ -753,6 +753,13 @@ def test_settings_of_other_versions(place, write_config):
     assert "with seed: 0, max_side: 56, and this run asks for seed: 1, max_side: 84;" in two
 
 
+def test_a_reward_of_ones_own_that_was_added(place, write_config):
+    """Also with weight 0: a run's lines in metrics.jsonl hold the same terms."""
+    name = f"rewards.{Path(__file__).parent.parent}/examples/viou.py:viou"
+    said = refusal(place, write_config, [f"{name}=0"])
+    assert f"was made with {name}: unknown, " in said and f"and this run asks for {name}: 0.0, " in said
+
+
 def test_other_model_data_or_format(place, write_config, checkpoints, world, tmp_path):
     other = checkpoints["qwen2_vl"]
     said = refusal(place, write_config, [f"model={other}"])

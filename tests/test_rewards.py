@@ -365,6 +365,10 @@ DIAGNOSTICS = {  # text: overlap, span_ratio, one_step, invalid_boxes, out_of_fr
         (1, 1, 0, 2 / 8, 1 / 8, 0, (2 - 3.6 - 1.2) / 4 - 1, 1, 1, 1 / 2),
     ),
     "wide": (text(4, 7, steps(4, 7, WIDE), RIGHT), (1, 1, 0, 0, 4 / 8, 0, 2.32, 1, 0.08, 1)),
+    "cut to the same": (
+        text(4, 7, steps(4, 7, WIDE), steps(4, 7, "0, 0, 1000, 1000")),
+        (1, 1, 0, 0, 4 / 8, 1, 0, 1, 0.08, 0.08),
+    ),
     "end before start": (text(7, 4, {4: TWICE}), (0, 0, 0, 1, 0, 1, 0, 0, 0, 0)),
     "malformed": ("no", (0,) * 10),
 }
@@ -376,6 +380,12 @@ def test_diagnostics_by_hand(completion, values):
     names = ["overlap", "span_ratio", "one_step", "invalid_boxes", "out_of_frame", "copied", "think_gap"]
     assert list(result) == [*names, "tiou", "viou_think", "viou_pred"]
     assert tuple(result.values()) == pytest.approx(values, abs=1e-12)
+
+
+def test_a_box_that_ends_at_the_edge_is_in_the_frame():
+    """In a frame of 400 x 200 only the last of four reaches beyond it."""
+    boxes = {4: "0, 0, 400, 200", 5: "300, 0, 400, 100", 6: "0, 100, 100, 200", 7: "0, 0, 100, 201"}
+    assert score(text(4, 7, boxes), TRUTH, scale=(400, 200)).diagnostics["out_of_frame"] == 1 / 4
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -417,6 +427,8 @@ def test_weights(weights, total):
         ("giou", float("inf")),
         ("think", True),
         ("think", None),
+        ("spatial", 1000001),
+        ("spatial", -1000001),
     ],
 )
 def test_wrong_weights_are_named(key, value):

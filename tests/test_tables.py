@@ -190,6 +190,7 @@ SAME = {  # settings of two runs that may stand in one table, and the rows where
     "no steps": (["steps=0", "sft.steps=7"], ["steps=0"], {"supervised fine-tuning": "1"}),
     "another model that does not think": (["think=false", "model=a"], [], {"RFT, no thinking boxes": "1"}),
 }
+WATCHED = f"rewards.{CONFIGS.parent}/examples/viou.py:viou"
 UNLIKE = {
     "another model": ([], ["model=other"], "model is other, in "),
     "another model in another row": (["rewards.l1=0"], ["model=other"], "model is other, in "),
@@ -201,6 +202,7 @@ UNLIKE = {
     "fewer supervised": (["steps=0", "sft.steps=7"], ["steps=0", "sft.steps=8"], "sft.steps is 8, in "),
     "a larger step": (["rewards.l1=0"], ["learning_rate=1"], "learning_rate is 1.0, in "),
     "part of the sentences": (["steps=0"], ["eval_limit=5"], "eval_limit is 5, in "),
+    "a reward that one watches": ([f"{WATCHED}=0"], [], f"{WATCHED} is None, in "),
 }
 
 
