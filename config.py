@@ -14,9 +14,9 @@ from pathlib import Path
 
 import yaml
 
-from files import UserError, write_whole
 from prompts import TextFormat
 from rewards import check_weights
+from runtime.files import UserError, write_whole
 
 
 class ConfigError(UserError):
@@ -70,8 +70,8 @@ class Config:
 
     # --- how the videos are read; none of these changes a frame
     on_bad_video: str = "error"  # error | skip: leave its sentences out of training, count them as failures
-    decode_workers: int = 2  # processes that read ahead of the model; 0: in this one, unguarded
-    decode_timeout: float = 60.0  # seconds for one clip, after which its decoder is stopped
+    video_workers: int = 2  # processes that read ahead of the model; 0: in this one, unguarded
+    video_timeout: float = 60.0  # seconds for one clip, after which its decoder is stopped
     frame_cache: str = ""  # folder for frames as the model sees them; empty: decoded anew each time
     frame_cache_gb: float = 50.0  # of files in that folder at most
 
@@ -104,7 +104,7 @@ class Config:
     micro_batch: int = 1  # prompts whose answers are scored, and learnt from, in one pass
     # keep what a rollout made of its prompts, activations included, for the update: one pass over them less,
     # but the activations of all of a rank's prompts of a step are there at once
-    keep_prompts: bool = False
+    reuse_prompts: bool = False
     decode_block: int = 8  # tokens after which, each time, answers that have ended leave their batch
     # they stay, and no shape changes: slower by itself, for who compiles or records model._next_logits
     static_shapes: bool = False
@@ -270,7 +270,7 @@ AT_LEAST = {
         ("steps", "warmup_steps", "threads", "eval_every", "eval_limit", "save_every", "seed"), 0
     ),
     **dict.fromkeys(("kl_beta", "clip_eps", "learning_rate", "weight_decay", "eval_temperature"), 0),
-    **dict.fromkeys(("decode_workers", "frame_cache_gb"), 0),
+    **dict.fromkeys(("video_workers", "frame_cache_gb"), 0),
     "num_generations": 2,
     "keep": 1,
 }
@@ -284,7 +284,7 @@ def _check(config: Config, where: str) -> None:
     for key, least in AT_LEAST.items():
         if not getattr(config, key) >= least:
             raise ConfigError(f"{where}: {key}: {getattr(config, key)!r} must be at least {least}")
-    for key in ("temperature", "max_grad_norm", "decode_timeout"):
+    for key in ("temperature", "max_grad_norm", "video_timeout"):
         if not getattr(config, key) > 0:
             raise ConfigError(f"{where}: {key}: {getattr(config, key)!r} must be above 0")
     if config.sft.steps < 0 or config.sft.batch_size < 1 or config.sft.learning_rate < 0:

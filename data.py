@@ -11,13 +11,12 @@ Sentences stay as they are. A record that is not of its format is an error.
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from files import (
+from runtime.files import (
     REMEDY,
     DataError,
     few,
@@ -29,11 +28,10 @@ from files import (
     run_script,
     short,
 )
-from prompts import Box, TimeGrid, Truth
+from samples import QUESTION_TYPES, Sample, Track
 
 HCSTVG_SECONDS = 20  # "the duration of all videos is 20 s": their only statement about the frame rate
 DATASETS = ("hcstvg", "vidstg")
-QUESTION_TYPES = ("declarative", "interrogative")  # VidSTG's captions and questions
 # Sentences in the official files (papers and repositories of the data sets).
 OFFICIAL_COUNTS = {
     ("hcstvg", "train.json"): 4500,  # v1
@@ -44,68 +42,6 @@ OFFICIAL_COUNTS = {
     ("vidstg", "val_annotations.json"): 8956,
     ("vidstg", "test_annotations.json"): 10303,
 }
-
-
-class Track(Mapping[int, Box]):
-    """Boxes of consecutive native frames, frame -> box in [0, 1]; frames without one are not in it.
-
-    It reads like a dict, but is a view of an array: VidSTG's sentences share 20 million boxes, which as
-    tuples of floats would take 6 GB.
-    """
-
-    def __init__(self, first: int, boxes: np.ndarray):
-        """boxes: (frames, 4) float64, that of frame `first` in the first row; NaN where there is none."""
-        self.first, self.array = first, boxes
-        self.there = ~np.isnan(boxes[:, 0])  # (frames,)
-
-    def __getitem__(self, frame: int) -> Box:
-        k = frame - self.first if isinstance(frame, int | np.integer) else -1
-        if not (0 <= k < len(self.array) and self.there[k]):
-            raise KeyError(frame)
-        return tuple(self.array[k].tolist())
-
-    def __iter__(self) -> Iterator[int]:
-        return iter((self.there.nonzero()[0] + self.first).tolist())
-
-    def __len__(self) -> int:
-        return int(self.there.sum())
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sentence and its tube. Native frames are the clip's own, counted from 0 at its first one."""
-
-    id: str  # HC-STVG: the video's key in the annotation file; VidSTG: RECORD/captions|questions/INDEX
-    video: str  # path of the file
-    sentence: str  # as annotated, nothing repaired
-    width: int  # of the file, in pixels
-    height: int
-    num_frames: int  # native frames of the clip
-    fps: float  # native frames per second
-    begin_frame: int  # the clip's first frame, counted in the whole file
-    file_frames: int  # native frames of the whole file
-    first_frame: int  # the truth is [first_frame, stop_frame) in native frames
-    stop_frame: int
-    boxes: Mapping[int, Box]  # native frame of the truth -> box in [0, 1]; one without a box is not judged
-    question_type: str | None = None  # VidSTG: one of QUESTION_TYPES
-
-    def grid(self, step_seconds: float) -> TimeGrid:
-        """The steps of the clip, each step_seconds long."""
-        return TimeGrid(self.num_frames, self.fps, step_seconds)
-
-    def truth(self, step_seconds: float) -> Truth:
-        """The truth in steps: those whose sampled frame lies in it (at least one), with those frames' boxes.
-
-        Where none of the sampled frames has a box (an event shorter than a step), the annotated box nearest
-        in time to the first step stands in.
-        """
-        grid = self.grid(step_seconds)
-        start, end = grid.steps_of(self.first_frame, self.stop_frame)
-        frames = {step: grid.sampled_frame(step) for step in range(start, end + 1)}
-        boxes = {step: self.boxes[frame] for step, frame in frames.items() if frame in self.boxes}
-        if not boxes:
-            boxes = {start: self.boxes[min(self.boxes, key=lambda frame: abs(frame - frames[start]))]}
-        return Truth((start, end), boxes)
 
 
 # What was found, and what became of it: finding -> ids of the samples concerned.
@@ -502,6 +438,6 @@ def _in_frame(corners: np.ndarray, width: int, height: int) -> tuple[np.ndarray,
 
 
 if __name__ == "__main__":
-    import check  # which needs this module, and much that this module does not need
+    from lab import check_data
 
-    run_script(lambda: check.main(sys.argv[1:]), "standard output", "free some space")
+    run_script(lambda: check_data.main(sys.argv[1:]), "standard output", "free some space")

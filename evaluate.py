@@ -31,19 +31,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import distributed
-import logs
-import tables
-import toy
-from clips import Clips, open_clips
 from config import DTYPES, Config, ConfigError, load_config
-from controls import CONTROLS, Controlled, other_sample
-from data import DROPS, Report, Sample, check_videos, count_sentences, format_report, load_samples
-from files import DataError, UserError, read_jsonl, run_script, write_jsonl
+from data import DROPS, Report, check_videos, count_sentences, format_report, load_samples
+from lab import compare
+from lab.controls import CONTROLS, Controlled, other_sample
 from metrics import Tube, format_table, native_scores, score_answers, tube_from_answer
 from model import Completion, Prompt, make_prompt, rollout
-from policy import Policy, load_policy
-from predictions import (
+from prompts import Answer, Items, parse_csv_answer, read_answer
+from qwen.checkpoint import Policy, load_policy
+from rewards import RewardError, load_plugins, score
+from runtime import distributed, logs
+from runtime.files import DataError, UserError, read_jsonl, run_script, write_jsonl
+from runtime.predictions import (
     answered,
     check_output,
     fingerprint_of,
@@ -51,15 +50,20 @@ from predictions import (
     place_for_answers,
     read_predictions,
 )
-from prompts import Answer, Items, Truth, parse_csv_answer, read_answer
-from rewards import RewardError, load_plugins, score
+from samples import Sample, Truth
+from toy import world as toy_world
+from video.loader import FrameLoader, open_loader
 
 # ----------------------------------------------------------------------------------------------------------
 # From a model to predictions
 
 
 def decode(
-    policy: Policy, samples: list[tuple[int, Sample]], clips: Clips | Controlled, config: Config, name: str
+    policy: Policy,
+    samples: list[tuple[int, Sample]],
+    clips: FrameLoader | Controlled,
+    config: Config,
+    name: str,
 ) -> Iterator[list[dict]]:
     """The model's answers, eval_batch records at a time, in order; greedy unless eval_temperature says
     otherwise.
@@ -68,13 +72,13 @@ def decode(
     which the first rank shows.
     A sample whose video cannot be read (on_bad_video: skip) gets an empty answer, which is a failure.
     """
-    rank, ranks = distributed.join()
+    rank, ranks = distributed.init()
     where = f" (rank 0 of {ranks})" if ranks > 1 else ""
     with tqdm(total=len(samples), desc=f"evaluate {name}{where}", unit="answer", disable=rank > 0) as bar:
         for first in range(0, len(samples), config.eval_batch):
             part = samples[first : first + config.eval_batch]
-            ahead = first + 2 * config.eval_batch + config.decode_workers
-            clips.ahead([sample for _, sample in samples[first:ahead]])
+            ahead = first + 2 * config.eval_batch + config.video_workers
+            clips.prefetch([sample for _, sample in samples[first:ahead]])
             frames = [(number, sample, clips.frames(sample)) for number, sample in part]
             shown = [
                 (number, make_prompt(policy, sample, clip, config.text_format))
@@ -156,7 +160,7 @@ class Spent:
 def decode_split(
     policy: Policy,
     samples: list[Sample],
-    clips: Clips,
+    clips: FrameLoader,
     config: Config,
     output: Path,
     fingerprint: str,
@@ -172,7 +176,7 @@ def decode_split(
 def decode_missing(
     policy: Policy,
     samples: list[Sample],
-    clips: Clips | Controlled,
+    clips: FrameLoader | Controlled,
     config: Config,
     output: Path,
     fingerprint: str,
@@ -184,9 +188,9 @@ def decode_missing(
     Each rank adds its answers to a file of its own beside output, so that a killed run loses a batch at most;
     gather_answers puts them together. Raises RewardError, on all ranks, where a reward of one's own fails.
     """
-    rank, ranks = distributed.join()
+    rank, ranks = distributed.init()
     done = answered(output, fingerprint)
-    distributed.wait()  # all ranks must have read the same before one of them writes
+    distributed.barrier()  # all ranks must have read the same before one of them writes
     todo = [(n, sample) for n, sample in enumerate(samples) if sample.id not in done]
     if len(todo) < len(samples) and rank == 0:
         print(f"{len(samples) - len(todo)} answers are in {output.parent}/ already", file=sys.stderr)
@@ -204,7 +208,7 @@ def decode_missing(
     except RewardError as error:
         fault = str(error)
     seconds = time.perf_counter() - began
-    for message in filter(None, distributed.gather(fault)):
+    for message in filter(None, distributed.all_gather(fault)):
         raise RewardError(message)
     if stop and stop.agreed():
         return None
@@ -316,12 +320,12 @@ def main(arguments: list[str]) -> None:
     if options.table:
         if len(arguments) > 1 + len(options.table):
             parser.error("--table RUN ... stands alone")
-        return tables.main(options.table)
+        return compare.main(options.table)
     words = options.words + (options.data or [])
     settings = [word for word in words if "=" in word]
     places = [word for word in words if "=" not in word]
     named = any("=" not in word for word in options.words)  # a model, or a configuration without --data
-    rank, _ = distributed.join()
+    rank, _ = distributed.init()
     if options.predictions:
         if named == bool(options.data) or not places or options.control or options.output:
             parser.error("--predictions FILE needs --data CONFIG, and takes no model, --control or --output")
@@ -336,7 +340,7 @@ def main(arguments: list[str]) -> None:
         samples, predictions, cost = answers_of_checkpoint(
             checkpoint, config, wanted, options.output, options.control
         )
-    distributed.leave()
+    distributed.destroy()
     if rank:
         return
     rows, gain = score_predictions(predictions, samples, config), think_gain(predictions, samples, config)
@@ -397,7 +401,7 @@ def answers_from_file(path: Path, config: Config) -> tuple[list[Sample], list[di
         "sentences have no answer: failures": len(samples) - len(predictions),
         "answers have coordinates above 1, which are taken for 1": beyond,
     }
-    rank, _ = distributed.join()
+    rank, _ = distributed.init()
     for note, count in notes.items():
         if count > 0 and rank == 0:
             print(f"{count} {note}", file=sys.stderr)
@@ -410,7 +414,7 @@ def answers_of_checkpoint(
     """The samples of the held-out split and the model's answers to them, decoded where they are not saved
     yet, and what that took (cost_of); on every rank. output: the file for them; without one `wanted` or a
     sibling of it. control: one of CONTROLS; None: the videos as they are."""
-    rank, _ = distributed.join()
+    rank, _ = distributed.init()
     if config.threads:
         torch.set_num_threads(config.threads)
     load_plugins(config.rewards)
@@ -428,7 +432,7 @@ def answers_of_checkpoint(
         if rank == 0:
             notes = coordinates_note(policy, config) + settings_note(checkpoint, config)
             print(notes, end="", file=sys.stderr)
-        with contextlib.closing(open_clips(config, policy.size_factor)) as clips:
+        with contextlib.closing(open_loader(config, policy.size_factor)) as clips:
             shown = Controlled(clips, control, split, config.seed) if control else clips
             spent = decode_missing(policy, samples, shown, config, path, fingerprint)
         cost = cost_of(spent, config.eval_batch)
@@ -448,7 +452,7 @@ def cost_of(spent: Spent, eval_batch: int) -> dict | None:
     "tokens" of one; "batch", how many were decoded at a time; "peak_memory" (logs.peak_memory) of the rank
     with the most, in GB.
     """
-    peak, ranks = distributed.most(logs.peak_memory()), distributed.gather(vars(spent))
+    peak, ranks = distributed.all_reduce_max(logs.peak_memory()), distributed.all_gather(vars(spent))
     ranks = [rank for rank in ranks if rank["answers"]]
     if not ranks:
         return None
@@ -518,11 +522,11 @@ def report_answers(predictions: list[dict], before: int, output: Path) -> None:
 def load_split(config: Config, annotations: str) -> tuple[list[Sample], Report]:
     """The samples of a split, made first where it is the toy's, and what was found in it, which is printed to
     stderr too."""
-    rank, _ = distributed.join()
+    rank, _ = distributed.init()
     if config.toy:
         if rank == 0:
-            toy.make_world(config.videos)
-        distributed.wait()
+            toy_world.make_world(config.videos)
+        distributed.barrier()
     samples, report = load_samples(config.dataset, annotations, config.videos, config.vidor)
     if rank == 0:
         counts = count_sentences(samples, report)

@@ -26,9 +26,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from data import QUESTION_TYPES, Sample
-from prompts import Answer, Box, TextFormat, truth_answer
+from prompts import Answer, TextFormat, truth_answer
 from rewards import area, iou
+from samples import QUESTION_TYPES, Box, Sample
 
 Tube = tuple[tuple[int, int], dict[int, Box]]
 Scores = dict[str, float]  # of one answer: "tIoU" and "vIoU" in [0, 1], and "failures", 0 or 1

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import NO_MASK, AnswerAttention, DecodeAttention, KeysValues, PromptAttention
-from data import Sample
-from files import ModelError
-from policy import VIDEO_BLOCK, Policy, render_chat
 from prompts import TextFormat, build_prompt
+from qwen.attention import NO_MASK, AnswerAttention, DecodeAttention, KeysValues, PromptAttention
+from qwen.checkpoint import VIDEO_BLOCK, Policy, render_chat
+from runtime.files import ModelError
+from samples import Sample
 
 # ----------------------------------------------------------------------------------------------------------
 # The prompt
@@ -43,7 +43,7 @@ class Prompt:
 
 
 def make_prompt(policy: Policy, sample: Sample, frames: torch.Tensor, text_format: TextFormat) -> Prompt:
-    """A sample and the frames of its clip (clips.Clips) -> what the model is shown. Sampling and scoring,
+    """A sample and the frames of its clip (clips.FrameLoader) -> what the model is shown. Sampling and scoring,
     training and evaluation all come through here. Raises ModelError.
 
     frames: (T, h, w, 3) uint8, text_format.fps of them a second; fewer than annotated where the file ends
@@ -136,7 +136,7 @@ def rope_positions(
     return positions
 
 
-def see(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
+def with_video_features(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
     """The prompts with what the vision tower makes of their frames, where it is frozen: then it runs once
     for the samples, the scores and the reference. Where it is trained, the prompts as they are.
 
@@ -176,20 +176,20 @@ def _visual_inputs(policy: Policy, prompts: list[Prompt]) -> dict:
 
 
 @dataclass
-class Encoded:
+class PromptCache:
     """What a policy makes of a prompt, of which its answers are continuations."""
 
     prefix: list[KeysValues]  # of each layer
     state: torch.Tensor  # (H,) from which the first token of an answer is predicted
 
 
-def encode(policy: Policy, prompts: list[Prompt]) -> list[Encoded]:
+def prefill(policy: Policy, prompts: list[Prompt]) -> list[PromptCache]:
     """Vision tower and language model over B prompts, once for all their answers. Where gradients are enabled
     they flow back through what is returned."""
-    return policy.run(_encode, policy, prompts)
+    return policy.run(_prefill, policy, prompts)
 
 
-def _encode(model: torch.nn.Module, policy: Policy, prompts: list[Prompt]) -> list[Encoded]:
+def _prefill(model: torch.nn.Module, policy: Policy, prompts: list[Prompt]) -> list[PromptCache]:
     lengths = [len(prompt.ids) for prompt in prompts]
     attention = PromptAttention(lengths)
     states = _states(
@@ -200,7 +200,7 @@ def _encode(model: torch.nn.Module, policy: Policy, prompts: list[Prompt]) -> li
         **_visual_inputs(policy, prompts),
     )
     ends = torch.tensor(lengths).cumsum(0) - 1
-    return [Encoded(*parts) for parts in zip(attention.prefixes(), states[ends], strict=True)]
+    return [PromptCache(*parts) for parts in zip(attention.prefixes(), states[ends], strict=True)]
 
 
 def _states(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, attention, **visual):
@@ -235,7 +235,7 @@ def rollout(
     max_new_tokens: int,
     temperature: float,
     keys: list,
-    encoded: list[Encoded] | None = None,
+    encoded: list[PromptCache] | None = None,
     block: int = 8,
     static: bool = False,
 ) -> list[list[Completion]]:
@@ -254,7 +254,7 @@ def rollout(
     model, device, B, G = policy.model, policy.device, len(prompts), num_generations
     was_training = model.training
     model.eval()  # checkpointing has nothing to do here
-    encoded = encoded or encode(policy, prompts)
+    encoded = encoded or prefill(policy, prompts)
     states = torch.stack([prompt.state for prompt in encoded])
     logits = policy.run(lambda model: model.lm_head(states)).repeat_interleave(G, 0)  # (B * G, V)
     attention = DecodeAttention([prompt.prefix for prompt in encoded], G, max_new_tokens)
@@ -342,7 +342,7 @@ def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> 
 
 
 @dataclass
-class Answers:
+class PackedCompletions:
     """Completions of B prompts, R in all, packed for scoring: one row of M tokens, one after the other."""
 
     prompts: list[Prompt]
@@ -354,7 +354,9 @@ class Answers:
     mask: torch.Tensor  # (R, C) which places of a padded table of completions are tokens
 
 
-def pack_completions(policy: Policy, prompts: list[Prompt], completions: list[list[list[int]]]) -> Answers:
+def pack_completions(
+    policy: Policy, prompts: list[Prompt], completions: list[list[list[int]]]
+) -> PackedCompletions:
     """completions[b][g]: token ids of answer g to prompt b. None may be empty."""
     lengths = [[len(completion) for completion in group] for group in completions]
     positions, source, m = [], [], len(prompts)
@@ -363,7 +365,7 @@ def pack_completions(policy: Policy, prompts: list[Prompt], completions: list[li
             positions.append(prompt.next_position + torch.arange(n))
             source += [b, *range(m, m + n - 1)]  # the first token follows the prompt
             m += n
-    return Answers(
+    return PackedCompletions(
         prompts,
         lengths,
         torch.tensor([token for group in completions for completion in group for token in completion]),
@@ -380,9 +382,9 @@ def completion_mask(lengths: list[int]) -> torch.Tensor:
 
 def completion_logprobs(
     policy: Policy,
-    batch: Answers,
+    batch: PackedCompletions,
     temperature: float,
-    encoded: list[Encoded] | None = None,
+    encoded: list[PromptCache] | None = None,
     chunk: int = 1024,
 ) -> torch.Tensor:
     """Log-probability of every completion token under the policy that is sampled from: (R, C), 0 on padding.
@@ -393,7 +395,7 @@ def completion_logprobs(
     """
 
     def logprobs_of(model: torch.nn.Module) -> torch.Tensor:  # (M,)
-        read = encoded or _encode(model, policy, batch.prompts)
+        read = encoded or _prefill(model, policy, batch.prompts)
         attention = AnswerAttention([prompt.prefix for prompt in read], batch.lengths)
         states = _states(model, batch.ids, batch.positions, attention)
         states = torch.cat([torch.stack([prompt.state for prompt in read]), states])[batch.source]  # (M, H)

@@ -16,7 +16,8 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-Box = tuple[float, float, float, float]
+from samples import Box, Truth
+
 COORDINATES = ("norm1000", "resized", "original")
 TIME_UNITS = ("frame", "second")
 ANSWER_FORMATS = ("boxes", "csv")
@@ -76,53 +77,8 @@ class TextFormat:
         return scales[self.coordinates]
 
 
-@dataclass(frozen=True)
-class TimeGrid:
-    """The one place that goes between steps, seconds and native frames. All indices are 0-based."""
-
-    num_frames: int  # native frames of the clip
-    fps: float  # native frames per second
-    step_seconds: float
-
-    @property
-    def num_steps(self) -> int:
-        """Steps that begin before the clip ends."""
-        return max(1, math.ceil(self.num_frames / self.fps / self.step_seconds - 1e-6))
-
-    def sampled_frame(self, step: int) -> int:
-        """The native frame on screen at the beginning of the step: the one its box belongs to."""
-        return min(int(step * self.step_seconds * self.fps + 1e-6), self.num_frames - 1)
-
-    def first_frame(self, step: int) -> int:
-        """The first native frame f with f / fps >= step * d; step i covers first_frame(i) up to
-        first_frame(i + 1), exclusive."""
-        return min(math.ceil(step * self.step_seconds * self.fps - 1e-6), self.num_frames)
-
-    def steps_of(self, first: int, stop: int) -> tuple[int, int]:
-        """First and last step (inclusive) whose sampled frames lie in native frames [first, stop); where
-        there is none, the event lies inside one step and that step is the answer."""
-        inside = [i for i in range(self.num_steps) if first <= self.sampled_frame(i) < stop]
-        if not inside:
-            inside = [min(int(first / self.fps / self.step_seconds + 1e-6), self.num_steps - 1)]
-        return inside[0], inside[-1]
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The truth and the answer
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What is asked for, in steps."""
-
-    span: tuple[int, int]  # first and last step, inclusive
-    boxes: dict[int, Box]  # step -> box in [0, 1]; a step of the span may have none
-
-    def before(self, num_steps: int) -> "Truth | None":
-        """The part in steps below num_steps: all there is to find in a video that ends early. None where no
-        box is left."""
-        boxes = {step: box for step, box in self.boxes.items() if step < num_steps}
-        return Truth((self.span[0], min(self.span[1], num_steps - 1)), boxes) if boxes else None
 
 
 Items = tuple[tuple[int, Box], ...]  # ((step, (x1, y1, x2, y2)), ...), as an answer lists them
@@ -248,7 +204,7 @@ def _csv_row(line: str) -> tuple[int, Box] | None:
 
 def _seconds(clock: str) -> int:
     """5 or 0:05 or 00:00:05 -> 5."""
-    return sum(int(part) * 60**k for k, part in enumerate(reversed(clock.split(":"))))
+    return sum(int(part) * 60**k for k, part in enumerate(reversed(clock.lap(":"))))
 
 
 def read_answer(text: str, text_format: TextFormat) -> Answer | None:

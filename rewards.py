@@ -34,8 +34,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import UserError, run_script
-from prompts import Answer, Box, Truth, parse_answer
+from prompts import Answer, parse_answer
+from runtime.files import UserError, run_script
+from samples import Box, Truth
 
 WEIGHTS = {"format": 1.0, "consistency": 1.0, "temporal": 1.0, "spatial": 1.0, "think": 0.5}  # Eq. 10
 REWARDS = tuple(WEIGHTS)
@@ -343,6 +344,6 @@ def _viou(answer: Answer, truth: Truth, which: str) -> float:
 
 
 if __name__ == "__main__":
-    import bench
+    from lab import bench
 
     run_script(lambda: bench.main(sys.argv[1:]), "standard output", "check the path and the free space")

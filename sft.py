@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 from tqdm import trange
 
-import distributed
-import resume
 from config import Config
-from data import Sample
-from job import Job, Stopped, save, saved_when_stopped, usage
-from model import Prompt, completion_logprobs, pack_completions, see
-from policy import Policy
-from prompts import Truth, format_answer, truth_answer
+from model import Prompt, completion_logprobs, pack_completions, with_video_features
+from prompts import format_answer, truth_answer
+from qwen.checkpoint import Policy
+from runtime import checkpoints, distributed
+from runtime.run import Job, Stopped, save, saved_when_stopped, usage
+from samples import Sample, Truth
 from steps import (
     adamw,
     backward,
@@ -34,21 +33,21 @@ def supervise(job: Job, train_samples: list[Sample], taught: Path) -> None:
     config, policy, begin = job.config, job.policy, job.progress.sft_step
     optimizer = adamw(policy, config.sft.learning_rate, config)
     if job.found:
-        resume.load(job.found, policy.model, optimizer)
+        checkpoints.load(job.found, policy.model, optimizer)
     steps = config.sft.steps
     bar = trange(steps, initial=begin, desc="SFT", unit="step", disable=job.log is None)
     with bar, saved_when_stopped(job, optimizer):
         for step in range(begin, steps):
-            clock.split()
+            clock.lap()
             size = config.sft.batch_size
             batch, following = (batch_of(train_samples, size, n, config.seed) for n in (step, step + 1))
-            job.clips.ahead([sample for _, sample in own_part(batch) + own_part(following)])
+            job.clips.prefetch([sample for _, sample in own_part(batch) + own_part(following)])
             samples = [sample for _, sample in own_part(batch)]
             shown = questions(policy, samples, job.clips, config)
             answered = [
                 (prompt, true_completion(policy, truth, prompt, config)) for _, truth, prompt in shown
             ]
-            tokens = distributed.total(sum(len(ids) for _, ids in answered))
+            tokens = distributed.all_reduce_sum(sum(len(ids) for _, ids in answered))
             if tokens:
                 contents = [
                     {
@@ -88,13 +87,13 @@ def imitate(
     total, parts = 0.0, micro_batches(answered, config)
     with clock("update"):
         for k, (part, real) in enumerate(parts):
-            prompts = see(policy, [prompt for prompt, _ in part])
+            prompts = with_video_features(policy, [prompt for prompt, _ in part])
             batch = pack_completions(policy, prompts, [[ids] for _, ids in part])
             loss = -completion_logprobs(policy, batch, temperature=1.0).sum() / tokens
             backward(loss if real else 0 * loss, policy, k == len(parts) - 1, config)
             total += loss.item() if real else 0.0
     with clock("wait"):
-        total = distributed.total(total)
+        total = distributed.all_reduce_sum(total)
     with clock("update"):
         norm = optimizer_step(policy, optimizer, config, total)
     return {"loss": total, "grad_norm": norm}

@@ -9,21 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import distributed
-from clips import Clips
 from config import Config
-from data import Sample
-from logs import Clock
 from model import Prompt, make_prompt
-from policy import Policy
-from prompts import Truth
-from video import VideoError
+from qwen.checkpoint import Policy
+from runtime import distributed
+from runtime.logs import Clock
+from samples import Sample, Truth
+from video.frames import VideoError
+from video.loader import FrameLoader
 
 clock = Clock()  # where the time of this process goes; of train.py, sft.py and job.py, too
 
 
 def questions(
-    policy: Policy, samples: list[Sample], clips: Clips, config: Config
+    policy: Policy, samples: list[Sample], clips: FrameLoader, config: Config
 ) -> list[tuple[int, Truth, Prompt]]:
     """(index, truth, prompt) of those samples whose videos can be read (all, unless on_bad_video: skip). The
     truth is that of the steps that the video shows."""
@@ -56,7 +55,7 @@ def batch_of(samples: list[Sample], batch_size: int, step: int, seed: int) -> li
 def own_part(batch: list[Sample]) -> list[tuple[int, Sample]]:
     """This rank's part of a batch, each sample with its place in the batch: neighbours, so that the parts of
     all ranks, one after the other, are the batch."""
-    rank, ranks = distributed.join()
+    rank, ranks = distributed.init()
     size = len(batch) // ranks
     return list(enumerate(batch))[rank * size : (rank + 1) * size]
 
@@ -72,7 +71,7 @@ def cut(items: list, size: int) -> list[list]:
 
 def gathered(items: list) -> list:
     """The items of all ranks, in their order, on every rank."""
-    return [item for part in distributed.gather(items) for item in part]
+    return [item for part in distributed.all_gather(items) for item in part]
 
 
 def micro_batches(items: list, config: Config) -> list[tuple[list, bool]]:
@@ -80,10 +79,10 @@ def micro_batches(items: list, config: Config) -> list[tuple[list, bool]]:
     must enter a sharded model together: one that has fewer (on_bad_video: skip) goes through another's first
     item, for nothing: False."""
     parts = [(part, True) for part in cut(items, config.micro_batch)]
-    counts = distributed.gather(len(parts))
+    counts = distributed.all_gather(len(parts))
     if min(counts) < max(counts):
         donor = counts.index(max(counts))
-        rank, _ = distributed.join()
+        rank, _ = distributed.init()
         spare = distributed.broadcast(items[:1] if rank == donor else None, donor)
         parts += [(spare, False)] * (max(counts) - len(parts))
     return parts
@@ -92,8 +91,8 @@ def micro_batches(items: list, config: Config) -> list[tuple[list, bool]]:
 def backward(loss: torch.Tensor, policy: Policy, last: bool, config: Config) -> None:
     """Add to the gradients. loss: this rank's part of a sum over all ranks and parts, divided by the tokens
     (grpo.loss_normalizer) of the whole batch already. last: part of the step."""
-    distributed.reduce_gradients(policy.model, last or config.reduce_gradients == "each")
-    _, ranks = distributed.join()
+    distributed.sync_gradients(policy.model, last or config.reduce_gradients == "each")
+    _, ranks = distributed.init()
     (loss * ranks).backward()  # FSDP2 takes the mean of the ranks' gradients
 
 
@@ -126,7 +125,7 @@ def dump_of_nonfinite(batch: list[dict], run: Path, name: str):
     try:
         yield
     except FloatingPointError as error:
-        rank, _ = distributed.join()
+        rank, _ = distributed.init()
         torch.save(batch, run / f"nonfinite_{name}.rank{rank}.pt")
         ids = gathered([item["id"] for item in batch])
         raise FloatingPointError(
@@ -135,7 +134,7 @@ def dump_of_nonfinite(batch: list[dict], run: Path, name: str):
         ) from error
 
 
-def pass_over(samples: list[Sample], step: int, clips: Clips) -> None:
+def pass_over(samples: list[Sample], step: int, clips: FrameLoader) -> None:
     """A batch of which no video could be read (on_bad_video: skip) teaches nothing. Raises VideoError if it
     is the first one: then it is the folder, more likely than each of them."""
     what = f"none of the {len(samples)} videos of step {step + 1} can be read, such as {samples[0].video}"

@@ -35,16 +35,30 @@ import numpy as np
 import torch
 from tqdm import trange
 
-import distributed
-import resume
-from adapters import add_adapters, check_peft, has_adapters, without_adapters
-from clips import Clips, open_clips
 from config import DTYPES, Config, ConfigError, load_config
-from data import Sample, check_videos
+from data import check_videos
 from evaluate import answer_record, load_split
-from files import read_jsonl, run_script, write_jsonl
 from grpo import group_advantages, loss_normalizer, policy_loss
-from job import (
+from lab.memory import print_plan
+from model import (
+    Completion,
+    Prompt,
+    PromptCache,
+    completion_logprobs,
+    completion_mask,
+    pack_completions,
+    prefill,
+    rollout,
+    with_video_features,
+)
+from qwen.checkpoint import Policy, load_policy
+from qwen.lora import add_adapters, check_peft, has_adapters, without_adapters
+from rewards import RewardError, Score, load_plugins, score
+from runtime import checkpoints, distributed
+from runtime.files import read_jsonl, run_script, write_jsonl
+from runtime.fingerprints import fingerprints
+from runtime.logs import DRIFT_STEPS, Log, drifts_apart
+from runtime.run import (
     Job,
     Stopped,
     describe,
@@ -56,23 +70,8 @@ from job import (
     standing,
     usage,
 )
-from logs import DRIFT_STEPS, Log, drifts_apart
-from marks import marks_of
-from model import (
-    Completion,
-    Encoded,
-    Prompt,
-    completion_logprobs,
-    completion_mask,
-    encode,
-    pack_completions,
-    rollout,
-    see,
-)
-from plan import print_plan
-from policy import Policy, load_policy
-from prompts import Truth
-from rewards import RewardError, Score, load_plugins, score
+from runtime.trackers import check_trackers
+from samples import Sample, Truth
 from sft import supervise
 from steps import (
     adamw,
@@ -89,7 +88,7 @@ from steps import (
     questions,
     set_learning_rate,
 )
-from trackers import check_trackers
+from video.loader import FrameLoader, open_loader
 
 ROOT = Path(__file__).parent
 
@@ -104,7 +103,9 @@ class Group:
     completions: list[Completion]
     scores: list[Score]
     advantages: torch.Tensor  # (G,) float64
-    encoded: Encoded | None = None  # what the policy made of the prompt, with gradients, where that is kept
+    encoded: PromptCache | None = (
+        None  # what the policy made of the prompt, with gradients, where that is kept
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -126,7 +127,7 @@ def main(arguments: list[str]) -> None:
     check_trackers(config)
     check_peft(config.lora)
     load_plugins(config.rewards)
-    rank, ranks = distributed.join()
+    rank, ranks = distributed.init()
     check_batches(config, ranks)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -135,10 +136,10 @@ def main(arguments: list[str]) -> None:
     if config.on_bad_video == "error":
         check_videos(train_samples + eval_samples)
     policy = trainable(config)
-    marks = marks_of(config, train_samples + eval_samples)
+    marks = fingerprints(config, train_samples + eval_samples)
     with contextlib.ExitStack() as stack:
         if ranks == 1:
-            stack.callback(distributed.leave)
+            stack.callback(distributed.destroy)
         run, found, progress = stack.enter_context(open_run(config, marks))
         if rank == 0:
             print(describe(config, policy, ranks, train_samples, eval_samples), end="")
@@ -146,7 +147,7 @@ def main(arguments: list[str]) -> None:
                 print(f"going on from {found}")
             elif config.resume == "auto":
                 print(f"no checkpoint in {run}: it begins at step 0")
-        clips = stack.enter_context(contextlib.closing(open_clips(config, policy.size_factor)))
+        clips = stack.enter_context(contextlib.closing(open_loader(config, policy.size_factor)))
         log = stack.enter_context(contextlib.closing(Log(run, config))) if rank == 0 else None
         stop = stack.enter_context(distributed.Stop())
         job = Job(config, run, policy, clips, log, stop, marks, found, progress)
@@ -158,7 +159,7 @@ def main(arguments: list[str]) -> None:
         else:
             if rank == 0:
                 report(run, before, after, time.time() - started)
-    distributed.leave()
+    distributed.destroy()
 
 
 def learn(job: Job, train_samples: list[Sample], eval_samples: list[Sample]) -> tuple[dict, dict]:
@@ -176,14 +177,14 @@ def learn(job: Job, train_samples: list[Sample], eval_samples: list[Sample]) -> 
     if job.progress.sft_step < config.sft.steps:
         supervise(job, train_samples, taught)
     elif config.sft.steps:
-        resume.load_weights(taught, model)
+        checkpoints.load_weights(taught, model)
 
     reference = None
     if config.kl_beta and config.steps:
         reference = job.policy if config.lora.rank else freeze(job.policy, config)
     optimizer = adamw(job.policy, config.learning_rate, config)
     if job.progress.step:
-        resume.load(job.found, model, optimizer)
+        checkpoints.load(job.found, model, optimizer)
     reinforce(job, reference, optimizer, train_samples, eval_samples)
     after = evaluate_split(job, eval_samples, "after")
     before = next(m for m in read_jsonl(job.run / "metrics.jsonl") if m["phase"] == "eval")
@@ -208,12 +209,12 @@ def reinforce(
         for step in range(begin, config.steps):
             if step and config.eval_every and step % config.eval_every == 0:
                 evaluate_split(job, eval_samples, "step")
-            clock.split()
+            clock.lap()
             warmth = min(1, (step + 1) / max(1, config.warmup_steps))
             set_learning_rate(optimizer, config.learning_rate * warmth)
             size = config.batch_size
             batch, following = (batch_of(train_samples, size, n, config.seed) for n in (step, step + 1))
-            job.clips.ahead([sample for _, sample in own_part(batch) + own_part(following)])
+            job.clips.prefetch([sample for _, sample in own_part(batch) + own_part(following)])
 
             groups = []
             with distributed.unsharded(policy.model):
@@ -260,16 +261,16 @@ def reinforce(
 
 
 def sample_and_score(
-    policy: Policy, samples: list[Sample], keys: list, clips: Clips, config: Config
+    policy: Policy, samples: list[Sample], keys: list, clips: FrameLoader, config: Config
 ) -> list[Group]:
     """G answers to each sample's prompt, their rewards, and their advantages within the group. keys: see
     model.rollout."""
     shown = questions(policy, samples, clips, config)
     keys = [keys[k] for k, _, _ in shown]
     with clock("rollout"):
-        prompts = see(policy, [prompt for _, _, prompt in shown])
+        prompts = with_video_features(policy, [prompt for _, _, prompt in shown])
         # Each by itself: the update may take them in other parts, and a graph lives for one backward pass.
-        encoded = [encode(policy, [prompt])[0] for prompt in prompts] if config.keep_prompts else None
+        encoded = [prefill(policy, [prompt])[0] for prompt in prompts] if config.reuse_prompts else None
         answers = rollout(
             policy,
             prompts,
@@ -305,7 +306,7 @@ def improve(
 
     reference: the KL's; with LoRA the policy itself, whose adapters are then switched off.
     """
-    if config.keep_prompts and len(set(distributed.gather(len(groups)))) > 1:
+    if config.reuse_prompts and len(set(distributed.all_gather(len(groups)))) > 1:
         # A rank with fewer must read another's prompt, and they go through a sharded model together.
         groups = [dataclasses.replace(group, encoded=None) for group in groups]
     parts = micro_batches(groups, config)
@@ -313,7 +314,7 @@ def improve(
         completion_mask([len(c.ids) for g in part for c in g.completions]) for part, real in parts if real
     ]
     normalizer = sum(loss_normalizer(mask, config.loss_aggregation, config.max_new_tokens) for mask in rows)
-    normalizer = distributed.total(normalizer)
+    normalizer = distributed.all_reduce_sum(normalizer)
     old_logprobs, ref_logprobs = [None] * len(parts), [None] * len(parts)
     for update in range(config.updates_per_batch):
         shares: list[dict[str, float]] = []  # of each part: its share of the means over the global batch
@@ -379,12 +380,12 @@ def trainable(config: Config) -> Policy:
         raise ConfigError(f"model: {config.model} holds adapters; set lora.rank, and model to their base")
     elif config.freeze_vision:
         policy.model.model.visual.requires_grad_(False)
-    compute, (_, ranks) = compute_dtype(config), distributed.join()
+    compute, (_, ranks) = compute_dtype(config), distributed.init()
     policy = dataclasses.replace(policy, compute=compute)
     if ranks > 1 or (compute != torch.float32 and not config.lora.rank):
         distributed.shard(policy.model, policy.blocks, compute)
         return policy
-    distributed.place(policy.model, compute)
+    distributed.to_device(policy.model, compute)
     return dataclasses.replace(policy, autocast=compute != torch.float32)  # for the adapters, in fp32
 
 

@@ -17,7 +17,7 @@ everywhere but here (complete_torchvision). Without it only ours are printed.
    did without); every decoder of load_video that is installed is measured, decord first, which is ours, too.
    `difference`: the largest between its pixel values and ours, null where it took other frames.
 2. Training: `train.py` with the checkpoint of the toy on copies of the clip's file, 2 new ones a step, 8
-   answers each, no cache, on all cores. One JSON line for each number of decode_workers: the seconds (on the
+   answers each, no cache, on all cores. One JSON line for each number of video_workers: the seconds (on the
    clock) of every step but the first, in which the worker starts, and how many of them it waited for frames.
    Without a worker frames are decoded when they are asked for: that line shows what a worker hides.
 
@@ -81,10 +81,10 @@ from transformers.utils.import_utils import is_torchcodec_usable
 from transformers.video_utils import VideoMetadata, load_video
 
 import train
-from data import Sample
-from files import read_jsonl
-from policy import FAMILIES
-from video import clip_frames, frame_size, patchify, probe
+from qwen.checkpoint import FAMILIES
+from runtime.files import read_jsonl
+from samples import Sample
+from video.frames import clip_frames, frame_size, patchify, probe
 
 SECONDS, FPS, MAX_SIDE = 20, 2.0, 336  # of a clip; of the frames shown, frames a second and pixels
 WIDTH, HEIGHT, RATE = 640, 360, 25  # of the film: pixels, frames a second
@@ -327,7 +327,7 @@ def waited(annotations: Path, workers: int, steps: int, *settings: str) -> dict:
         "rollout_batch=1",
         "num_generations=8",
         "max_new_tokens=128",
-        f"decode_workers={workers}",
+        f"video_workers={workers}",
         "frame_cache=",
         "threads=1",
         *settings,
@@ -335,7 +335,7 @@ def waited(annotations: Path, workers: int, steps: int, *settings: str) -> dict:
     with contextlib.redirect_stdout(sys.stderr):
         train.main(arguments)
     seconds = [m["seconds"] for m in read_jsonl(run / "metrics.jsonl") if m["phase"] == "grpo"][1:]
-    line = {"decode_workers": workers}
+    line = {"video_workers": workers}
     line |= {key: [round(part[key], 4) for part in seconds] for key in ("decode", "step")}
     line["decode / step"] = round(sum(line["decode"]) / sum(line["step"]), 4)
     return line

@@ -30,19 +30,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 
-import plan
+from lab import memory
+from lab.memory import GIB, count, empty_model, groups, lasting_bytes
 from model import completion_logprobs, encode_prompt, pack_completions, rollout
-from plan import GIB, count, empty_model, groups, lasting_bytes
-from policy import FAMILIES, load_policy
 from prompts import TextFormat, build_prompt
-from video import frame_size, read_frames, resize
+from qwen.checkpoint import FAMILIES, load_policy
+from video.frames import frame_size, read_frames, resize
 
 NAMES = {
     "3b": "Qwen/Qwen2.5-VL-3B-Instruct",
     "7b": "Qwen/Qwen2.5-VL-7B-Instruct",
     "qwen3-8b": "Qwen/Qwen3-VL-8B-Instruct",
 }
-PUBLISHED = {name: plan.PUBLISHED[hub_id] for name, hub_id in NAMES.items()}
+PUBLISHED = {name: memory.PUBLISHED[hub_id] for name, hub_id in NAMES.items()}
 
 
 def published_config(name: str, layers: int | None = None) -> dict:

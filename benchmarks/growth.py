@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.figure import Figure
 
 from benchmarks import step
-from visualize import save_figure
+from lab.pictures import save_figure
 
 MIDDLE = {"visual_tokens": 1512, "group": 8, "completion": 200}
 VALUES = {

@@ -17,7 +17,7 @@ import torch
 
 from grpo import policy_loss
 from model import Prompt
-from policy import Policy
+from qwen.checkpoint import Policy
 from steps import adamw, optimizer_step, questions
 from train import compute_dtype
 

@@ -9,7 +9,7 @@
 A step is train.sample_and_score and train.improve: decode the clip's file, encode the prompt, sample G = 8
 answers of exactly C = 200 tokens, score them under the reference and the policy, loss, backward, AdamW. The
 end tokens are taken from the policy, and the advantages are +1 and -1 in turn; all else is the program,
-whose functions are wrapped to be timed. keep_prompts is on, unlike in the program's default (--no-keep). The
+whose functions are wrapped to be timed. reuse_prompts is on, unlike in the program's default (--no-keep). The
 clip is an uncompressed file of noise, 2 frames a second of the size that the model sees, 6 x 6 visual tokens
 for each pair of frames. N visual tokens are rounded up to a multiple of 36.
 
@@ -69,17 +69,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import distributed
 import model
 import train
 from benchmarks import naive
-from clips import Clips, open_clips
 from config import DTYPES, Config
-from data import Sample
-from files import UserError
-from policy import Policy, load_tokenizer
+from qwen.checkpoint import Policy, load_tokenizer
+from runtime import distributed
+from runtime.files import UserError
+from samples import Sample
 from steps import adamw
-from toy import tiny_tokenizer, write_y4m
+from toy.pretrain import tiny_tokenizer
+from toy.world import write_y4m
+from video.loader import FrameLoader, open_loader
 
 FPS, GRID = 2, 6  # of the frames shown: a second; merged patches a side, 36 visual tokens for two frames
 NAMED = ("completion", "dtype", "threads", "checkpointing", "keep", "freeze_vision", "static", "steps")
@@ -128,7 +129,7 @@ class Work:
 
     config: Config
     sample: Sample
-    clips: Clips
+    clips: FrameLoader
 
 
 def work_of(options: argparse.Namespace, visual: int, folder: Path) -> Work:
@@ -149,18 +150,18 @@ def work_of(options: argparse.Namespace, visual: int, folder: Path) -> Work:
         model=checkpoint,
         fps=float(FPS),
         max_side=side,
-        decode_workers=0,  # what a worker hides is to be seen here
+        video_workers=0,  # what a worker hides is to be seen here
         batch_size=1,
         num_generations=options.group,
         max_new_tokens=options.completion,
         kl_beta=0.04,
         precision=options.dtype,
         gradient_checkpointing=options.checkpointing,
-        keep_prompts=options.keep,
+        reuse_prompts=options.keep,
         freeze_vision=options.freeze_vision,
         static_shapes=options.static,
     )
-    return Work(config, sample, open_clips(config, side // GRID))
+    return Work(config, sample, open_loader(config, side // GRID))
 
 
 class Parts:
@@ -511,7 +512,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--steps", type=positive, default=5, help="rounds")
     parser.add_argument("--checkpointing", **switch, help="gradient checkpointing")
-    parser.add_argument("--keep", **switch, help="keep the rollout's prompt for the update (keep_prompts)")
+    parser.add_argument("--keep", **switch, help="keep the rollout's prompt for the update (reuse_prompts)")
     parser.add_argument("--freeze-vision", action="store_true")
     parser.add_argument("--static", action="store_true", help="static_shapes")
     parser.add_argument("--against", choices=["naive"])

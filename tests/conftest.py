@@ -24,8 +24,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-import toy
-from policy import load_policy
+from qwen.checkpoint import load_policy
+from toy import pretrain
+from toy import world as toy_world
 
 torch.set_num_threads(1)
 
@@ -80,7 +81,7 @@ FAMILIES = {
 def save_checkpoint(family, folder):
     """A checkpoint folder of one family: random weights, so large that the logits differ by O(1)."""
     config_class, model_class, vision, text = FAMILIES[family]
-    tokenizer = toy.tiny_tokenizer()
+    tokenizer = pretrain.tiny_tokenizer()
     marks = {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",
@@ -135,10 +136,10 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     records = {}
     for n in range(6):
-        objects = toy.draw_objects(np.random.default_rng((7, n)))
-        frames = toy.render(objects, toy.NATIVE_FPS)
-        toy.write_y4m(folder / f"{n}.y4m", frames, toy.NATIVE_FPS)
-        records[f"{n}.y4m"] = toy.hcstvg_record(objects[0])
+        objects = toy_world.draw_objects(np.random.default_rng((7, n)))
+        frames = toy_world.render(objects, toy_world.NATIVE_FPS)
+        pretrain.write_y4m(folder / f"{n}.y4m", frames, toy_world.NATIVE_FPS)
+        records[f"{n}.y4m"] = toy_world.hcstvg_record(objects[0])
     (folder / "all.json").write_text(json.dumps(records), encoding="utf-8")
     return folder
 
@@ -165,7 +166,7 @@ def write_config(world, checkpoints):
             "micro_batch": 2,
             "eval_batch": 6,
             "threads": 1,
-            "decode_workers": 0,
+            "video_workers": 0,
             "precision": "fp32",
         }
         path = folder / "config.yaml"

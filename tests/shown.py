@@ -3,7 +3,7 @@
 import torch
 
 from model import make_prompt
-from video import clip_frames
+from video.frames import clip_frames
 
 
 def shown_prompt(policy, sample, max_side, text_format):

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.decode import clips_of, compare, measure, our_way, ratios, repeat, write_film, write_split
 from data import load_samples
-from video import probe
+from video.frames import probe
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,9 @@ import json
 
 import pytest
 
-from data import (
-    CLIPPED,
-    CUT,
-    EMPTY,
-    SORTED,
-    check_videos,
-    format_report,
-    load_hcstvg,
-    load_samples,
-)
-from files import DataError
+from data import CLIPPED, CUT, EMPTY, SORTED, check_videos, format_report, load_hcstvg, load_samples
 from prompts import truth_answer
+from runtime.files import DataError
 
 # 20 s at 25 fps; the second frame is number 51 in HC-STVG's count, 50 in ours
 V1 = {

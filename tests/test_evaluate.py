@@ -18,16 +18,17 @@ import pytest
 import torch
 import yaml
 
-import controls
 import evaluate
-import toy
-from clips import open_clips
 from config import load_config, save_config
 from data import load_samples
+from lab import controls
 from metrics import grid_ceiling
-from policy import load_policy
 from prompts import Answer, format_answer, parse_answer, truth_answer
+from qwen.checkpoint import load_policy
 from rewards import load_file
+from toy import pretrain
+from toy import world as toy_world
+from video.loader import open_loader
 
 ROOT = Path(__file__).parent.parent
 PROTOCOLS = {"native", "stcat", "tubedetr"}
@@ -475,7 +476,7 @@ def test_a_checkpoint_with_a_config_leaves_the_run_of_that_config_alone(
 
 def test_a_toy_world_is_made_first(taught, place, tmp_path, capsys, monkeypatch):
     """As train.py makes it: for decoding, and for saved answers."""
-    monkeypatch.setattr(toy, "SPLITS", {"test": (2, 3)})  # fewer clips
+    monkeypatch.setattr(toy_world, "SPLITS", {"test": (2, 3)})  # fewer clips
     for name in ("a", "b"):
         world = tmp_path / name
         settings = ["toy=true", f"videos={world}", f"eval_annotations={world}/test.json", "think=false"]
@@ -627,15 +628,15 @@ def test_controls_depend_on_the_sample_alone(place, world):
     size of the frames stay."""
     config = load_config(place, [f"videos={world}"])
     samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos)
-    with contextlib.closing(open_clips(config, 28)) as clips:
+    with contextlib.closing(open_loader(config, 28)) as clips:
         real = [clips.frames(sample) for sample in samples]
         kept = [frames.clone() for frames in real]
         for control in controls.CONTROLS:
             whole = controls.Controlled(clips, control, samples, config.seed)
-            whole.ahead(samples)
+            whole.prefetch(samples)
             shown = [whole.frames(sample) for sample in samples]
             part = controls.Controlled(clips, control, samples, config.seed)
-            part.ahead(samples[5:2:-2])
+            part.prefetch(samples[5:2:-2])
             for number in (5, 3):
                 assert torch.equal(part.frames(samples[number]), shown[number])
             for number, frames in enumerate(shown):
@@ -677,7 +678,9 @@ def test_controls_from_the_command_line(decoding, tmp_path, world, capsys):
             if made == swapped:
                 shutil.copy(world / f"{(n + 1) % 6}.y4m", made / f"{n}.y4m")
             else:
-                toy.write_y4m(made / f"{n}.y4m", np.full((24, 56, 56, 3), 128, np.uint8), toy.NATIVE_FPS)
+                pretrain.write_y4m(
+                    made / f"{n}.y4m", np.full((24, 56, 56, 3), 128, np.uint8), toy_world.NATIVE_FPS
+                )
     for made, control in ((swapped, "other"), (grey, "blank")):
         output = tmp_path / f"{control}.jsonl"
         evaluate.main([*decoding, f"videos={made}", "--output", str(output)])

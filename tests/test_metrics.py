@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import QUESTION_TYPES, Sample
 from metrics import (
     AREA_EDGES,
     PROTOCOLS,
@@ -26,6 +25,7 @@ from metrics import (
     viou_by_area,
 )
 from prompts import COORDINATES, TIME_UNITS, Answer, TextFormat, format_answer, parse_answer, truth_answer
+from samples import QUESTION_TYPES, Sample
 
 NORM = (1000, 1000)
 FRAME = TextFormat()  # norm1000, 2 fps: at 20 fps step i is frames 10 i .. 10 i + 9
@@ -667,7 +667,7 @@ def test_viou_by_area_by_hand():
 
 
 def ceiling_samples():
-    """Clips of 2 s with boxes on the text's grid: one in steady motion, one that jumps and has a hole, ..."""
+    """FrameLoader of 2 s with boxes on the text's grid: one in steady motion, one that jumps and has a hole, ..."""
     moving = {f: (f / 100, 0.25, f / 100 + 0.5, 0.75) for f in range(7, 33)}
     jumping = {
         f: ((f * 37 % 50) / 100, 0.0, 0.5 + (f * 37 % 50) / 100, 1.0) for f in range(12, 40) if f != 20

@@ -21,7 +21,6 @@ from shown import shown_prompt
 from transformers.utils import logging
 
 from data import load_samples
-from files import ModelError
 from model import (
     Completion,
     completion_logprobs,
@@ -29,11 +28,12 @@ from model import (
     pack_completions,
     rollout,
     rope_positions,
-    see,
+    with_video_features,
 )
-from policy import load_policy, save_policy
 from prompts import TextFormat
-from video import VideoError, read_frames
+from qwen.checkpoint import load_policy, save_policy
+from runtime.files import ModelError
+from video.frames import VideoError, read_frames
 
 SENTENCES = ("the red circle moves left", "the blue square moves up, then it rests", "a triangle")
 SHAPES = ((5, 2, 3), (4, 1, 2), (2, 3, 1))  # frames, and sides in multiples of the policy's size_factor
@@ -489,7 +489,7 @@ def test_a_frozen_tower_runs_once(policy, checkpointing):
     visits, others = count_visits(policy), count_visits(reference)
     weights = torch.randn(sum(map(sum, LENGTHS)), generator=torch.Generator().manual_seed(0))
     completions, found = random_completions(policy, LENGTHS), []
-    for prompts in (make_prompts(policy), see(policy, make_prompts(policy))):
+    for prompts in (make_prompts(policy), with_video_features(policy, make_prompts(policy))):
         before = len(visits)
         samples = ids_of(rollout(policy, prompts, 3, 12, 1.0, KEYS))
         batch = pack_completions(policy, prompts, completions)
@@ -517,13 +517,13 @@ def test_a_frozen_tower_runs_once(policy, checkpointing):
 def test_what_a_frozen_tower_saw(policy):
     """The features that transformers' own call gives for one video alone, level by level."""
     prompts = make_prompts(policy)
-    assert see(policy, prompts) is prompts and prompts[0].features is None  # it is trained
-    assert see(policy, []) == []
+    assert with_video_features(policy, prompts) is prompts and prompts[0].features is None  # it is trained
+    assert with_video_features(policy, []) == []
     policy.model.model.visual.requires_grad_(False)
     policy.model.model.visual.merger.requires_grad_(True)
-    assert see(policy, prompts) is prompts  # in part
+    assert with_video_features(policy, prompts) is prompts  # in part
     policy.model.model.visual.requires_grad_(False)
-    seen = see(policy, prompts)
+    seen = with_video_features(policy, prompts)
     assert all(prompt.features is None for prompt in prompts)
     for prompt, (t, h, w) in zip(seen, SHAPES, strict=True):
         values, grid = policy.patches(prompt.frames)
@@ -552,7 +552,7 @@ def test_levels_of_features_keep_their_order(checkpoints, tmp_path, monkeypatch)
     policy = load_policy(str(conftest.save_checkpoint("qwen3_vl", tmp_path / "deep")))
     policy.model.requires_grad_(False)
     prompts, completions = make_prompts(policy), random_completions(policy, LENGTHS)
-    seen = see(policy, prompts)
+    seen = with_video_features(policy, prompts)
     assert [len(prompt.features) for prompt in seen] == [3, 3, 3]
     once, each_time, swapped = (
         completion_logprobs(policy, pack_completions(policy, shown, completions), 1.0)
@@ -565,10 +565,10 @@ def test_levels_of_features_keep_their_order(checkpoints, tmp_path, monkeypatch)
 def test_features_have_the_dtype_of_the_arithmetic(checkpoints):
     policy = load_policy(str(checkpoints["qwen3_vl"]), dtype=torch.bfloat16)
     policy.model.requires_grad_(False)
-    assert see(policy, make_prompts(policy))[0].features.dtype == torch.bfloat16
+    assert with_video_features(policy, make_prompts(policy))[0].features.dtype == torch.bfloat16
     mixed = replace(load_policy(str(checkpoints["qwen3_vl"])), autocast=True)
     mixed.model.requires_grad_(False)
-    assert see(mixed, make_prompts(mixed))[0].features.dtype == torch.bfloat16
+    assert with_video_features(mixed, make_prompts(mixed))[0].features.dtype == torch.bfloat16
 
 
 # ----------------------------------------------------------------------------------------------------------

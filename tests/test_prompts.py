@@ -14,8 +14,6 @@ from prompts import (
     COORDINATES,
     Answer,
     TextFormat,
-    TimeGrid,
-    Truth,
     build_prompt,
     format_answer,
     from_text_box,
@@ -25,6 +23,7 @@ from prompts import (
     to_text_box,
     truth_answer,
 )
+from samples import TimeGrid, Truth
 
 PAPER = (  # Fig. 2
     "<time> 5 - 7 </time>"

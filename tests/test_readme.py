@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import bench
 import train
-import visualize
+from lab import bench
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,7 +44,7 @@ def test_another_reward(tmp_path, monkeypatch, write_config, capsys):
     assert "my_rewards.py:smoothness" in capsys.readouterr().err
     assert "my_rewards.py:smoothness" in Path("bench.html").read_text(encoding="utf-8")
     train.main(training)
-    visualize.main(pictures)
+    pictures.main(pictures)
     run = Path("runs/toy_my_rewards")
     assert str(run / "pictures/run.html") in capsys.readouterr().out
     assert "my_rewards.py:smoothness" in (run / "pictures/run.html").read_text(encoding="utf-8")

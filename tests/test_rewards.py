@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompts import Answer, Truth, format_answer, truth_answer
+from prompts import Answer, format_answer, truth_answer
 from rewards import TERMS, WEIGHTS, check_weights, giou, iou, l1, score
+from samples import Truth
 
 # ----------------------------------------------------------------------------------------------------------
 # Boxes

@@ -10,11 +10,12 @@ import json
 import pytest
 from shown import shown_prompt
 
-import toy
 from data import load_samples
 from metrics import native_scores, tube_from_answer
-from policy import load_policy
 from prompts import COORDINATES, TIME_UNITS, TextFormat, format_answer, parse_answer, truth_answer
+from qwen.checkpoint import load_policy
+from toy import pretrain
+from toy import world as toy_world
 
 SIDES = {"qwen2_vl": (196, 112), "qwen2_5_vl": (196, 112), "qwen3_vl": (192, 128)}  # of 200 x 112
 
@@ -24,11 +25,11 @@ def samples(tmp_path_factory):
     """Two films of 6 s at 8 frames a second and 200 x 112 pixels: a box that moves and grows, from frame 11
     to 39, and one of two frames between the steps."""
     folder = tmp_path_factory.mktemp("films")
-    still = toy.render(toy.draw_objects(toy.np.random.default_rng(0)), 8)  # (48, 56, 56, 3)
+    still = toy_world.render(toy_world.draw_objects(pretrain.np.random.default_rng(0)), 8)  # (48, 56, 56, 3)
     frames = still.repeat(2, 1).repeat(4, 2)[:, :, :200]
     records = {}
     for name, first, count in (("long.y4m", 11, 29), ("short.y4m", 13, 2)):
-        toy.write_y4m(folder / name, frames, 8)
+        pretrain.write_y4m(folder / name, frames, 8)
         bbox = [[10 + 3 * k, 20 + k, 41 + k, 33 + k] for k in range(count)]
         size = {"width": 200, "height": 112, "img_num": 48, "fps": 8}
         records[name] = {"caption": "it moves", "st_frame": first + 1, "bbox": bbox, **size}

@@ -23,14 +23,14 @@ from test_model import slow_logprobs
 import evaluate
 import sft
 import train
-from clips import open_clips
 from config import load_config
 from data import load_samples
-from files import write_jsonl
 from model import Completion, completion_logprobs, pack_completions, rollout
-from policy import load_policy
+from qwen.checkpoint import load_policy
 from rewards import TERMS, WEIGHTS, score
-from video import VideoError
+from runtime.files import write_jsonl
+from video.frames import VideoError
+from video.loader import open_loader
 
 ROOT = Path(__file__).parent.parent
 ROW = {"m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5", "N", "failures", "ceiling_m_tIoU", "ceiling_m_vIoU"}
@@ -135,7 +135,7 @@ def test_rollouts_file(run):
 
 
 def test_bench_reads_rollouts(run, capsys):
-    import bench
+    from lab import bench
 
     bench.main([str(run / "rollouts.jsonl")])
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -309,7 +309,7 @@ def test_first_update_has_ratio_one(qwen2_5, write_config, tmp_path):
         train.improve(qwen2_5, None, optimizer, groups, replace(config, kl_beta=0.1))
 
 
-# rollout_batch, micro_batch, keep_prompts, gradient_checkpointing
+# rollout_batch, micro_batch, reuse_prompts, gradient_checkpointing
 WAYS = ((3, 3, 0, 0), (1, 1, 0, 0), (2, 3, 0, 1), (1, 2, 0, 0), (3, 3, 1, 0), (2, 1, 1, 1))
 
 
@@ -321,12 +321,12 @@ def test_ways_of_a_step_change_nothing(taught, write_config, tmp_path, updates):
     path = write_config(tmp_path, model=str(taught / "checkpoint"), batch_size=3, seed=2, **SHORT)
     results, visits = [], []
     for size, micro, keep, checkpointing in WAYS:
-        way = [f"rollout_batch={size}", f"micro_batch={micro}", f"keep_prompts={bool(keep)}"]
+        way = [f"rollout_batch={size}", f"micro_batch={micro}", f"reuse_prompts={bool(keep)}"]
         way += [f"gradient_checkpointing={bool(checkpointing)}", f"updates_per_batch={updates}"]
         config = load_config(path, way)
         policy = load_policy(config.model)
         reference, samples = nudged(policy), samples_of(config)[:3]
-        clips = open_clips(config, policy.size_factor)
+        clips = open_loader(config, policy.size_factor)
         if checkpointing:
             policy.model.activation_checkpointing_enable()
         policy.model.train()
@@ -509,7 +509,7 @@ def test_skipping_a_video_changes_no_other_answer(taught, tmp_path, write_config
     for folder in (world, videos):
         config = load_config(path, [f"videos={folder}"])
         policy = load_policy(config.model)
-        clips = open_clips(config, policy.size_factor)
+        clips = open_loader(config, policy.size_factor)
         keys = [(0, 0, k) for k in range(6)]
         groups = train.sample_and_score(policy, samples_of(config), keys, clips, config)
         answers.append({g.sample.id: [c.ids for c in g.completions] for g in groups})
@@ -551,7 +551,7 @@ def test_a_video_that_ends_early(qwen2_5, tmp_path, write_config, world, capsys)
     late = replace(
         samples[0], first_frame=18, stop_frame=24, boxes=dict.fromkeys(range(18, 24), (0, 0, 1, 1))
     )
-    clips = open_clips(config, qwen2_5.size_factor)
+    clips = open_loader(config, qwen2_5.size_factor)
     ((_, truth, prompt),) = train.questions(qwen2_5, [late], clips, config)
     assert truth.span == (18, 22) and set(truth.boxes) == set(range(18, 23))  # the last is held for 0.5 s
     assert len(prompt.frames) == 23 and "23 steps of 0.25 s" in qwen2_5.tokenizer.decode(prompt.ids)

@@ -20,16 +20,15 @@ from data import (
     OFFICIAL_COUNTS,
     OTHER_SIZE,
     OUTSIDE,
-    QUESTION_TYPES,
     SORTED,
     UNBOXED,
-    Track,
     count_sentences,
     format_report,
     load_samples,
     load_vidstg,
 )
-from files import DataError
+from runtime.files import DataError
+from samples import QUESTION_TYPES, Track
 
 
 def say(description, target):

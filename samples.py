@@ -1,0 +1,121 @@
+"""The records that all parts share: a sentence with its clip, its true boxes, and time in steps.
+
+Inside the program boxes are (x1, y1, x2, y2) floats in [0, 1] of the frame, and time is a *step*, a cell of
+the clip: step i covers the seconds [i * d, (i + 1) * d) (class TimeGrid).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Box = tuple[float, float, float, float]
+QUESTION_TYPES = ("declarative", "interrogative")  # VidSTG's captions and questions
+
+
+@dataclass(frozen=True)
+class TimeGrid:
+    """The one place that goes between steps, seconds and native frames. All indices are 0-based."""
+
+    num_frames: int  # native frames of the clip
+    fps: float  # native frames per second
+    step_seconds: float
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that begin before the clip ends."""
+        return max(1, math.ceil(self.num_frames / self.fps / self.step_seconds - 1e-6))
+
+    def sampled_frame(self, step: int) -> int:
+        """The native frame on screen at the beginning of the step: the one its box belongs to."""
+        return min(int(step * self.step_seconds * self.fps + 1e-6), self.num_frames - 1)
+
+    def first_frame(self, step: int) -> int:
+        """The first native frame f with f / fps >= step * d; step i covers first_frame(i) up to
+        first_frame(i + 1), exclusive."""
+        return min(math.ceil(step * self.step_seconds * self.fps - 1e-6), self.num_frames)
+
+    def steps_of(self, first: int, stop: int) -> tuple[int, int]:
+        """First and last step (inclusive) whose sampled frames lie in native frames [first, stop); where
+        there is none, the event lies inside one step and that step is the answer."""
+        inside = [i for i in range(self.num_steps) if first <= self.sampled_frame(i) < stop]
+        if not inside:
+            inside = [min(int(first / self.fps / self.step_seconds + 1e-6), self.num_steps - 1)]
+        return inside[0], inside[-1]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is asked for, in steps."""
+
+    span: tuple[int, int]  # first and last step, inclusive
+    boxes: dict[int, Box]  # step -> box in [0, 1]; a step of the span may have none
+
+    def before(self, num_steps: int) -> "Truth | None":
+        """The part in steps below num_steps: all there is to find in a video that ends early. None where no
+        box is left."""
+        boxes = {step: box for step, box in self.boxes.items() if step < num_steps}
+        return Truth((self.span[0], min(self.span[1], num_steps - 1)), boxes) if boxes else None
+
+
+class Track(Mapping[int, Box]):
+    """Boxes of consecutive native frames, frame -> box in [0, 1]; frames without one are not in it.
+
+    It reads like a dict, but is a view of an array: VidSTG's sentences share 20 million boxes, which as
+    tuples of floats would take 6 GB.
+    """
+
+    def __init__(self, first: int, boxes: np.ndarray):
+        """boxes: (frames, 4) float64, that of frame `first` in the first row; NaN where there is none."""
+        self.first, self.array = first, boxes
+        self.there = ~np.isnan(boxes[:, 0])  # (frames,)
+
+    def __getitem__(self, frame: int) -> Box:
+        k = frame - self.first if isinstance(frame, int | np.integer) else -1
+        if not (0 <= k < len(self.array) and self.there[k]):
+            raise KeyError(frame)
+        return tuple(self.array[k].tolist())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.there.nonzero()[0] + self.first).tolist())
+
+    def __len__(self) -> int:
+        return int(self.there.sum())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sentence and its tube. Native frames are the clip's own, counted from 0 at its first one."""
+
+    id: str  # HC-STVG: the video's key in the annotation file; VidSTG: RECORD/captions|questions/INDEX
+    video: str  # path of the file
+    sentence: str  # as annotated, nothing repaired
+    width: int  # of the file, in pixels
+    height: int
+    num_frames: int  # native frames of the clip
+    fps: float  # native frames per second
+    begin_frame: int  # the clip's first frame, counted in the whole file
+    file_frames: int  # native frames of the whole file
+    first_frame: int  # the truth is [first_frame, stop_frame) in native frames
+    stop_frame: int
+    boxes: Mapping[int, Box]  # native frame of the truth -> box in [0, 1]; one without a box is not judged
+    question_type: str | None = None  # VidSTG: one of QUESTION_TYPES
+
+    def grid(self, step_seconds: float) -> TimeGrid:
+        """The steps of the clip, each step_seconds long."""
+        return TimeGrid(self.num_frames, self.fps, step_seconds)
+
+    def truth(self, step_seconds: float) -> Truth:
+        """The truth in steps: those whose sampled frame lies in it (at least one), with those frames' boxes.
+
+        Where none of the sampled frames has a box (an event shorter than a step), the annotated box nearest
+        in time to the first step stands in.
+        """
+        grid = self.grid(step_seconds)
+        start, end = grid.steps_of(self.first_frame, self.stop_frame)
+        frames = {step: grid.sampled_frame(step) for step in range(start, end + 1)}
+        boxes = {step: self.boxes[frame] for step, frame in frames.items() if frame in self.boxes}
+        if not boxes:
+            boxes = {start: self.boxes[min(self.boxes, key=lambda frame: abs(frame - frames[start]))]}
+        return Truth((start, end), boxes)

@@ -1,0 +1,581 @@
+"""video.py: which frames are read, and what becomes of them, against hand-made files, PyAV's reading of films
+that it made, and HF's own output."""
+
+from dataclasses import replace
+from pathlib import Path
+from struct import pack
+
+import numpy as np
+import pytest
+import torch
+from films import cut, decode, numbers, write_film, write_sound
+from hypothesis import given
+from hypothesis import strategies as st
+
+from samples import Sample, TimeGrid
+from video.frames import (
+    Header,
+    VideoError,
+    check_header,
+    clip_frames,
+    frame_size,
+    patchify,
+    probe,
+    read_clip,
+    read_frames,
+    resize,
+)
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files whose frames say which they are
+
+
+def write_y4m(path, count, fps="20:1", step=5, size=(32, 16)):
+    """Uniform grey frames; frame i has luma 16 + step * i, as far as luma goes (235)."""
+    width, height = size
+    chroma = bytes([128]) * (width * height // 2)
+    frames = [b"FRAME\n" + bytes([16 + step * i]) * (width * height) + chroma for i in range(count)]
+    path.write_bytes(f"YUV4MPEG2 W{width} H{height} F{fps} Ip A1:1 C420jpeg\n".encode() + b"".join(frames))
+    return str(path)
+
+
+def y4m_indices(frames, step=5):
+    """Which frames of write_y4m these are: video luma 16..235 is RGB 0..255."""
+    assert frames.dtype == np.uint8 and (frames == frames[:, :1, :1, :1]).all()
+    return np.rint(frames[:, 0, 0, 0] * (219 / 255) / step).astype(int).tolist()
+
+
+def atom(kind, *parts):
+    body = b"".join(parts)
+    return pack(">I4s", len(body) + 8, kind) + body
+
+
+def write_mov(path, levels, milliseconds, hidden=0, late=0, size=(32, 16)):
+    """Uncompressed RGB in QuickTime: grey frames, each with its own duration; the edit list begins the film
+    after `hidden` milliseconds, inside the only group of pictures, as "ffmpeg -ss X -c copy" does,
+    or shows nothing for the first `late` milliseconds."""
+    (width, height), n, total = size, len(levels), sum(milliseconds)
+    matrix = pack(">9I", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    raw = pack(">6xH16x2H2I I H32xHh", 1, width, height, 72 << 16, 72 << 16, 0, 1, 24, -1)
+    table = atom(
+        b"stbl",
+        atom(b"stsd", pack(">2I", 0, 1), atom(b"raw ", raw)),
+        atom(b"stts", pack(">2I", 0, n), *[pack(">2I", 1, duration) for duration in milliseconds]),
+        atom(b"stss", pack(">3I", 0, 1, 1)),  # only the first frame is a key frame
+        atom(b"stsc", pack(">5I", 0, 1, 1, n, 1)),
+        atom(b"stsz", pack(">3I", 0, width * height * 3, n)),
+        atom(b"stco", pack(">3I", 0, 1, 8)),
+    )
+    source = atom(b"dinf", atom(b"dref", pack(">2I", 0, 1), atom(b"url ", pack(">I", 1))))
+    media = atom(
+        b"mdia",
+        atom(b"mdhd", pack(">5I2H", 0, 0, 0, 1000, total, 0, 0)),
+        atom(b"hdlr", pack(">2I4s13x", 0, 0, b"vide")),
+        atom(b"minf", atom(b"vmhd", bytes(12)), source, table),
+    )
+    header = atom(
+        b"tkhd", pack(">6I16x", 3, 0, 0, 1, 0, total), matrix, pack(">2I", width << 16, height << 16)
+    )
+    edits = [pack(">IiI", late, -1, 65536)] * bool(late) + [pack(">3I", total - hidden, hidden, 65536)]
+    edit = atom(b"edts", atom(b"elst", pack(">2I", 0, len(edits)), *edits))
+    film = atom(b"mvhd", pack(">5IIH10x", 0, 0, 0, 1000, total, 65536, 256), matrix, bytes(24), pack(">I", 2))
+    data = atom(b"mdat", *[bytes([level]) * (width * height * 3) for level in levels])
+    path.write_bytes(data + atom(b"moov", film, atom(b"trak", header, edit, media)))
+    return str(path)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Choosing frames
+
+
+def test_frames_at_two_per_second(tmp_path):
+    path = write_y4m(tmp_path / "a.y4m", count=40)  # 2 s at 20 fps
+    frames = read_frames(path, [0.0, 0.5, 1.0, 1.5])
+    assert frames.shape == (4, 16, 32, 3)
+    assert y4m_indices(frames) == [0, 10, 20, 30]
+
+
+def test_repeats_and_begin(tmp_path):
+    path = write_y4m(tmp_path / "a.y4m", count=40)
+    assert y4m_indices(read_frames(path, [0.0, 0.01, 0.31, 0.31, 1.0])) == [0, 0, 6, 6, 20]
+    assert y4m_indices(read_frames(path, [0.0, 0.5, 1.0], begin=0.35)) == [7, 17, 27]
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate"), [("25:1", 25), ("24000:1001", 24000 / 1001), ("30:1", 30), ("10:1", 10)]
+)
+def test_the_frame_read_is_the_frame_that_the_time_grid_counts(tmp_path, fps, rate):
+    """The box of a step belongs to TimeGrid.sampled_frame(step): the model must be shown that very frame."""
+    count = 70
+    path = write_y4m(tmp_path / "a.y4m", count, fps, step=3)
+    grid = TimeGrid(num_frames=count, fps=rate, step_seconds=0.5)
+    times = [i * 0.5 for i in range(grid.num_steps)]
+    expected = [grid.sampled_frame(i) for i in range(grid.num_steps)]
+    assert y4m_indices(read_frames(path, times), step=3) == expected
+
+
+def test_variable_frame_rate(tmp_path):
+    """Frames begin at 0, 50, 100, 150, 400, 450, 900 ms: frame 4 appears at 0.4 s, frame 6 at 0.9 s."""
+    path = write_mov(tmp_path / "a.mov", [10, 30, 50, 70, 90, 110, 130], [50, 50, 50, 250, 50, 450, 50])
+    times = [0.0, 0.049, 0.05, 0.2, 0.399, 0.4, 0.5, 0.899, 0.9]
+    assert read_frames(path, times)[:, 0, 0, 0].tolist() == [10, 10, 30, 70, 70, 90, 110, 110, 130]
+
+
+def test_time_is_counted_from_the_first_frame(tmp_path):
+    """Nothing is on screen for the first 0.3 s of the file; annotations count frames and do not say so."""
+    path = write_mov(tmp_path / "a.mov", [10, 30, 50, 70], [50, 50, 50, 50], late=300)
+    assert read_frames(path, [0.0, 0.05, 0.1, 0.2])[:, 0, 0, 0].tolist() == [10, 30, 50, 70]
+
+
+def test_last_frame_is_held_for_half_a_second(tmp_path):
+    path = write_y4m(tmp_path / "a.y4m", count=40)  # ends at 2.0 s
+    assert y4m_indices(read_frames(path, [1.95, 2.0, 2.5])) == [39, 39, 39]
+    assert y4m_indices(read_frames(path, [1.0, 1.95, 2.0, 2.5, 2.6, 7.0])) == [20, 39, 39, 39]
+    assert y4m_indices(read_frames(path, [0.0, 0.6], begin=2.0)) == [39]
+    with pytest.raises(
+        VideoError, match=r"a\.y4m: ends at 2\.00 s, but the frame at 2\.60 s is needed; fetch"
+    ):
+        read_frames(path, [0.0, 0.6], begin=2.6)
+
+
+@pytest.mark.parametrize("times", [[], [-0.5, 0.0], [0.5, 0.0]])
+def test_times_that_make_no_sense(tmp_path, times):
+    with pytest.raises(ValueError, match="at least one"):
+        read_frames(write_y4m(tmp_path / "a.y4m", count=3), times)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.mp4", b"", "0 bytes that cannot be opened"),
+        ("garbage.mkv", b"hello, I am no video", "20 bytes that cannot be opened"),
+        ("header.y4m", b"YUV4MPEG2 W32 H16 F20:1 Ip A1:1 C420jpeg\n", "cannot be opened"),
+        ("missing.mp4", None, "no such video file"),
+    ],
+)
+def test_unusable_files_are_named(tmp_path, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(VideoError, match=said) as caught:
+        read_frames(str(path), [0.0])
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_folder_is_no_video(tmp_path):
+    with pytest.raises(VideoError, match="no such video file"):
+        read_frames(str(tmp_path), [0.0])
+
+
+def test_damaged_inside(tmp_path):
+    """The file opens, but its frames are cut down to 7 bytes each (box stsz, entry sample_size)."""
+    path = Path(write_mov(tmp_path / "a.mov", [10, 30, 50], [50, 50, 50]))
+    content = path.read_bytes()
+    sizes = content.index(b"stsz") + 8
+    path.write_bytes(content[:sizes] + pack(">I", 7) + content[sizes + 4 :])
+    with pytest.raises(VideoError, match=r"a\.mov: a frame cannot be decoded"):
+        read_frames(str(path), [0.0, 0.1])
+
+
+def test_hidden_frames_are_left_out(tmp_path):
+    """3 of 7 frames (0, 50, 100 < 120 ms) lie before the edit list's start. The first shown one begins 30 ms
+    after that, and time is counted from it: the others follow 250, 300 and 750 ms later."""
+    durations = [50, 50, 50, 250, 50, 450, 50]
+    path = write_mov(tmp_path / "cut.mov", [10, 30, 50, 70, 90, 110, 130], durations, hidden=120)
+    times = [0.0, 0.249, 0.25, 0.3, 0.749, 0.75, 1.2]
+    assert read_frames(path, times)[:, 0, 0, 0].tolist() == [70, 70, 90, 110, 110, 130, 130]
+    header = probe(path)
+    assert (header.frames, header.hidden) == (4, 3) and header.seconds == pytest.approx(0.8, abs=0.06)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Films of all kinds, against PyAV
+
+CLOSED = {"g": 250, "x264_params": "scenecut=0"}
+NTSC = "30000/1001"
+GAPS = [0, 40, 80, 400, 410, 420, 900, 1500, 1533, 1566, 1600, 2000, 2001, 2002, 2500]  # ms
+FILMS = {
+    "3fps.mp4": {"count": 40, "fps": 3},
+    "15fps.mkv": {"count": 60, "fps": 15},
+    "film.mp4": {"count": 100, "fps": "24000/1001"},
+    "ntsc.mp4": {"count": 100, "fps": NTSC},
+    "60fps.mp4": {"count": 150, "fps": 60},
+    "variable.mp4": {"count": len(GAPS), "milliseconds": GAPS, "bf": 0},
+    "variable.mkv": {"count": len(GAPS), "milliseconds": GAPS, "bf": 2},
+    "portrait.mp4": {"count": 40, "size": (90, 160)},
+    "odd.mp4": {"count": 40, "size": (427, 241)},
+    "one.mp4": {"count": 1},
+    "long.mp4": {"count": 300, "preset": "veryfast", "bf": 3, **CLOSED},
+    "open.mp4": {
+        "count": 200,
+        "preset": "veryfast",
+        "bf": 4,
+        "x264_params": "scenecut=0:keyint=30:open-gop=1",
+    },
+    "hevc.mp4": {
+        "count": 160,
+        "codec": "libx265",
+        "preset": "veryfast",
+        "x265_params": "keyint=50:open-gop=1:scenecut=0:bframes=4:log-level=none",
+    },
+    "mpeg4.mp4": {"count": 120, "codec": "mpeg4", "g": 50, "bf": 2},
+    "only.mp4": {"count": 220, "bf": 0, "x264_params": "scenecut=0:keyint=infinite"},
+}
+CUTS = [  # of these films, cut at these seconds as "ffmpeg -ss X -c copy" does
+    ("long.mp4", 5.5),
+    ("long.mp4", 4.37),
+    ("long.mp4", 9.0),
+    ("only.mp4", 4.37),
+    ("only.mp4", 0.01),
+    ("open.mp4", 3.5),
+    ("mpeg4.mp4", 2.5),
+    ("hevc.mp4", 2.0),
+]
+
+
+@pytest.fixture(scope="session")
+def film(tmp_path_factory):
+    """film(name) -> the path of one of FILMS, made when it is first wanted; film(name, seconds) -> cut."""
+    folder, made = tmp_path_factory.mktemp("films"), {}
+
+    def get(name, seconds=None):
+        if (name, seconds) not in made:
+            made[name, seconds] = (
+                write_film(folder / name, **FILMS[name])
+                if seconds is None
+                else cut(get(name), folder / f"cut_{seconds}_{name}", seconds)
+            )
+        return made[name, seconds]
+
+    return get
+
+
+def shown_at(path, times):
+    """The numbers on screen at these times, by PyAV's time stamps."""
+    begins, shown = decode(path)
+    return [shown[max(i for i, begin in enumerate(begins) if begin <= time + 1e-4)] for time in times]
+
+
+@pytest.mark.parametrize(("name", "seconds"), [(name, None) for name in FILMS] + CUTS)
+@pytest.mark.parametrize("step", [0.5, 0.0777])
+def test_the_right_frames(film, name, seconds, step):
+    path = film(name, seconds)
+    header = probe(path)
+    times = np.arange(0, header.seconds, step).tolist()
+    frames = read_frames(path, times)
+    assert numbers(frames) == shown_at(path, times)
+    assert frames.shape[1:3] == (header.height, header.width) == FILMS[name].get("size", (160, 90))[::-1]
+    begins, shown = decode(path)
+    assert header.frames == len(shown) and bool(header.hidden) == (seconds is not None)
+    if name == "variable.mp4":
+        assert begins == pytest.approx([gap / 1000 for gap in GAPS], abs=1e-3)
+    if seconds is None:
+        assert shown == list(range(FILMS[name]["count"]))
+
+
+def test_the_middle_of_a_film(film):
+    frames = read_frames(film("open.mp4"), [0.0, 0.5, 1.0], begin=3.1)
+    assert numbers(frames) == [93, 108, 123]
+    assert numbers(read_frames(film("long.mp4", 5.5), [0.0, 0.1], begin=1.0)) == [195, 198]
+
+
+def test_a_film_that_stands_upright(tmp_path):
+    """Stored on its side, with a note to turn it: PyAV does not turn it, decord does."""
+    path = str(tmp_path / "turned.mp4")
+    write_film(path, 20, rotation=90)
+    frames = read_frames(path, [0.0, 0.1, 0.5])
+    assert frames.shape == (3, 160, 90, 3) and probe(path).width == 90
+    turned = [numbers(np.rot90(frames, quarter, axes=(1, 2))) for quarter in (1, 3)]
+    assert [0, 3, 15] in turned
+
+
+def test_frames_are_resized_one_by_one_as_together(film):
+    path, times = film("film.mp4"), [0.0, 0.5, 1.0, 1.5]
+    together = resize(read_frames(path, times), (112, 56)).numpy()
+    assert (read_frames(path, times, size=(112, 56)) == together).all() and together.shape == (4, 56, 112, 3)
+
+
+def damage(path, new, begin, stop, change=lambda content: b"\xa5" * len(content)):
+    """Bytes of a file changed, from one part of its length to another."""
+    content = bytearray(Path(path).read_bytes())
+    begin, stop = int(begin * len(content)), int(stop * len(content))
+    content[begin:stop] = change(content[begin:stop])
+    new.write_bytes(content)
+    return str(new)
+
+
+def test_films_that_cannot_be_read(film, tmp_path):
+    whole = write_film(tmp_path / "fast.mp4", 300, movflags="faststart")
+    sound = write_sound(tmp_path / "sound.m4a")
+    bad = {
+        damage(whole, tmp_path / "half.mp4", 0.5, 1, lambda _: b""): "cannot be opened as a video",
+        damage(
+            film("long.mp4"), tmp_path / "no_moov.mp4", 0.5, 1, lambda _: b""
+        ): "cannot be opened as a vid",
+        damage(film("ntsc.mp4"), tmp_path / "middle.mp4", 0.2, 0.6): "a frame cannot be decoded",
+        sound: "cannot be opened as a video",
+        # What is not decodable, but listed: every number after it would be that of an earlier frame.
+        cut(film("long.mp4"), tmp_path / "late.mp4", packets=20): "begins between two key frames",
+        cut(film("15fps.mkv"), tmp_path / "late.mkv", packets=20): "begins between two key frames",
+        # The first of the shown frames need others that were cut off.
+        cut(film("hevc.mp4"), tmp_path / "lead.mp4", 1.6): "a frame cannot be decoded",
+        write_film(tmp_path / "no_times.avi", 40, codec="mpeg4", bf=2): "no usable timestamps",
+    }
+    for path, said in bad.items():
+        for read in (probe, lambda path: read_frames(path, [0.0, 1.0, 2.5])):
+            if read is probe and said == "a frame cannot be decoded":
+                continue  # a damage further on
+            with pytest.raises(VideoError, match=said) as caught:
+                read(path)
+            assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_codec_that_decord_does_not_know(tmp_path):
+    try:
+        path = write_film(tmp_path / "a.mp4", 10, codec="libsvtav1", svtav1_params="preset=12")
+    except ValueError:  # av.codec.codec.UnknownCodecError
+        pytest.skip("this PyAV has no AV1 encoder")
+    with pytest.raises(
+        VideoError, match=r"a\.mp4: .* bytes that cannot be opened as a video \(.* unknown codec"
+    ):
+        read_frames(path, [0.0])
+
+
+def test_a_film_that_ends_early(tmp_path, film):
+    """A Matroska file cut off in the middle: what is there is read, but it is not the annotated film."""
+    path = damage(film("15fps.mkv"), tmp_path / "half.mkv", 0.5, 1, lambda _: b"")
+    header = probe(path)
+    assert 10 < header.frames < 50 and header.seconds == pytest.approx(header.frames / 15, abs=0.01)
+    times = [step / 5 for step in range(20)]
+    frames = read_frames(path, times)
+    assert len(frames) == sum(time <= header.seconds + 0.5 for time in times) < 20
+    expected = [min(3 * step, header.frames - 1) for step in range(len(frames))]
+    assert numbers(frames)[:-4] == expected[:-4]  # the very last ones may be damaged
+    with pytest.raises(VideoError, match=r"half\.mkv: lasts .* s, but its annotation says 4\.00 s"):
+        check_header(make_sample(path, 60, 15.0, 160, 90), header)
+    sample = make_sample(path, round(header.frames / 0.8), 15.0, 160, 90)  # less is missing
+    assert check_header(sample, header) == (sample.num_frames / 15 > header.seconds + 0.5)
+    assert len(clip_frames(sample, 5.0, 160, 28)) >= header.frames // 3
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The file against its annotation
+
+
+def make_sample(path, num_frames, fps, width=32, height=16, begin_frame=0, file_frames=None):
+    return Sample(
+        id="a",
+        video=path,
+        sentence="it moves",
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=fps,
+        begin_frame=begin_frame,
+        file_frames=num_frames if file_frames is None else file_frames,
+        first_frame=0,
+        stop_frame=1,
+        boxes={0: (0.0, 0.0, 1.0, 1.0)},
+    )
+
+
+def test_a_clip_is_read_from_its_beginning(tmp_path):
+    path = write_y4m(tmp_path / "a.y4m", count=40)  # 2 s at 20 fps, 32 x 16
+    frames = read_clip(make_sample(path, 40, 20.0), [0.0, 0.5])
+    assert frames.shape == (2, 16, 32, 3) and y4m_indices(frames) == [0, 10]
+    part = make_sample(path, 10, 20.0, begin_frame=7, file_frames=40)
+    assert y4m_indices(read_clip(part, [0.0, 0.25])) == [7, 12]
+
+
+@pytest.mark.parametrize(("width", "height"), [(3200, 16), (32, 15), (16, 32)])
+def test_a_file_of_another_size_is_refused(tmp_path, width, height):
+    path = write_y4m(tmp_path / "a.y4m", count=4)
+    with pytest.raises(VideoError) as caught:
+        read_clip(make_sample(path, 4, 20.0, width, height), [0.0])
+    said = f"{path}: its frames are 32 x 16, but its annotation says {width} x {height}; correct width and"
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("frames", "file_frames", "fps", "good"),
+    [
+        (24, 24, 4.0, True),
+        (24, 24, 20.0, False),  # 1.2 s of 6 s would be shown
+        (24, 24, 1.2, False),  # HC-STVG's 20 s of a clip that lasts 6 s
+        (24, 28, 4.0, True),  # 1 s more
+        (24, 29, 4.0, True),  # shorter, at the annotated rate: its end is missing
+        (24, 32, 4.0, True),  # three quarters of it are there
+        (24, 33, 4.0, False),
+        (24, 31, 4.1, True),
+        (24, 31, 4.25, False),  # 4 instead of 4.25 frames a second is another rate
+        (24, 35, 5.0, True),  # 7 s: another rate, but the duration agrees
+        (24, 36, 5.0, False),
+        (24, 20, 4.0, True),  # 1 s less
+        (24, 19, 4.0, False),  # longer than annotated: another file
+        (160, 168, 4.0, True),  # 40 s: 5 % are 2 s
+        (160, 153, 4.0, True),
+        (160, 150, 4.0, False),
+    ],
+)
+@pytest.mark.parametrize("begin", [0, 4])
+def test_a_file_of_another_duration_is_refused(frames, file_frames, fps, good, begin):
+    """The duration is that of the file, wherever the clip begins."""
+    header = Header(frames, frames / 4, 32, 16, 0)
+    sample = make_sample("a.y4m", file_frames - 2 * begin, fps, begin_frame=begin, file_frames=file_frames)
+    if good:
+        end = (file_frames - begin) / fps
+        assert check_header(sample, header) == (end > frames / 4 + 0.5)
+        return
+    with pytest.raises(VideoError) as caught:
+        check_header(sample, header)
+    said = (
+        f"a.y4m: lasts {frames / 4:.2f} s, but its annotation says {file_frames / fps:.2f} s (img_num / fps);"
+    )
+    assert str(caught.value).startswith(f"{said} correct img_num (VidSTG: frame_count) and fps in the record")
+    assert f"the file has {frames} frames, 4 a second" in str(caught.value)
+
+
+def test_read_clip_checks_the_file(tmp_path):
+    path = write_y4m(tmp_path / "a.y4m", 24, "4:1", step=1)
+    with pytest.raises(VideoError, match=r"lasts 6\.00 s, but its annotation says 1\.20 s"):
+        read_clip(make_sample(path, 24, 20.0), [0.0])
+    with pytest.raises(VideoError, match=r"lasts 6\.00 s, but its annotation says 3\.00 s"):
+        read_clip(make_sample(path, 4, 4.0, begin_frame=2, file_frames=12), [0.0])
+
+
+def test_a_clip_of_a_file_that_lacks_its_end(tmp_path):
+    path = write_y4m(tmp_path / "a.y4m", 24, "4:1")  # 6 s of 7.5
+    sample = make_sample(path, 30, 4.0)
+    times = [step / 2 for step in range(15)]
+    assert y4m_indices(read_clip(sample, times)) == [*range(0, 24, 2), 23, 23]
+    assert check_header(sample, probe(path))
+    # A clip of the same file that is all there, one of which a part is, one that ends in the held frame, one
+    # that is not there.
+    for begin, count, short in ((4, 16, False), (8, 60, True), (16, 10, False), (26, 4, True)):
+        part = replace(sample, begin_frame=begin, num_frames=count)
+        assert check_header(part, probe(path)) == short and len(read_clip(part, [0.0])) == 1
+    beyond = replace(sample, begin_frame=27, num_frames=10)
+    for check in (lambda: check_header(beyond, probe(path)), lambda: read_clip(beyond, [0.0])):
+        with pytest.raises(VideoError, match=r"a\.y4m: ends at 6\.00 s, but the frame at 6\.75 s is needed"):
+            check()
+
+
+def test_header_of_a_file(tmp_path):
+    assert probe(write_y4m(tmp_path / "a.y4m", count=40)) == Header(40, 2.0, 32, 16, 0)
+    with pytest.raises(VideoError, match=r"b\.mp4: no such video file"):
+        probe(str(tmp_path / "b.mp4"))
+
+
+@pytest.mark.parametrize("fps", [1.0, 2.0, 8.0])
+def test_frames_of_a_clip_as_the_model_sees_them(tmp_path, fps):
+    """2 s at 30 fps; at 8 fps step k shows the frame on screen at k / 8 s, floor(30 k / 8)."""
+    path = write_film(tmp_path / "a.mp4", 60)
+    frames = clip_frames(make_sample(path, 60, 30.0, 160, 90), fps, 112, 28)
+    assert frames.dtype == np.uint8 and frames.shape[1:] == (56, 112, 3)  # 90 * 112 / 160 = 63 -> 2 * 28
+    expected = [int(30 * step / fps) for step in range(int(2 * fps))]
+    assert numbers(frames) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Size
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "max_side", "factor", "expected"),
+    [
+        (640, 480, 336, 28, (336, 252)),  # the paper's 336 x 252
+        (640, 360, 336, 28, (336, 196)),  # 336 x 189; 189 / 28 = 6.75 -> 7
+        (640, 360, 336, 32, (320, 192)),  # 336 / 32 = 10.5 -> 10 (half to even); 189 / 32 = 5.9 -> 6
+        (360, 640, 336, 28, (196, 336)),
+        (160, 90, 336, 28, (168, 84)),  # not enlarged to 336: 160 / 28 = 5.7 -> 6, 90 / 28 = 3.2 -> 3
+        (98, 126, 336, 28, (112, 112)),  # 3.5 -> 4, 4.5 -> 4: halves to even
+        (300, 300, 300, 28, (280, 280)),  # 10.7 -> 11 would be 308 > 300
+        (2000, 10, 336, 28, (336, 28)),  # 1.68 pixels high, but at least one factor
+        (640, 480, 28, 28, (28, 28)),
+        (640, 480, 55, 28, (28, 28)),
+        (336, 336, 336, 28, (336, 336)),
+    ],
+)
+def test_frame_size_by_hand(width, height, max_side, factor, expected):
+    assert frame_size(width, height, max_side, factor) == expected
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(32, 2000), st.sampled_from([28, 32]))
+def test_frame_size_properties(width, height, max_side, factor):
+    shown = frame_size(width, height, max_side, factor)
+    assert shown == frame_size(height, width, max_side, factor)[::-1]
+    shrink = min(1, max_side / max(width, height))
+    for side, original in zip(shown, (width, height), strict=True):
+        assert side % factor == 0 and factor <= side <= max_side
+        exact = original * shrink
+        assert abs(side - exact) <= factor / 2 + 1e-6 or side in (factor, max_side // factor * factor)
+
+
+@pytest.mark.parametrize(("max_side", "factor"), [(27, 28), (31, 32), (1, 28)])
+def test_a_max_side_below_one_token_is_refused(max_side, factor):
+    with pytest.raises(
+        VideoError, match=f"max_side: {max_side} is less than the {factor} .* write max_side: {factor} or"
+    ):
+        frame_size(640, 480, max_side, factor)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_preprocessing_is_bit_identical_to_hf(family):
+    """What HF's video processors (transformers 5.23, torchvision 0.29) made of the first two frames of a
+    160 x 90 video. Temporal patches do not mix, so these are also the first rows for the whole video."""
+    golden = np.load(GOLDEN / f"{family}.npz")
+    frames, patch_size = golden["frames"], int(golden["patch_size"])
+    constants = (patch_size, 2, 2, golden["mean"].tolist(), golden["std"].tolist())
+    size = frame_size(160, 90, 336, 2 * patch_size)
+    pixel_values, grid = patchify(resize(frames, size), *constants)
+    assert grid.tolist() == golden["video_grid_thw"].tolist() and grid.dtype == torch.long
+    expected = torch.from_numpy(golden["pixel_values_videos"])
+    assert pixel_values.dtype == torch.float32 and pixel_values.shape == expected.shape
+    assert (pixel_values - expected).abs().max() == 0
+
+
+def test_patches_against_a_loop():
+    """Order: for each token its 2 x 2 patches; inside a patch colour, then time, then rows, then columns."""
+    p, m, t = 2, 2, 2
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+    frames = torch.randint(
+        0, 256, (3, 8, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    padded = [frames[0], frames[1], frames[2], frames[2]]  # 3 frames: the last one twice
+    rows = []
+    for g in range(2):
+        for y in range(0, 8, m * p):
+            for x in range(0, 12, m * p):
+                for dy, dx in ((0, 0), (0, p), (p, 0), (p, p)):
+                    row = []
+                    for colour in range(3):
+                        for frame in padded[g * t : g * t + t]:
+                            for i in range(p):
+                                for j in range(p):
+                                    value = int(frame[y + dy + i, x + dx + j, colour]) / 255
+                                    row.append((value - mean[colour]) / std[colour])
+                    rows.append(row)
+    pixel_values, grid = patchify(frames, p, m, t, mean, std)
+    assert grid.tolist() == [2, 4, 6]
+    torch.testing.assert_close(pixel_values, torch.tensor(rows), atol=1e-5, rtol=0)
+
+
+def test_resize_keeps_what_it_can():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 28, 56, 3), dtype=np.uint8)
+    same = resize(frames, (56, 28))
+    assert same.dtype == torch.uint8 and (same.numpy() == frames).all()
+    grey = resize(np.full((1, 90, 160, 3), 77, dtype=np.uint8), (84, 56))
+    assert grey.shape == (1, 56, 84, 3) and (grey == 77).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 28, 28, 3), (2, 28, 27, 3), (2, 14, 28, 3)])
+def test_patchify_refuses_what_does_not_divide(shape):
+    with pytest.raises(ValueError, match="multiples of 28"):
+        patchify(torch.zeros(shape, dtype=torch.uint8), 14, 2, 2, [0.5] * 3, [0.5] * 3)

@@ -1,0 +1,1 @@
+"""How does a video file become the frames and patches that the model sees?"""
