@@ -108,9 +108,9 @@ class Config:
     decode_block: int = 8  # tokens after which, each time, answers that have ended leave their batch
     # they stay, and no shape changes: slower by itself, for who compiles or records model._next_logits
     static_shapes: bool = False
-    # of a step's backward passes, how many exchange gradients among ranks: the last | each. The last alone
+    # of a step's backward passes, how many exchange gradients among ranks: the last | every. The last alone
     # communicates less and takes 4 * (1 - 1 / ranks) bytes a parameter more on every GPU
-    reduce_gradients: str = "last"
+    sync_gradients: str = "last"
     gradient_checkpointing: bool = True  # recompute activations: 7B keeps a fifteenth of them (plan.py)
     threads: int = 0  # CPU threads; 0 leaves the choice to torch
     eval_every: int = 0  # steps between evaluations on the held-out split; 0: only before and after
@@ -118,7 +118,9 @@ class Config:
     eval_temperature: float = 0.0  # 0: greedy, as in every table
     eval_limit: int = 0  # evaluate at most this many sentences; 0: all
     save_every: int = 0  # steps between checkpoints; 0: only the last
-    keep: int = 2  # of these checkpoints the last so many stay; the best by m_vIoU (eval_every) stays, too
+    keep_checkpoints: int = (
+        2  # of these checkpoints the last so many stay; the best by m_vIoU (eval_every) stays, too
+    )
     resume: str = "never"  # never | auto: go on from the last checkpoint in output_dir, if there is one
     log_to: list = field(default_factory=list)  # of tensorboard, wandb: beside metrics.jsonl
 
@@ -249,7 +251,7 @@ CHOICES = {
     "on_bad_video": ("error", "skip"),
     "precision": tuple(DTYPES),
     "resume": ("never", "auto"),
-    "reduce_gradients": ("last", "each"),
+    "sync_gradients": ("last", "every"),
     "loss_aggregation": ("token-mean", "sequence-mean", "constant"),
 }
 AT_LEAST = {
@@ -272,7 +274,7 @@ AT_LEAST = {
     **dict.fromkeys(("kl_beta", "clip_eps", "learning_rate", "weight_decay", "eval_temperature"), 0),
     **dict.fromkeys(("video_workers", "frame_cache_gb"), 0),
     "num_generations": 2,
-    "keep": 1,
+    "keep_checkpoints": 1,
 }
 
 

@@ -35,7 +35,7 @@ from config import DTYPES, Config, ConfigError, load_config
 from data import DROPS, Report, check_videos, count_sentences, format_report, load_samples
 from lab import compare
 from lab.controls import CONTROLS, Controlled, other_sample
-from metrics import Tube, format_table, native_scores, score_answers, tube_from_answer
+from metrics import format_gain, format_table, score_answers, think_gain, tube_of
 from model import Completion, Prompt, make_prompt, rollout
 from prompts import Answer, Items, parse_csv_answer, read_answer
 from qwen.checkpoint import Policy, load_policy
@@ -234,69 +234,6 @@ def score_predictions(predictions: list[dict], samples: list[Sample], config: Co
 
     tubes = (tube_of(by_id.get(sample.id), sample, config) for sample in samples)
     return score_answers(tubes, samples, config.text_format)
-
-
-def tube_of(prediction: dict | None, sample: Sample, config: Config, which: str = "pred") -> Tube | None:
-    """The tube that a record says, with the boxes of one list, "pred" or "think"; None for a failure. Raises
-    DataError as scale_of does."""
-    if prediction is None:
-        return None
-    answer = read_answer(prediction["completion"], config.text_format)
-    return tube_from_answer(answer, sample, config.text_format, scale_of(prediction, sample, config), which)
-
-
-def think_gain(predictions: list[dict], samples: list[Sample], config: Config) -> dict | None:
-    """What the final boxes gain over the thinking boxes on the same spans, in vIoU of the protocol `native`.
-
-    predictions: as in score_predictions. Only answers that parse and have both lists count; None where none
-    has. Returns "N" of them; in percent "m_vIoU_think", "m_vIoU_pred", their difference "gain" and its
-    standard error (None for N = 1); and the shares of answers whose final boxes are "better", "worse" or
-    "equal".
-    """
-    by_id, vious = {sample.id: sample for sample in samples}, []
-    for prediction in predictions:
-        answer = read_answer(prediction["completion"], config.text_format)
-        if answer and answer.think:
-            sample = by_id[prediction["id"]]
-            tubes = (tube_of(prediction, sample, config, which) for which in ("think", "pred"))
-            vious.append([native_scores(tube, sample)["vIoU"] for tube in tubes])
-    if not vious:
-        return None
-    think, pred = 100 * np.array(vious).T  # (N,), (N,)
-    gains, count = pred - think, len(vious)
-    return {
-        "N": count,
-        "m_vIoU_think": float(think.mean()),
-        "m_vIoU_pred": float(pred.mean()),
-        "gain": float(gains.mean()),
-        "standard_error": float(gains.std(ddof=1) / count**0.5) if count > 1 else None,
-        "better": 100 * float((gains > 0).mean()),
-        "worse": 100 * float((gains < 0).mean()),
-        "equal": 100 * float((gains == 0).mean()),
-    }
-
-
-def format_gain(gain: dict) -> str:
-    """think_gain's numbers as a line under the table."""
-    error = "" if gain["standard_error"] is None else f" +- {gain['standard_error']:.2f} (standard error)"
-    return (
-        f"m_vIoU (native) of thinking boxes {gain['m_vIoU_think']:.1f}, of final boxes"
-        f" {gain['m_vIoU_pred']:.1f}, gain {gain['gain']:+.2f}{error}; of {gain['N']} answers"
-        f" {gain['better']:.1f}% gain, {gain['worse']:.1f}% lose, {gain['equal']:.1f}% stay"
-    )
-
-
-def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int]:
-    """(width, height) that the boxes of a prediction are measured in. Raises DataError."""
-    if config.coordinates != "resized":
-        return config.text_format.scale((0, 0), (sample.width, sample.height))
-    match prediction.get("scale"):
-        case [int(width), int(height)] if width > 0 and height > 0:
-            return width, height
-    raise DataError(
-        f'prediction {sample.id!r}: with coordinates: resized each needs "scale": [width, height], the'
-        " size in pixels of the frames that the model saw"
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def micro_batches(items: list, config: Config) -> list[tuple[list, bool]]:
 def backward(loss: torch.Tensor, policy: Policy, last: bool, config: Config) -> None:
     """Add to the gradients. loss: this rank's part of a sum over all ranks and parts, divided by the tokens
     (grpo.loss_normalizer) of the whole batch already. last: part of the step."""
-    distributed.sync_gradients(policy.model, last or config.reduce_gradients == "each")
+    distributed.sync_gradients(policy.model, last or config.sync_gradients == "every")
     _, ranks = distributed.init()
     (loss * ranks).backward()  # FSDP2 takes the mean of the ranks' gradients
 

@@ -24,7 +24,6 @@ of config.py that say "not in the paper".
 """
 
 import contextlib
-import copy
 import dataclasses
 import sys
 import time
@@ -35,7 +34,7 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from config import DTYPES, Config, ConfigError, load_config
+from config import Config, ConfigError, load_config
 from data import check_videos
 from evaluate import answer_record, load_split
 from grpo import group_advantages, loss_normalizer, policy_loss
@@ -51,8 +50,8 @@ from model import (
     rollout,
     with_video_features,
 )
-from qwen.checkpoint import Policy, load_policy
-from qwen.lora import add_adapters, check_peft, has_adapters, without_adapters
+from qwen.checkpoint import Policy, freeze, load_trainable
+from qwen.lora import check_peft, without_adapters
 from rewards import RewardError, Score, load_plugins, score
 from runtime import checkpoints, distributed
 from runtime.files import read_jsonl, run_script, write_jsonl
@@ -135,7 +134,7 @@ def main(arguments: list[str]) -> None:
     eval_samples = load_split(config, config.eval_annotations)[0][: config.eval_limit or None]
     if config.on_bad_video == "error":
         check_videos(train_samples + eval_samples)
-    policy = trainable(config)
+    policy = load_trainable(config)
     marks = fingerprints(config, train_samples + eval_samples)
     with contextlib.ExitStack() as stack:
         if ranks == 1:
@@ -350,47 +349,6 @@ def improve(
         with clock("update"):
             totals["grad_norm"] = optimizer_step(policy, optimizer, config, totals["loss"])
     return totals
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The models
-
-
-def freeze(policy: Policy, config: Config) -> Policy:
-    """The reference of the KL: a copy that never changes."""
-    if not distributed.is_sharded(policy.model):
-        model = copy.deepcopy(policy.model).requires_grad_(False).eval()
-        return dataclasses.replace(policy, model=model)
-    reference = load_policy(config.model, dtype="auto")  # a sharded model cannot be copied
-    reference.model.requires_grad_(False).eval()
-    distributed.shard(reference.model, reference.blocks, compute_dtype(config))
-    with torch.no_grad():
-        for ours, theirs in zip(reference.model.parameters(), policy.model.parameters(), strict=True):
-            ours.to_local().copy_(theirs.to_local())
-    return reference
-
-
-def trainable(config: Config) -> Policy:
-    """The checkpoint of a configuration on this rank's device, with what is trained in fp32, and what is not
-    (all but the adapters, or the vision tower) frozen."""
-    policy = load_policy(config.model, dtype="auto")
-    if config.lora.rank:
-        add_adapters(policy, config.lora, config.seed)
-    elif has_adapters(policy):
-        raise ConfigError(f"model: {config.model} holds adapters; set lora.rank, and model to their base")
-    elif config.freeze_vision:
-        policy.model.model.visual.requires_grad_(False)
-    compute, (_, ranks) = compute_dtype(config), distributed.init()
-    policy = dataclasses.replace(policy, compute=compute)
-    if ranks > 1 or (compute != torch.float32 and not config.lora.rank):
-        distributed.shard(policy.model, policy.blocks, compute)
-        return policy
-    distributed.to_device(policy.model, compute)
-    return dataclasses.replace(policy, autocast=compute != torch.float32)  # for the adapters, in fp32
-
-
-def compute_dtype(config: Config) -> torch.dtype:
-    return getattr(torch, DTYPES[config.precision])
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -17,9 +17,8 @@ import torch
 
 from grpo import policy_loss
 from model import Prompt
-from qwen.checkpoint import Policy
+from qwen.checkpoint import Policy, compute_dtype
 from steps import adamw, optimizer_step, questions
-from train import compute_dtype
 
 
 @dataclass

@@ -73,6 +73,7 @@ import model
 import train
 from benchmarks import naive
 from config import DTYPES, Config
+from qwen import checkpoint
 from qwen.checkpoint import Policy, load_tokenizer
 from runtime import distributed
 from runtime.files import UserError
@@ -222,12 +223,12 @@ class Way:
 def our_way(work: Work) -> tuple[Way, Policy]:
     """As train.learn and train.reinforce do it."""
     config = work.config
-    policy = train.trainable(config)
+    policy = checkpoint.load_trainable(config)
     policy.eos_ids = []
     if config.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
     policy.model.train()
-    reference = train.freeze(policy, config)
+    reference = checkpoint.freeze(policy, config)
     optimizer = adamw(policy, config.learning_rate, config)
     parts.watch(policy.model.model.visual)
     advantages = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(config.num_generations)

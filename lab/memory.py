@@ -431,7 +431,7 @@ def memory(
     n, prompts = n or lengths_of(config, model), math.ceil(config.batch_size / gpus)
     rows, decoded = min(config.micro_batch, prompts), min(config.rollout_batch, prompts)  # prompts at once
     compute = 4 if config.precision == "fp32" else 2
-    sharded = gpus > 1 or (compute == 2 and not lora)  # train.trainable
+    sharded = gpus > 1 or (compute == 2 and not lora)  # checkpoint.load_trainable
     text, vision = towers(model, compute, lora)
     (_, layers, layer), (_, _, block), (_, _, root) = groups(model)
     head, vocabulary = model.lm_head.weight.numel(), model.lm_head.out_features
@@ -451,7 +451,7 @@ def memory(
     if lora or not config.kl_beta:
         reference = 0.0
     # Gradients that are exchanged in the last backward pass only are whole on each GPU until then.
-    late = sharded and config.reduce_gradients == "last" and prompts > rows
+    late = sharded and config.sync_gradients == "last" and prompts > rows
     gathering = 4 * trained if late else gradients
 
     # What computing gathers or copies, at three moments of a training step.
@@ -541,9 +541,9 @@ def format_plan(config: Config) -> str:
     model, rank = named_model(config.model), config.lora.rank
     blocks = []  # (title, configuration, with LoRA, whether it is the given one)
     for way in ("last", "each"):
-        title = f"all weights{', vision frozen' * config.freeze_vision}, reduce_gradients={way}"
-        mine = not rank and way == config.reduce_gradients
-        blocks.append((title, dataclasses.replace(config, reduce_gradients=way), False, mine))
+        title = f"all weights{', vision frozen' * config.freeze_vision}, sync_gradients={way}"
+        mine = not rank and way == config.sync_gradients
+        blocks.append((title, dataclasses.replace(config, sync_gradients=way), False, mine))
     blocks.append((f"LoRA of rank {rank or LORA_RANK}", config, True, bool(rank)))
     counts = [gpus for gpus in GPUS if config.batch_size % gpus == 0]  # ranks have equally many prompts
     plans = [[memory(block, model, gpus, lora) for gpus in counts] for _, block, lora, _ in blocks]

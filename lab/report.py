@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 
 from config import Config
 from data import load_samples
-from evaluate import think_gain
 from lab import page
 from lab.bench import read_truth
 from lab.sheet import Answered, by_reward, fit, read_answers, shown_frames
-from metrics import COLUMNS, native_scores, tube_from_answer, viou_by_area
+from metrics import COLUMNS, native_scores, think_gain, tube_from_answer, viou_by_area
 from prompts import Answer, parse_answer
 from runtime.files import DataError
 from runtime.predictions import read_predictions

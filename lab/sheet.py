@@ -12,9 +12,8 @@ from matplotlib.lines import Line2D
 
 from config import Config, load_config
 from data import load_samples
-from evaluate import scale_of
 from lab.page import COLOURS, LIGHT
-from metrics import native_scores, tube_from_answer
+from metrics import native_scores, scale_of, tube_from_answer
 from prompts import Answer, parse_answer
 from rewards import is_number, is_valid, score
 from runtime.files import DataError, short

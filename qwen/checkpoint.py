@@ -6,6 +6,7 @@ where they contradict one another, or are of another model, load_policy says so 
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -35,8 +36,9 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3_vl
 from transformers.utils import cached_file, logging
 
+from config import DTYPES, Config, ConfigError
 from qwen import attention
-from qwen.lora import base_of, has_adapters, load_adapters, write_adapters
+from qwen.lora import add_adapters, base_of, has_adapters, load_adapters, write_adapters
 from runtime import distributed
 from runtime.files import ModelError
 from video.frames import patchify
@@ -321,6 +323,47 @@ def _window_attention(self, hidden_states, cu_seqlens, position_embeddings, **_)
 
 def _embed_patches(self, hidden_states):
     return F.linear(hidden_states.to(self.proj.weight.dtype), self.proj.weight.flatten(1), self.proj.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The two policies of training
+
+
+def freeze(policy: Policy, config: Config) -> Policy:
+    """The reference of the KL: a copy that never changes."""
+    if not distributed.is_sharded(policy.model):
+        model = copy.deepcopy(policy.model).requires_grad_(False).eval()
+        return dataclasses.replace(policy, model=model)
+    reference = load_policy(config.model, dtype="auto")  # a sharded model cannot be copied
+    reference.model.requires_grad_(False).eval()
+    distributed.shard(reference.model, reference.blocks, compute_dtype(config))
+    with torch.no_grad():
+        for ours, theirs in zip(reference.model.parameters(), policy.model.parameters(), strict=True):
+            ours.to_local().copy_(theirs.to_local())
+    return reference
+
+
+def load_trainable(config: Config) -> Policy:
+    """The checkpoint of a configuration on this rank's device, with what is trained in fp32, and what is not
+    (all but the adapters, or the vision tower) frozen."""
+    policy = load_policy(config.model, dtype="auto")
+    if config.lora.rank:
+        add_adapters(policy, config.lora, config.seed)
+    elif has_adapters(policy):
+        raise ConfigError(f"model: {config.model} holds adapters; set lora.rank, and model to their base")
+    elif config.freeze_vision:
+        policy.model.model.visual.requires_grad_(False)
+    compute, (_, ranks) = compute_dtype(config), distributed.init()
+    policy = dataclasses.replace(policy, compute=compute)
+    if ranks > 1 or (compute != torch.float32 and not config.lora.rank):
+        distributed.shard(policy.model, policy.blocks, compute)
+        return policy
+    distributed.to_device(policy.model, compute)
+    return dataclasses.replace(policy, autocast=compute != torch.float32)  # for the adapters, in fp32
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    return getattr(torch, DTYPES[config.precision])
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ MAY_CHANGE = {  # settings that may change when a run goes on: nothing that is l
     *("on_bad_video", "video_workers", "video_timeout", "frame_cache", "frame_cache_gb"),
     # when it ends, what is watched, kept and told
     *("steps", "eval_annotations", "eval_every", "eval_batch", "save_every"),
-    *("keep", "resume", "log_to"),
+    *("keep_checkpoints", "resume", "log_to"),
     # how a step is split up: the same sums, but for rounding
     *("rollout_batch", "micro_batch", "reuse_prompts", "decode_block", "static_shapes"),
-    *("reduce_gradients", "gradient_checkpointing", "threads"),
+    *("sync_gradients", "gradient_checkpointing", "threads"),
 }
 
 

@@ -26,6 +26,7 @@ import train
 from config import load_config
 from data import load_samples
 from model import Completion, completion_logprobs, pack_completions, rollout
+from qwen import checkpoint
 from qwen.checkpoint import load_policy
 from rewards import TERMS, WEIGHTS, score
 from runtime.files import write_jsonl
@@ -181,8 +182,8 @@ def test_supervised_phase_teaches_the_true_answers(taught, checkpoints):
     assert len(losses) == 36 and losses[-1] < 0.1 * losses[0]
     config = load_config(taught / "config.yaml")
     values = []
-    for checkpoint in (checkpoints["qwen2_5_vl"], taught / "checkpoint"):
-        policy = load_policy(str(checkpoint))
+    for folder in (checkpoints["qwen2_5_vl"], taught / "checkpoint"):
+        policy = load_policy(str(folder))
         prompts = [shown_prompt(policy, s, config.max_side, config.text_format) for s in samples_of(config)]
         answers = [
             [sft.true_completion(policy, sample.truth(1.0), prompt, config)]
@@ -353,7 +354,7 @@ def test_ways_of_a_step_change_nothing(taught, write_config, tmp_path, updates):
 
 def test_reference_does_not_move(qwen2_5, write_config, tmp_path):
     config = load_config(write_config(tmp_path), ["updates_per_batch=2"])
-    reference = train.freeze(qwen2_5, config)
+    reference = checkpoint.freeze(qwen2_5, config)
     before = [parameter.clone() for parameter in reference.model.parameters()]
     train.improve(
         qwen2_5, reference, train.adamw(qwen2_5, 1e-3, config), make_groups(qwen2_5, config), config

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_tables import parsed
+from test_compare import parsed
 
 import evaluate
 from config import ConfigError, load_config

@@ -28,6 +28,7 @@ from grpo import policy_loss
 from lab import memory
 from model import completion_logprobs, encode_prompt, pack_completions, prefill, rollout, with_video_features
 from prompts import build_prompt
+from qwen import checkpoint
 from qwen.attention import IMPLEMENTATION, NO_MASK, AnswerAttention, PromptAttention
 from qwen.checkpoint import FAMILIES, speed_up
 from runtime import distributed
@@ -155,12 +156,12 @@ def known(alive, *models, optimizer):
 def measured(config, shorten=lambda ids, g: ids):
     """The lengths, and the peaks of a rollout and of training in bytes: of a step of train.reinforce with one
     sample for all prompts, the second time, when AdamW has its moments."""
-    policy, samples = train.trainable(config), load_split(config, config.train_annotations)[0][:1]
+    policy, samples = checkpoint.load_trainable(config), load_split(config, config.train_annotations)[0][:1]
     clips = open_loader(config, policy.size_factor)
     if config.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
     policy.model.train()
-    reference = policy if config.lora.rank else train.freeze(policy, config)
+    reference = policy if config.lora.rank else checkpoint.freeze(policy, config)
     optimizer = adamw(policy, 1e-4, config)
     endless = dataclasses.replace(policy, eos_ids=[-1])  # no answer ends before max_new_tokens
     alive, peaks, lengths = Alive(), [], []
@@ -263,7 +264,7 @@ def test_lengths_of_the_toy():
     """The prompt that its own tokenizer and frames make."""
     assert inspect.signature(completion_logprobs).parameters["chunk"].default == memory.CHUNK
     config = load_config(ROOT / "configs/toy.yaml")
-    policy = train.trainable(config)
+    policy = checkpoint.load_trainable(config)
     n, *_ = run(config, policy, 1)
     assert memory.lengths_of(config, policy.model) == n
     assert (n.prompt, n.patches, n.scored) == (64, 96, 8 * 192)
@@ -287,11 +288,11 @@ def test_lengths_of_the_toy():
 def test_peaks_of_a_sharded_step(way, precision, rank, keep, wide, monkeypatch):
     """Few tokens, so that the weights decide: the groups that are gathered, their gradients, AdamW's."""
     rows, ranks = 1, 4
-    changes = [f"model={wide}", "rollout_batch=1", "micro_batch=1", "batch_size=8", f"reduce_gradients={way}"]
+    changes = [f"model={wide}", "rollout_batch=1", "micro_batch=1", "batch_size=8", f"sync_gradients={way}"]
     changes += [f"precision={precision}", "max_side=64", "max_new_tokens=2", "num_generations=2"]
     config = load_config(ROOT / "configs/toy.yaml", [*changes, f"lora.rank={rank}", f"reuse_prompts={keep}"])
     with pretended_ranks(monkeypatch, ranks):
-        policy = train.trainable(config)
+        policy = checkpoint.load_trainable(config)
         n, prompts, completions = run(config, policy, rows)
         trained = [p for p in policy.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, foreach=True)  # as on a GPU
@@ -334,7 +335,7 @@ def test_peaks_of_a_sharded_step(way, precision, rank, keep, wide, monkeypatch):
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_weights_gradients_adam_and_reference_of_7b(ranks, monkeypatch):
     """All of them allocated on the meta device, by our own shard() and the real AdamW."""
-    config = load_config(ROOT / "configs/hcstvg_v1.yaml", ["reduce_gradients=each"])
+    config = load_config(ROOT / "configs/hcstvg_v1.yaml", ["sync_gradients=every"])
     config.precision = "bf16"
     with pretended_ranks(monkeypatch, ranks):
         sizes = []
@@ -463,7 +464,7 @@ def test_7b_as_in_the_feasibility_study():
     the same to the digit. Its training peaks were sums of what is there at different times (gradients of the
     root, activations), of a prompt and its answers in one pass, and lie above; they left out what AdamW's
     step takes, which decides for 2."""
-    config = load_config(ROOT / "configs/hcstvg_v1.yaml", ["reduce_gradients=each", "precision=bf16"])
+    config = load_config(ROOT / "configs/hcstvg_v1.yaml", ["sync_gradients=every", "precision=bf16"])
     model, n = memory.named_model(SEVEN), memory.Lengths(8, 3500, 400, 13_200)
     study = {2: (69.5, 84.4, 73.2), 4: (34.8, 49.6, 46.1), 8: (17.4, 32.3, 32.6)}
     for gpus, (lasting, train_peak, rollout_peak) in study.items():
@@ -488,7 +489,7 @@ def rows_of(text):
 def test_the_printed_table(capsys):
     """7B on 80 GiB: not on one or two GPUs; on four where gradients are exchanged each time, on eight."""
     began = time.perf_counter()
-    config = load_config(ROOT / "configs/hcstvg_v1.yaml", ["precision=bf16", "reduce_gradients=each"])
+    config = load_config(ROOT / "configs/hcstvg_v1.yaml", ["precision=bf16", "sync_gradients=every"])
     memory.print_plan(config)
     text = capsys.readouterr().out
     assert time.perf_counter() - began < 20
@@ -497,8 +498,8 @@ def test_the_printed_table(capsys):
     assert "40 frames of 336 x 196; 1,680 visual + 230 other = 1,910 prompt tokens" in text
     assert "128 prompts x 8 = 1,024 answers; 244,480 prompt and at most 2,097,152 completion tokens" in text
     last, each, lora = rows_of(text).items()
-    assert each[0] == "all weights, reduce_gradients=each <- this config"
-    assert last[0] == "all weights, reduce_gradients=last" and lora[0] == "LoRA of rank 16"
+    assert each[0] == "all weights, sync_gradients=every <- this config"
+    assert last[0] == "all weights, sync_gradients=last" and lora[0] == "LoRA of rank 16"
     fits_80 = {name: [row[-2] for row in rows.values()] for name, rows in (last, each, lora)}
     assert fits_80[each[0]] == ["-", "-", "yes", "yes", "yes"]
     assert fits_80[last[0]] == ["-", "-", "-", "yes", "yes"]
@@ -516,10 +517,10 @@ def test_settings_change_the_plan():
         memory.named_model(SEVEN),
     )
     whole, vision = 8_292_166_656, 676_550_144
-    base = memory.memory(dataclasses.replace(config, reduce_gradients="each"), model, 8, False)
-    late = memory.memory(dataclasses.replace(config, reduce_gradients="last"), model, 8, False)
+    base = memory.memory(dataclasses.replace(config, sync_gradients="every"), model, 8, False)
+    late = memory.memory(dataclasses.replace(config, sync_gradients="last"), model, 8, False)
     assert late.gradients == 4 * whole and base.gradients == 4 * whole / 8
-    once = dataclasses.replace(config, reduce_gradients="last", batch_size=8)  # nothing to accumulate
+    once = dataclasses.replace(config, sync_gradients="last", batch_size=8)  # nothing to accumulate
     assert memory.memory(once, model, 8, False).gradients == 4 * whole / 8
     free = memory.memory(dataclasses.replace(config, kl_beta=0.0), model, 8, False)
     assert free.reference == 0 and base.reference == 2 * whole / 8

@@ -704,7 +704,7 @@ def test_the_same_run_goes_on(place, write_config, world, checkpoints, tmp_path)
     """Also with other settings that are free, moved data and a moved model."""
     shutil.copytree(world, tmp_path / "world")
     shutil.copytree(checkpoints["qwen2_5_vl"], tmp_path / "model")
-    free = {"steps": 9, "video_workers": 1, "on_bad_video": "skip", "reduce_gradients": "each", "keep": 7}
+    free = {"steps": 9, "video_workers": 1, "on_bad_video": "skip", "sync_gradients": "each", "keep": 7}
     free |= {"model": tmp_path / "model", "videos": tmp_path / "world", "save_every": 3, "micro_batch": 1}
     free |= {"train_annotations": tmp_path / "world/all.json", "output_dir": place, "log_to": "[wandb]"}
     free |= {"eval_annotations": tmp_path / "world/all.json", "eval_every": 1, "eval_batch": 2}

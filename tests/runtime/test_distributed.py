@@ -20,6 +20,7 @@ from test_model import make_prompts
 import evaluate
 import train
 from config import Config
+from qwen import checkpoint
 from qwen.checkpoint import load_policy
 from runtime import distributed, logs, run
 from runtime.checkpoints import Progress
@@ -66,16 +67,16 @@ TOY |= {"steps": 5, "learning_rate": 1e-4, "eval_limit": 6, "kl_beta": 0.05, "gr
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, write_config):
-    """(ranks, rollout_batch, reduce_gradients, reuse_prompts) -> folder of a run of five steps of the toy's
+    """(ranks, rollout_batch, sync_gradients, reuse_prompts) -> folder of a run of five steps of the toy's
     checkpoint."""
     folders = {}
 
-    def run(ranks, rollout_batch, reduce_gradients="last", reuse_prompts=False):
-        key = ranks, rollout_batch, reduce_gradients, reuse_prompts
+    def run(ranks, rollout_batch, sync_gradients="last", reuse_prompts=False):
+        key = ranks, rollout_batch, sync_gradients, reuse_prompts
         if key not in folders:
             folder = tmp_path_factory.mktemp("parallel")
             settings = {"rollout_batch": rollout_batch, "micro_batch": min(rollout_batch, 4)}
-            settings |= {"reduce_gradients": reduce_gradients, "reuse_prompts": reuse_prompts}
+            settings |= {"sync_gradients": sync_gradients, "reuse_prompts": reuse_prompts}
             config = write_config(folder, **TOY, **settings)
             if ranks == 1:
                 train.main([config])
@@ -294,7 +295,7 @@ for way in ("last", "each"):
     for part in range(3):
         with Heard() as heard:
             loss = -completion_logprobs(policy, batch, 1.0).mean() / 3
-            backward(loss, policy, part == 2, Config(reduce_gradients=way))
+            backward(loss, policy, part == 2, Config(sync_gradients=way))
         counts.append(sum("reduce_scatter" in name for name in heard.names))
     record["gradients"][way] = counts
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1e9).full_tensor()
@@ -370,7 +371,7 @@ def test_the_seed_draws_the_adapters(tmp_path, write_config):
     """And nothing else."""
     path, made = write_config(tmp_path), []
     for seed in (0, 0, 1):
-        policy = train.trainable(train.load_config(path, ["lora.rank=2", f"seed={seed}"]))
+        policy = checkpoint.load_trainable(train.load_config(path, ["lora.rank=2", f"seed={seed}"]))
         made.append(torch.cat([p.flatten() for p in adapters_of(policy).values()]))
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 

@@ -1,1 +1,0 @@
-"""The embedded default: a world of moving shapes and the tiny Qwen2.5-VL that is trained in it."""

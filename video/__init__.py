@@ -1,1 +1,0 @@
-"""How does a video file become the frames and patches that the model sees?"""
