@@ -39,9 +39,10 @@ from metrics import format_gain, format_table, score_answers, think_gain, tube_o
 from model import Completion, Prompt, make_prompt, rollout
 from prompts import Answer, Items, parse_csv_answer, read_answer
 from qwen.checkpoint import Policy, load_policy
-from rewards import RewardError, load_plugins, score
+from rewards import score
 from runtime import distributed, logs
 from runtime.files import DataError, UserError, read_jsonl, run_script, write_jsonl
+from runtime.plugins import RewardError, load_plugins
 from runtime.predictions import (
     answered,
     check_output,
@@ -114,8 +115,6 @@ def prediction(sample: Sample, prompt: Prompt | None, completion: Completion | N
     record |= answer_record(text, read_answer(text, text_format), truth, scale, config.think)
     if text_format.answer_format == "boxes":  # the rewards are of this format
         scored = score(text, truth, scale, config.rewards, config.think)
-        if scored.fault:
-            raise RewardError(f"{sample.id!r}: {scored.fault}")
         record["rewards"] = scored.rewards
     if completion is None:
         return record | {"unreadable": True}

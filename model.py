@@ -43,8 +43,8 @@ class Prompt:
 
 
 def make_prompt(policy: Policy, sample: Sample, frames: torch.Tensor, text_format: TextFormat) -> Prompt:
-    """A sample and the frames of its clip (clips.FrameLoader) -> what the model is shown. Sampling and scoring,
-    training and evaluation all come through here. Raises ModelError.
+    """A sample and the frames of its clip (clips.FrameLoader) -> what the model is shown. Sampling and
+    scoring, training and evaluation all come through here. Raises ModelError.
 
     frames: (T, h, w, 3) uint8, text_format.fps of them a second; fewer than annotated where the file ends
     early, and then the prompt speaks of fewer steps.

@@ -52,11 +52,12 @@ from model import (
 )
 from qwen.checkpoint import Policy, freeze, load_trainable
 from qwen.lora import check_peft, without_adapters
-from rewards import RewardError, Score, load_plugins, score
+from rewards import Score, score
 from runtime import checkpoints, distributed
 from runtime.files import read_jsonl, run_script, write_jsonl
 from runtime.fingerprints import fingerprints
 from runtime.logs import DRIFT_STEPS, Log, drifts_apart
+from runtime.plugins import load_plugins
 from runtime.run import (
     Job,
     Stopped,
@@ -224,11 +225,8 @@ def reinforce(
             with clock("wait"):
                 records = gathered(rollout_records(groups, step + 1, config))
                 diagnostics = gathered([s.diagnostics for group in groups for s in group.scores])
-                faults = gathered([s.fault for group in groups for s in group.scores if s.fault])
             if records:
                 with dump_of_nonfinite([contents(group) for group in groups], job.run, f"step_{step + 1}"):
-                    if faults:
-                        raise RewardError(faults[0])
                     metrics = improve(policy, reference, optimizer, groups, config)
                 metrics = {**summarize(records, diagnostics, config.num_generations), **metrics}
                 metrics |= usage(sum(record["length"] for record in records))
@@ -287,8 +285,7 @@ def sample_and_score(
         for (k, truth, _), prompt, read, completions in zip(shown, prompts, kept, answers, strict=True):
             scores = [score(c.text, truth, prompt.scale, config.rewards, config.think) for c in completions]
             rewards = torch.tensor([s.rewards["total"] for s in scores], dtype=torch.float64)  # (G,)
-            finite = bool(rewards.isfinite().all())  # if not, its fault ends the run, on all ranks
-            advantages = group_advantages(rewards, config.scale_rewards) if finite else rewards
+            advantages = group_advantages(rewards, config.scale_rewards)
             groups.append(Group(samples[k], truth, prompt, completions, scores, advantages, read))
     return groups
 

@@ -33,8 +33,9 @@ import rewards
 from config import Config, ConfigError, load_config
 from lab import exploits, page
 from prompts import Answer, parse_answer
-from rewards import is_number, load_plugins, score, terms_of, weights_of_terms
+from rewards import TERMS, score
 from runtime.files import DataError, iterate_jsonl, open_to_read, write_whole
+from runtime.plugins import load_plugins, plugins
 from samples import Truth
 
 HEADS = ("reward", "mean", "min", "max", "spread", "vIoU r", "share", "decides")
@@ -68,6 +69,21 @@ class Scored:
     parsed: int  # so many of the answers parse
     groups: list[list[int]]  # of two lines or more, by their numbers from 0
     advantages: np.ndarray  # (N,): Eq. 11; NaN for a line without a group
+
+
+def is_number(value: object, low: float, high: float, kind=int | float) -> bool:
+    """A number in [low, high], which NaN is not; neither are JSON's true and false."""
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
+def terms_of(weights: dict) -> tuple[str, ...]:
+    return (*TERMS, *plugins(weights))
+
+
+def weights_of_terms(weights: dict) -> dict[str, float]:
+    """The weight of each term in the total."""
+    spatial = dict.fromkeys(("spatial_think", "spatial_pred"), weights["spatial"])
+    return {term: (weights | spatial)[term] for term in terms_of(weights)}
 
 
 def main(arguments: list[str]) -> None:
@@ -183,7 +199,6 @@ def score_file(file: BinaryIO, config: Config) -> Scored:
         try:
             line = read_line(record, config.think)
             scored = score(line.completion, line.truth, line.scale, config.rewards, line.think)
-            _require(not scored.fault, scored.fault)
             output_line(record, scored.rewards)
         except ValueError as error:
             raise DataError(f"{file.name}, line {k + 1}: {error}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config import Config
 from qwen.lora import SETTINGS, base_of
-from rewards import load_file, plugin_files
+from runtime.plugins import plugin_fingerprints
 from samples import Sample
 
 MAY_CHANGE = {  # settings that may change when a run goes on: nothing that is learned depends on them
@@ -50,8 +50,8 @@ def _pieces(path: Path, size: int = 65536) -> str:
 
 
 def fingerprints(config: Config, samples: list[Sample]) -> dict:
-    """What must stay the same when a run goes on: settings that are not MAY_CHANGE, the weights it began with, the
-    sentences and boxes (of both splits: samples); by content, for files may be moved."""
+    """What must stay the same when a run goes on: settings that are not MAY_CHANGE, the weights it began
+    with, the sentences and boxes (of both splits: samples); by content, for files may be moved."""
     data = hashlib.sha256()
     for sample in samples:
         values = {key: value for key, value in vars(sample).items() if key not in ("video", "boxes")}
@@ -64,15 +64,11 @@ def fingerprints(config: Config, samples: list[Sample]) -> dict:
     }
 
 
-def rewards_fingerprint(weights: dict) -> dict[str, str]:
-    """file -> a short mark of its text when it was loaded, of the files with rewards of one's own."""
-    return {path: load_file(path)[1] for path in plugin_files(weights)}
-
-
 def settings_of(config: Config) -> dict:
-    """Those that are not MAY_CHANGE, by dotted names such as sft.steps, and what is in the files that they name."""
+    """Those that are not MAY_CHANGE, by dotted names such as sft.steps, and what is in the files that they
+    name."""
     settings = {}
     for key, value in dataclasses.asdict(config).items():
         parts = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {}
         settings |= {} if key in MAY_CHANGE else parts or {key: value}
-    return settings | {f"rewards.{path}": mark for path, mark in rewards_fingerprint(config.rewards).items()}
+    return settings | {f"rewards.{path}": mark for path, mark in plugin_fingerprints(config.rewards).items()}

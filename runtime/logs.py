@@ -21,8 +21,8 @@ import transformers
 from tqdm import tqdm
 
 from config import Config, ConfigError, save_config
-from rewards import plugin_files
 from runtime.files import UserError, read_jsonl, write_jsonl, write_whole
+from runtime.plugins import plugin_fingerprints
 from runtime.trackers import TRACKERS, check_trackers
 
 PARTS = ("decode", "rollout", "score", "reference", "update", "wait")  # of a step
@@ -40,7 +40,7 @@ def start_run(config: Config) -> Path:
         raise ConfigError(f"output_dir: {run} exists and is no run of train.py; choose another")
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, run / "config.yaml")
-    for path in plugin_files(config.rewards):  # for the record; what is loaded is the named file
+    for path in plugin_fingerprints(config.rewards):  # for the record; what is loaded is the named file
         (run / "rewards").mkdir(exist_ok=True)
         write_whole(run / "rewards" / path.strip("/").replace("/", "_"), Path(path).read_bytes())
     packages = (torch, transformers, decord, np)  # by module: decord2 installs the module decord, too

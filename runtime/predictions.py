@@ -16,7 +16,8 @@ from pathlib import Path
 from config import Config
 from runtime import distributed
 from runtime.files import DataError, read_jsonl, write_jsonl
-from runtime.fingerprints import rewards_fingerprint, weights_fingerprint
+from runtime.fingerprints import weights_fingerprint
+from runtime.plugins import plugin_fingerprints
 from samples import Sample
 
 
@@ -76,7 +77,7 @@ def fingerprint_of(checkpoint: str, config: Config, control: str | None = None) 
     asked = hashlib.sha256(Path(config.eval_annotations).read_bytes()).hexdigest()
     names = ("dataset", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side", "precision")
     settings = [getattr(config, name) for name in names]
-    more = [value for value in (rewards_fingerprint(config.rewards), control) if value]
+    more = [value for value in (plugin_fingerprints(config.rewards), control) if value]
     text = json.dumps(
         [weights_fingerprint(checkpoint), asked, settings, dataclasses.asdict(config.text_format), *more],
         sort_keys=True,

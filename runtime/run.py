@@ -160,7 +160,8 @@ def usage(tokens: float) -> dict:
 
 
 def save(job: Job, optimizer: torch.optim.Optimizer, name: str) -> None:
-    """A checkpoint of this moment, from which resume: auto goes on; older ones go (config.keep_checkpoints)."""
+    """A checkpoint of this moment, from which resume: auto goes on; older ones go
+    (config.keep_checkpoints)."""
     checkpoints.save(job.run / name, job.policy, optimizer, job.progress, job.marks)
     taught = f"checkpoint_sft_{job.config.sft.steps}"  # the reference, to which a later start must come back
     checkpoints.prune(job.run, job.config.keep_checkpoints, spare=[job.run / taught])

@@ -667,7 +667,8 @@ def test_viou_by_area_by_hand():
 
 
 def ceiling_samples():
-    """FrameLoader of 2 s with boxes on the text's grid: one in steady motion, one that jumps and has a hole, ..."""
+    """FrameLoader of 2 s with boxes on the text's grid: one in steady motion, one that jumps and has a hole,
+    ..."""
     moving = {f: (f / 100, 0.25, f / 100 + 0.5, 0.75) for f in range(7, 33)}
     jumping = {
         f: ((f * 37 % 50) / 100, 0.0, 0.5 + (f * 37 % 50) / 100, 1.0) for f in range(12, 40) if f != 20
