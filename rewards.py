@@ -18,9 +18,9 @@ everything here (`from rewards import giou, common_steps`). Its term is logged, 
 watched.
 
 Bounds, for any text and any truth with boxes in [0, 1]: format and consistency are 0 or 1; temporal is in
-[0, 1]; a box earns GIoU - L1 >= -1 - 4, so spatial is in [-5, 1] and think in [0, 6]. With the paper's weights
-the total is in (-9, 5], without thinking boxes in (-4, 4]. It is 5 (4) exactly for a truth on the text's
-integer grid written by format_answer, and 0 for a text that is no answer.
+[0, 1]; a box earns GIoU - L1 >= -1 - 4, so spatial is in [-5, 1] and think in [0, 6]. With the paper's
+weights the total is in (-9, 5], without thinking boxes in (-4, 4]. It is 5 (4) exactly for a truth on the
+text's integer grid written by format_answer, and 0 for a text that is no answer.
 """
 
 import json
