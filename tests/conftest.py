@@ -138,7 +138,7 @@ def world(tmp_path_factory):
     for n in range(6):
         objects = toy_world.draw_objects(np.random.default_rng((7, n)))
         frames = toy_world.render(objects, toy_world.NATIVE_FPS)
-        pretrain.write_y4m(folder / f"{n}.y4m", frames, toy_world.NATIVE_FPS)
+        toy_world.write_y4m(folder / f"{n}.y4m", frames, toy_world.NATIVE_FPS)
         records[f"{n}.y4m"] = toy_world.hcstvg_record(objects[0])
     (folder / "all.json").write_text(json.dumps(records), encoding="utf-8")
     return folder

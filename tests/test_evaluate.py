@@ -26,7 +26,6 @@ from metrics import grid_ceiling
 from prompts import Answer, format_answer, parse_answer, truth_answer
 from qwen.checkpoint import load_policy
 from rewards import load_file
-from toy import pretrain
 from toy import world as toy_world
 from video.loader import open_loader
 
@@ -678,7 +677,7 @@ def test_controls_from_the_command_line(decoding, tmp_path, world, capsys):
             if made == swapped:
                 shutil.copy(world / f"{(n + 1) % 6}.y4m", made / f"{n}.y4m")
             else:
-                pretrain.write_y4m(
+                toy_world.write_y4m(
                     made / f"{n}.y4m", np.full((24, 56, 56, 3), 128, np.uint8), toy_world.NATIVE_FPS
                 )
     for made, control in ((swapped, "other"), (grey, "blank")):

@@ -29,7 +29,7 @@ def samples(tmp_path_factory):
     frames = still.repeat(2, 1).repeat(4, 2)[:, :, :200]
     records = {}
     for name, first, count in (("long.y4m", 11, 29), ("short.y4m", 13, 2)):
-        pretrain.write_y4m(folder / name, frames, 8)
+        toy_world.write_y4m(folder / name, frames, 8)
         bbox = [[10 + 3 * k, 20 + k, 41 + k, 33 + k] for k in range(count)]
         size = {"width": 200, "height": 112, "img_num": 48, "fps": 8}
         records[name] = {"caption": "it moves", "st_frame": first + 1, "bbox": bbox, **size}
