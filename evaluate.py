@@ -94,8 +94,6 @@ def decode(
                 config.max_new_tokens,
                 config.eval_temperature,
                 keys,
-                block=config.decode_block,
-                static=config.static_shapes,
             )
             given = {number: (p, answer) for (number, p), (answer,) in zip(shown, answers, strict=True)}
             yield [prediction(sample, *given.get(number, (None, None)), config) for number, sample in part]

@@ -1,10 +1,10 @@
-"""Qwen-VL as a policy: encode a prompt, sample answers, score answers.
+"""Qwen-VL as a policy: build prompts, sample completions (rollout), score them (completion_logprobs).
 
-The weights and what they compute are those of transformers. Two things are done our way, since the obvious
+The weights and what they compute are those of transformers. Two things are done our way, because the obvious
 way is wrong or slow:
-  * 3-D rotary positions are computed here and passed to every call (rope_positions says why);
-  * a prompt, vision tower included, is read once for its G answers (encode), which are sampled (rollout)
-    and scored (completion_logprobs) as continuations of the same keys and values (attention.py).
+  * rope_positions computes the 3-D rotary positions, which are passed to every call;
+  * prefill computes a prompt once, vision tower included. Its G completions are sampled and scored as
+    continuations of its keys and values (qwen/attention.py).
 """
 
 import types
@@ -17,24 +17,26 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from prompts import TextFormat, build_prompt
-from qwen.attention import NO_MASK, AnswerAttention, DecodeAttention, KeysValues, PromptAttention
+from qwen.attention import KV, NO_MASK, AnswerAttention, DecodeAttention, PromptAttention
 from qwen.checkpoint import VIDEO_BLOCK, Policy, render_chat
 from runtime.files import ModelError
 from samples import Sample
 
+COMPACT_EVERY = 8  # tokens of a rollout, after which finished completions leave the batch
+
 # ----------------------------------------------------------------------------------------------------------
-# The prompt
+# Prompts
 
 
 @dataclass
 class Prompt:
-    """All that the model sees before it answers."""
+    """Everything the model sees before it answers."""
 
     ids: torch.Tensor  # (P,) long
     positions: torch.Tensor  # (3, P) long: rotary positions in time, height and width
-    frames: torch.Tensor  # (T, h, w, 3) uint8; cut into patches when they are needed, a 16th of the memory
-    scale: tuple[int, int]  # (width, height) that the boxes of its answers are measured in
-    # (1 + D, n, H) what a frozen vision tower made of the frames (see); None: it has to run each time
+    frames: torch.Tensor  # (T, h, w, 3) uint8: a 16th of the memory of its patches, which are cut when needed
+    scale: tuple[int, int]  # (width, height) of the coordinates that its boxes are written in
+    # (1 + D, n, H) outputs of a frozen vision tower (with_video_features); None: the tower runs each time
     features: torch.Tensor | None = None
 
     @property
@@ -43,11 +45,10 @@ class Prompt:
 
 
 def make_prompt(policy: Policy, sample: Sample, frames: torch.Tensor, text_format: TextFormat) -> Prompt:
-    """A sample and the frames of its clip (clips.FrameLoader) -> what the model is shown. Sampling and
-    scoring, training and evaluation all come through here. Raises ModelError.
+    """Build the prompt of a sample: for sampling and scoring, in training and evaluation. Raises ModelError.
 
-    frames: (T, h, w, 3) uint8, text_format.fps of them a second; fewer than annotated where the file ends
-    early, and then the prompt speaks of fewer steps.
+    frames: (T, h, w, 3) uint8 of its clip (video/loader.py), text_format.fps a second. Where the file ends
+    early there are fewer than annotated, and the prompt names fewer steps.
     """
     scale = text_format.scale((frames.shape[2], frames.shape[1]), (sample.width, sample.height))
     text = build_prompt(sample.sentence, text_format.num_steps(len(frames)), scale, text_format)
@@ -57,70 +58,65 @@ def make_prompt(policy: Policy, sample: Sample, frames: torch.Tensor, text_forma
 def encode_prompt(
     policy: Policy, frames: torch.Tensor, text: str, scale: tuple[int, int], fps: float
 ) -> Prompt:
-    """frames: (T, h, w, 3) uint8, fps of them a second, sides multiples of policy.size_factor. text: what the
-    user says about them. scale: as in Prompt. Raises ModelError for a text with special tokens; warns where
-    the frames lie outside the checkpoint's pixel budget.
+    """Tokenize a video and a text with the checkpoint's chat template, one <|video_pad|> a visual token.
 
-    The ids are those of the checkpoint's chat template, with one <|video_pad|> for each visual token."""
+    frames: (T, h, w, 3) uint8, fps a second, sides multiples of policy.size_factor. Raises ModelError if the
+    text holds special tokens; warns if the frames lie outside the checkpoint's pixel budget.
+    """
     if "<|" in text:
-        raise ModelError(f"the text {text!r} holds '<|', the mark of Qwen's special tokens: remove it")
-    t = -(-len(frames) // policy.temporal_patch_size)
-    h, w = frames.shape[1] // policy.size_factor, frames.shape[2] // policy.size_factor
-    seconds_per_grid = policy.temporal_patch_size / fps
-
-    _warn_outside_budget(policy, t * policy.temporal_patch_size, frames.shape[1], frames.shape[2])
-    chat = render_chat(policy.tokenizer, text)
-    pads = "<|video_pad|>" * (h * w)
-    if policy.family.timed == "text":
-        # Qwen3-VL: a block for each temporal patch, after the mean time of its frames, in place of the one
-        # block. So do transformers 4.57, the release of the weights, and vLLM; transformers 5.23 puts the
-        # blocks *inside* the one block's <|vision_start|> and <|vision_end|>, two tokens more (vllm #46817).
-        firsts = range(0, len(frames), policy.temporal_patch_size)
-        lasts = (min(i + policy.temporal_patch_size, len(frames)) - 1 for i in firsts)  # a copy has its time
-        times = [(first / fps + last / fps) / 2 for first, last in zip(firsts, lasts, strict=True)]
-        blocks = "".join(f"<{time:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for time in times)
-        temporal = [torch.zeros(1)] * t
-    else:
-        blocks = VIDEO_BLOCK.replace("<|video_pad|>", pads * t)
-        rate = 1.0
-        if policy.family.timed == "seconds":
-            rate = policy.model.config.vision_config.tokens_per_second * seconds_per_grid
-        temporal = [(torch.arange(t) * rate).floor()]  # in float before the floor
-    ids = torch.tensor(
-        policy.tokenizer(chat.replace(VIDEO_BLOCK, blocks), add_special_tokens=False)["input_ids"]
-    )
+        raise ModelError(f"the text {text!r} holds '<|', which begins Qwen's special tokens: remove it")
+    h, w = (side // policy.size_factor for side in frames.shape[1:3])
+    _warn_outside_budget(policy, *frames.shape[:3])
+    video, temporal = _video_text(policy, len(frames), h * w, fps)
+    chat = render_chat(policy.tokenizer, text).replace(VIDEO_BLOCK, video)
+    ids = torch.tensor(policy.tokenizer(chat, add_special_tokens=False)["input_ids"])
     return Prompt(ids, rope_positions(ids, policy.video_id, temporal, h, w), frames, scale)
 
 
+def _video_text(policy: Policy, count: int, size: int, fps: float) -> tuple[str, list[torch.Tensor]]:
+    """Return the text of `count` frames, with `size` visual tokens for each temporal patch, and the temporal
+    positions of each of its blocks: (t,)."""
+    step = policy.temporal_patch_size
+    t, pads = -(-count // step), "<|video_pad|>" * size
+    if policy.family.timed != "text":
+        rate = 1.0
+        if policy.family.timed == "seconds":
+            rate = policy.model.config.vision_config.tokens_per_second * (step / fps)
+        positions = (torch.arange(t) * rate).floor()  # in float before the floor
+        return VIDEO_BLOCK.replace("<|video_pad|>", pads * t), [positions]
+    # Qwen3-VL: a block for each temporal patch, after the mean time of its frames, in place of the one block.
+    # So do transformers 4.57, the release of the weights, and vLLM. transformers 5.23 puts the blocks inside
+    # the one block's <|vision_start|> and <|vision_end|>, two tokens more (vllm #46817).
+    spans = [(i, min(i + step, count) - 1) for i in range(0, count, step)]  # a copy has its frame's time
+    times = [(first / fps + last / fps) / 2 for first, last in spans]
+    blocks = [f"<{time:.1f} seconds>{VIDEO_BLOCK.replace('<|video_pad|>', pads)}" for time in times]
+    return "".join(blocks), [torch.zeros(1)] * t
+
+
 def _warn_outside_budget(policy: Policy, count: int, height: int, width: int) -> None:
-    """Say, once for each size of frames, that the model was never shown such: its own preprocessor would have
-    enlarged or shrunk them. No error: the size is ours to choose (STVG-o1, section 4), and a long clip of
-    VidSTG (180 s of 640 x 480) exceeds the budget of Qwen3-VL's published checkpoints, and can be learned."""
-    low, high = policy.pixel_budget
-    per_video, area = policy.family.budget_per == "video", height * width
-    pixels = area * count if per_video else area
-    if low <= pixels <= high:
-        return
-    # The number of frames is not told, only where the limit lies: the message is then the same for all clips
-    # of one size, and Python shows it once.
-    limit, side = (low, "below") if pixels < low else (high, "above")
-    frames = f" of {'less' if pixels < low else 'more'} than {limit / area:.1f} frames" if per_video else ""
-    change = "raise max_side" if pixels < low else "lower max_side, or fps" if per_video else "lower max_side"
-    warnings.warn(
-        f"{width} x {height} pixels{frames}: {side} the {low:,} to {high:,} of a {policy.family.budget_per}"
-        f" that this checkpoint was shown; {change}, unless training is to get it used to such",
-        stacklevel=3,
-    )
+    """Warn, once for each size of frames, that the checkpoint was not trained on such videos. No error: the
+    paper chooses the size (section 4), and a long clip of VidSTG exceeds the budget of Qwen3-VL."""
+    (low, high), unit = policy.pixel_budget, policy.family.budget_per
+    pixels = height * width * (count if unit == "video" else 1)
+    if not low <= pixels <= high:
+        change = "raise max_side" if pixels < low else "lower max_side" + " or fps" * (unit == "video")
+        # Without the number of frames it is one text for all clips of a size, which Python shows once.
+        warnings.warn(
+            f"frames of {width} x {height}: {'fewer' if pixels < low else 'more'} pixels a {unit} than the"
+            f" {low:,} to {high:,} that this checkpoint was trained on; {change}, or let it learn them",
+            stacklevel=3,
+        )
 
 
 def rope_positions(
     ids: torch.Tensor, video_id: int, temporal: list[torch.Tensor], h: int, w: int
 ) -> torch.Tensor:
-    """3-D rotary positions (3, P) of a prompt whose video tokens come in len(temporal) blocks of t x h x w.
+    """Compute the 3-D rotary positions (3, P) of a prompt whose video tokens form len(temporal) blocks of
+    t x h x w. temporal: (t,) positions of each block's slices.
 
-    Text counts on by one on all three axes; a block starts where the text stood and spreads over time, height
-    and width; the text after it goes on at the *largest* of its positions + 1. That is what the weights were
-    trained with. transformers >= 5.3 forgets the time axis there, and decodes at yet other positions, so its
+    Text counts up by one on all three axes. A block starts at the text's position and spreads over time,
+    height and width. The text after it continues at the *largest* of its positions + 1, as in the training of
+    the weights. transformers >= 5.3 leaves out the time axis there and decodes at yet other positions, so its
     own positions are never used.
     """
     positions, start, k = torch.empty(3, len(ids), dtype=torch.long), 0, 0
@@ -137,8 +133,8 @@ def rope_positions(
 
 
 def with_video_features(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
-    """The prompts with what the vision tower makes of their frames, where it is frozen: then it runs once
-    for the samples, the scores and the reference. Where it is trained, the prompts as they are.
+    """Return the prompts with the outputs of a frozen vision tower, which then runs once for rollout, policy
+    and reference. Return them unchanged if the tower is trained.
 
     On a sharded model all ranks must call it together, or each within distributed.unsharded.
     """
@@ -146,19 +142,20 @@ def with_video_features(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
         return prompts
     inputs = _visual_inputs(policy, prompts)
 
-    def encode(model: torch.nn.Module) -> list[torch.Tensor]:
+    def run_tower(model: torch.nn.Module) -> list[torch.Tensor]:
         out = model.model.get_video_features(*inputs.values(), return_dict=True)
         # Qwen3-VL's first D decoder layers get features of their own.
         levels = [out.pooler_output, *getattr(out, "deepstack_features", [])]
         return [torch.stack(features).cpu() for features in zip(*levels, strict=True)]
 
     with torch.no_grad():
-        features = policy.run(encode)
+        features = policy.run(run_tower)
     return [replace(prompt, features=f) for prompt, f in zip(prompts, features, strict=True)]
 
 
 def _visual_inputs(policy: Policy, prompts: list[Prompt]) -> dict:
-    """The patches of all prompts, one after the other, and the (t, h, w) of each; or the features of each."""
+    """Return the model's arguments for the videos: all patches in one row and each grid (t, h, w), or the
+    features of each."""
     if all(prompt.features is not None for prompt in prompts):
         levels = zip(*(prompt.features.to(policy.device) for prompt in prompts), strict=True)
         pooled, *deep = levels  # each of B tensors (n, H)
@@ -172,39 +169,39 @@ def _visual_inputs(policy: Policy, prompts: list[Prompt]) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Reading a prompt
+# Prefill
 
 
 @dataclass
 class PromptCache:
-    """What a policy makes of a prompt, of which its answers are continuations."""
+    """A prompt as the model has computed it, for its completions to continue."""
 
-    prefix: list[KeysValues]  # of each layer
-    state: torch.Tensor  # (H,) from which the first token of an answer is predicted
+    kv: list[KV]  # of each layer
+    last_hidden: torch.Tensor  # (H,) the last token's, which predicts the first token of a completion
 
 
 def prefill(policy: Policy, prompts: list[Prompt]) -> list[PromptCache]:
-    """Vision tower and language model over B prompts, once for all their answers. Where gradients are enabled
-    they flow back through what is returned."""
+    """Run vision tower and language model over B prompts, once for all their completions. With gradients
+    enabled, these flow back through the result."""
     return policy.run(_prefill, policy, prompts)
 
 
 def _prefill(model: torch.nn.Module, policy: Policy, prompts: list[Prompt]) -> list[PromptCache]:
     lengths = [len(prompt.ids) for prompt in prompts]
     attention = PromptAttention(lengths)
-    states = _states(
+    hidden = _hidden_states(
         model,
         torch.cat([prompt.ids for prompt in prompts]),
         torch.cat([prompt.positions for prompt in prompts], 1),
         attention,
         **_visual_inputs(policy, prompts),
     )
-    ends = torch.tensor(lengths).cumsum(0) - 1
-    return [PromptCache(*parts) for parts in zip(attention.prefixes(), states[ends], strict=True)]
+    last = torch.tensor(lengths).cumsum(0) - 1
+    return [PromptCache(*parts) for parts in zip(attention.prefixes(), hidden[last], strict=True)]
 
 
-def _states(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, attention, **visual):
-    """ids: (n,), of one packed row; positions: (3, n). Returns the hidden states (n, H)."""
+def _hidden_states(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, attention, **visual):
+    """Return the last layer's hidden states (n, H) of one packed row. ids: (n,); positions: (3, n)."""
     out = model.model(
         input_ids=ids[None].to(model.device),
         position_ids=positions[:, None].to(model.device),
@@ -217,14 +214,14 @@ def _states(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, 
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Sampling
+# Rollout
 
 
 @dataclass
 class Completion:
-    ids: list[int]  # the sampled tokens, the one that ended the answer included
+    ids: list[int]  # the sampled tokens, with the one that ended it
     text: str  # without that token
-    truncated: bool  # ran into max_new_tokens
+    truncated: bool  # it reached max_new_tokens without an end
 
 
 @torch.no_grad()
@@ -235,71 +232,61 @@ def rollout(
     max_new_tokens: int,
     temperature: float,
     keys: list,
-    encoded: list[PromptCache] | None = None,
-    block: int = 8,
-    static: bool = False,
+    caches: list[PromptCache] | None = None,
 ) -> list[list[Completion]]:
-    """Sample num_generations (G) answers to each of B prompts, at temperature 0 the single greedy one.
+    """Sample num_generations (G) completions of each of B prompts; at temperature 0 the one greedy one.
 
-    keys: for each prompt a tuple of non-negative integers, such as (seed, step, number of the prompt): answer
-    g draws its random numbers from its key and g, so it is the same whoever else is in the batch. Keys of
+    keys: one tuple of non-negative integers a prompt, such as (seed, step, number of the prompt). Completion
+    g draws its random numbers from its key and g, so it does not depend on the rest of the batch. Keys of
     different length, as of training and evaluation, never give the same numbers.
-    encoded: of the prompts, where this policy has read them already.
-    block: after so many tokens, each time, rows whose answers have ended leave, as far as all prompts that
-    are left keep equally many.
-    static: they stay, and attention is to all max_new_tokens, those to come masked: no shape ever changes.
+    caches: of the prompts, if this policy has prefilled them.
     """
     if not prompts:
         return []
     model, device, B, G = policy.model, policy.device, len(prompts), num_generations
     was_training = model.training
-    model.eval()  # checkpointing has nothing to do here
-    encoded = encoded or prefill(policy, prompts)
-    states = torch.stack([prompt.state for prompt in encoded])
-    logits = policy.run(lambda model: model.lm_head(states)).repeat_interleave(G, 0)  # (B * G, V)
-    attention = DecodeAttention([prompt.prefix for prompt in encoded], G, max_new_tokens)
-    if not static:
-        attention.widen(min(block, max_new_tokens))
-    position = torch.tensor([prompt.next_position for prompt in prompts], device=device).repeat_interleave(G)
-    # The length stands first, since numpy takes [5, 0] and [5, 0, 0] for the same seed.
-    seeds = [[len(key), *key, g] for key in keys for g in range(G)]
-    uniform = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
-    uniform = torch.tensor(uniform, device=device)  # (B * G, max_new_tokens)
-
-    eos = torch.tensor(policy.eos_ids, device=device)
-    forbidden = torch.tensor(policy.forbidden_ids, device=device)
-    rows = torch.arange(B * G, device=device).view(B, G)  # which answer each row of the batch belongs to
+    model.eval()  # no gradient checkpointing
+    caches = caches or prefill(policy, prompts)
+    hidden = torch.stack([cache.last_hidden for cache in caches])
+    logits = policy.run(lambda model: model.lm_head(hidden)).repeat_interleave(G, 0)  # (B * G, V)
+    attention = DecodeAttention([cache.kv for cache in caches], G, max_new_tokens)
+    attention.widen(min(COMPACT_EVERY, max_new_tokens))
+    start = torch.tensor([prompt.next_position for prompt in prompts], device=device).repeat_interleave(G)
+    uniform = _uniform(keys, G, max_new_tokens).to(device)
+    forbidden, eos = (torch.tensor(ids, device=device) for ids in (policy.forbidden_ids, policy.eos_ids))
     tokens = torch.zeros(B * G, max_new_tokens, dtype=torch.long, device=device)
+    rows = torch.arange(B * G, device=device).view(B, G)  # the completion that each row of the batch holds
     for t in range(max_new_tokens):
         row = rows.flatten()
-        sampled = _sample(_policy_logits(logits, temperature, forbidden), uniform[row, t], temperature)
-        tokens[row, t] = sampled
+        tokens[row, t] = _sample(_policy_logits(logits, temperature, forbidden), uniform[row, t], temperature)
         if t + 1 == max_new_tokens:
             break
-        if t and t % block == 0:
-            ended = torch.isin(tokens[row, : t + 1], eos).any(1).view(rows.shape).cpu()
-            if ended.all():
+        if t and t % COMPACT_EVERY == 0:
+            rows = _compact(rows, torch.isin(tokens[rows, : t + 1], eos).any(-1).cpu(), attention)
+            if not len(rows):
                 break
-            if not static:
-                prompts_left, answers_left = _going_on(ended)
-                if answers_left.numel() < rows.numel():
-                    attention.keep(prompts_left, answers_left)
-                    rows = rows[prompts_left[:, None], answers_left]
-                    sampled = tokens[rows.flatten(), t]
-                attention.widen(min(t + block, max_new_tokens))
-        logits = policy.run(_next_logits, sampled, position[rows.flatten()], attention)
+            attention.widen(min(t + COMPACT_EVERY, max_new_tokens))
+            row = rows.flatten()
+        logits = policy.run(_next_logits, tokens[row, t], start[row] + attention.step, attention)
     model.train(was_training)
     done = [_completion(policy, ids) for ids in tokens.tolist()]
     return [done[b * G : (b + 1) * G] for b in range(B)]
 
 
+def _uniform(keys: list, num_generations: int, count: int) -> torch.Tensor:
+    """Draw `count` float64 numbers in [0, 1) for each completion of each prompt: (B * G, count)."""
+    # The length stands first, since numpy takes [5, 0] and [5, 0, 0] for the same seed.
+    seeds = [[len(key), *key, g] for key in keys for g in range(num_generations)]
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(count) for seed in seeds]))
+
+
 def _next_logits(
-    model: torch.nn.Module, tokens: torch.Tensor, first: torch.Tensor, attention: DecodeAttention
+    model: torch.nn.Module, tokens: torch.Tensor, position: torch.Tensor, attention: DecodeAttention
 ) -> torch.Tensor:
-    """(rows, V) of the tokens after these, (rows,). first: (rows,) position of each answer's first token."""
+    """Return the logits (rows, V) of the tokens after these. tokens, position: (rows,)."""
     out = model.model(
         input_ids=tokens[:, None],
-        position_ids=(first + attention.step).expand(3, -1)[..., None],
+        position_ids=position.expand(3, -1)[..., None],
         attention_mask=NO_MASK,
         use_cache=False,
         shared_prefix=attention,
@@ -308,28 +295,32 @@ def _next_logits(
     return model.lm_head(out.last_hidden_state[:, 0])
 
 
-def _going_on(ended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """ended: (B, G), of which answers. Returns which prompts to go on with, (B',), and which answers to each,
-    (B', G'): those that go on and, where they are fewer than of another prompt, some that have ended."""
+def _compact(rows: torch.Tensor, ended: torch.Tensor, attention: DecodeAttention) -> torch.Tensor:
+    """Drop finished prompts, and finished completions as far as all prompts keep equally many. rows, ended:
+    (B, G). Returns the rows that stay: (B', G')."""
     prompts = (~ended).any(1).nonzero().flatten()
     most = int((~ended).sum(1).max())
-    return prompts, ended[prompts].int().argsort(dim=1, stable=True)[:, :most]
+    completions = ended[prompts].int().argsort(dim=1, stable=True)[:, :most]  # unfinished ones first
+    if completions.numel() == rows.numel():
+        return rows
+    attention.keep(prompts, completions)
+    return rows[prompts[:, None], completions]
 
 
 def _completion(policy: Policy, ids: list[int]) -> Completion:
-    """ids: what was sampled, up to the end token and beyond."""
+    """Cut sampled tokens, which may go beyond the end token, there."""
     end = next((n for n, token in enumerate(ids) if token in policy.eos_ids), None)
     text = policy.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
     return Completion(ids if end is None else ids[: end + 1], text, truncated=end is None)
 
 
 def _policy_logits(logits: torch.Tensor, temperature: float, forbidden: torch.Tensor) -> torch.Tensor:
-    """The one distribution that is sampled from and scored: fp32, at the temperature, no placeholders."""
+    """Return the one distribution that is sampled from and scored: fp32, tempered, without placeholders."""
     return (logits.float() / (temperature or 1.0)).index_fill_(-1, forbidden, -torch.inf)
 
 
 def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
-    """One token a row, (rows, V) -> (rows,): inverse transform sampling with the row's own uniform number."""
+    """Draw a token a row, (rows, V) -> (rows,): inverse transform sampling with the row's uniform number."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = logits.double().softmax(-1).cumsum(-1)
@@ -338,26 +329,26 @@ def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> 
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Scoring
+# Log-probs
 
 
 @dataclass
 class PackedCompletions:
-    """Completions of B prompts, R in all, packed for scoring: one row of M tokens, one after the other."""
+    """R completions of B prompts in one row of M tokens, one after the other, without padding."""
 
     prompts: list[Prompt]
-    lengths: list[list[int]]  # of each prompt, those of its completions
+    lengths: list[list[int]]  # of the completions of each prompt
     ids: torch.Tensor  # (M,)
     positions: torch.Tensor  # (3, M)
-    # (M,) which of B + M states predicts each token: those of the prompts' ends, then of the tokens
+    # (M,) which of B + M hidden states predicts each token: the prompts' last ones come first, then the row's
     source: torch.Tensor
-    mask: torch.Tensor  # (R, C) which places of a padded table of completions are tokens
+    mask: torch.Tensor  # (R, C) true on the tokens of a padded table
 
 
 def pack_completions(
     policy: Policy, prompts: list[Prompt], completions: list[list[list[int]]]
 ) -> PackedCompletions:
-    """completions[b][g]: token ids of answer g to prompt b. None may be empty."""
+    """Pack completions[b][g], the token ids of completion g of prompt b. None may be empty."""
     lengths = [[len(completion) for completion in group] for group in completions]
     positions, source, m = [], [], len(prompts)
     for b, (prompt, group) in enumerate(zip(prompts, lengths, strict=True)):
@@ -376,39 +367,49 @@ def pack_completions(
 
 
 def completion_mask(lengths: list[int]) -> torch.Tensor:
-    """(R, C) true on the tokens of R completions in a table that is padded to the longest one's C."""
+    """Return (R, C), true on the tokens of R completions in a table padded to the longest one's C."""
     return torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
 
 
 def completion_logprobs(
     policy: Policy,
-    batch: PackedCompletions,
+    packed: PackedCompletions,
     temperature: float,
-    encoded: list[PromptCache] | None = None,
+    caches: list[PromptCache] | None = None,
     chunk: int = 1024,
 ) -> torch.Tensor:
-    """Log-probability of every completion token under the policy that is sampled from: (R, C), 0 on padding.
+    """Compute the log-probability of every completion token under the policy that is sampled from: (R, C),
+    0 on padding. Each prompt is computed once for its G completions, and no padding is.
 
-    encoded: of the batch's prompts, where this policy has read them already, with gradients if they are to be
-    trained on. Each prompt is read once for its G answers, no padding is computed, and the (M, V) table of
-    logits exists only a chunk of tokens at a time, in the backward pass too.
+    caches: of the prompts, if this policy has prefilled them; with gradients, if they are to be trained on.
+    chunk: so many tokens at a time have a table of logits, in the backward pass too.
     """
+    logprobs = policy.run(_packed_logprobs, policy, packed, temperature, caches, chunk)
+    return torch.zeros(packed.mask.shape, device=logprobs.device).masked_scatter(packed.mask, logprobs)
 
-    def logprobs_of(model: torch.nn.Module) -> torch.Tensor:  # (M,)
-        read = encoded or _prefill(model, policy, batch.prompts)
-        attention = AnswerAttention([prompt.prefix for prompt in read], batch.lengths)
-        states = _states(model, batch.ids, batch.positions, attention)
-        states = torch.cat([torch.stack([prompt.state for prompt in read]), states])[batch.source]  # (M, H)
-        forbidden = torch.tensor(policy.forbidden_ids, device=states.device)
 
-        def chunk_logprobs(states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            logits = _policy_logits(model.lm_head(states), temperature, forbidden)  # (chunk, V)
-            return -F.cross_entropy(logits, target, reduction="none")
+def _packed_logprobs(
+    model: torch.nn.Module,
+    policy: Policy,
+    packed: PackedCompletions,
+    temperature: float,
+    caches: list[PromptCache] | None,
+    chunk: int,
+) -> torch.Tensor:
+    """The same as (M,), within policy.run."""
+    caches = caches or _prefill(model, policy, packed.prompts)
+    attention = AnswerAttention([cache.kv for cache in caches], packed.lengths)
+    hidden = _hidden_states(model, packed.ids, packed.positions, attention)
+    hidden = torch.cat([torch.stack([cache.last_hidden for cache in caches]), hidden])[
+        packed.source
+    ]  # (M, H)
+    forbidden = torch.tensor(policy.forbidden_ids, device=hidden.device)
 
-        chunks = zip(states.split(chunk), batch.ids.to(states.device).split(chunk), strict=True)
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(chunk_logprobs, *c, use_reentrant=False) for c in chunks])
-        return torch.cat([chunk_logprobs(*c) for c in chunks])
+    def chunk_logprobs(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = _policy_logits(model.lm_head(hidden), temperature, forbidden)  # (chunk, V)
+        return -F.cross_entropy(logits, target, reduction="none")
 
-    logprobs = policy.run(logprobs_of)
-    return torch.zeros(batch.mask.shape, device=logprobs.device).masked_scatter(batch.mask, logprobs)
+    chunks = zip(hidden.split(chunk), packed.ids.to(hidden.device).split(chunk), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(chunk_logprobs, *c, use_reentrant=False) for c in chunks])
+    return torch.cat([chunk_logprobs(*c) for c in chunks])

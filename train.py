@@ -276,8 +276,6 @@ def sample_and_score(
             config.temperature,
             keys,
             encoded,
-            block=config.decode_block,
-            static=config.static_shapes,
         )
     groups = []
     with clock("score"):

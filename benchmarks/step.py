@@ -84,7 +84,7 @@ from toy.world import write_y4m
 from video.loader import FrameLoader, open_loader
 
 FPS, GRID = 2, 6  # of the frames shown: a second; merged patches a side, 36 visual tokens for two frames
-NAMED = ("completion", "dtype", "threads", "checkpointing", "keep", "freeze_vision", "static", "steps")
+NAMED = ("completion", "dtype", "threads", "checkpointing", "keep", "freeze_vision", "steps")
 PARTS = ("decode", "vision", "prefill", "sampling", "reference", "forward", "backward", "optimizer")
 
 
@@ -160,7 +160,6 @@ def work_of(options: argparse.Namespace, visual: int, folder: Path) -> Work:
         gradient_checkpointing=options.checkpointing,
         reuse_prompts=options.keep,
         freeze_vision=options.freeze_vision,
-        static_shapes=options.static,
     )
     return Work(config, sample, open_loader(config, side // GRID))
 
@@ -256,7 +255,8 @@ def timed(reference: Policy) -> Iterator[None]:
         (Policy, "patches", "decode"),
         (train, "rollout", "sampling"),
     ]
-    functions += [(train, "encode", "prefill"), (model, "encode", "prefill"), (train, "see", "vision")]
+    functions += [(train, "prefill", "prefill"), (model, "prefill", "prefill")]
+    functions += [(train, "with_video_features", "vision")]
     functions += [(train, "completion_logprobs", scores), (train, "policy_loss", "forward")]
     functions += [(train, "backward", "backward"), (train, "optimizer_step", "optimizer")]
 
@@ -515,7 +515,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpointing", **switch, help="gradient checkpointing")
     parser.add_argument("--keep", **switch, help="keep the rollout's prompt for the update (reuse_prompts)")
     parser.add_argument("--freeze-vision", action="store_true")
-    parser.add_argument("--static", action="store_true", help="static_shapes")
     parser.add_argument("--against", choices=["naive"])
     parser.add_argument(
         "--naive-micro", type=positive, nargs="+", help="answers at a time; default: G, and 1"

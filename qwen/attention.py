@@ -25,7 +25,7 @@ IMPLEMENTATION = "shared_prefix"  # for from_pretrained(attn_implementation=...)
 NO_MASK = torch.empty(1, 1, 1, 1)
 
 FEWER_HEADS = ("cpu",)  # elsewhere no fast kernel takes a mask and fewer heads of keys than of queries
-KeysValues = tuple[Tensor, Tensor]  # of one layer, each (1, K, tokens, d): K heads of width d
+KV = tuple[Tensor, Tensor]  # of one layer, each (1, K, tokens, d): K heads of width d
 
 
 def attend(module, query, key, value, attention_mask, shared_prefix=None, scaling=None, **kwargs):
@@ -44,7 +44,7 @@ class PromptAttention:
 
     def __init__(self, lengths: list[int]):
         self.lengths = lengths
-        self._layers: dict[int, KeysValues] = {}
+        self._layers: dict[int, KV] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self._layers.setdefault(layer, (key, value))  # not again when checkpointing recomputes the layer
@@ -55,7 +55,7 @@ class PromptAttention:
         ]
         return torch.cat(out, 2).transpose(1, 2)  # (1, N, A, d)
 
-    def prefixes(self) -> list[list[KeysValues]]:
+    def prefixes(self) -> list[list[KV]]:
         """Of each prompt, the keys and values of all layers."""
         layers = [self._layers[n] for n in range(len(self._layers))]
         cut = [zip(k.split(self.lengths, 2), v.split(self.lengths, 2), strict=True) for k, v in layers]
@@ -71,7 +71,7 @@ class AnswerAttention:
     stands after an answer's end is never seen by it.
     """
 
-    def __init__(self, prefixes: list[list[KeysValues]], lengths: list[list[int]]):
+    def __init__(self, prefixes: list[list[KV]], lengths: list[list[int]]):
         self.prefixes, self.lengths, self.masks = prefixes, lengths, []
         for prefix, group in zip(prefixes, lengths, strict=True):
             key, _ = prefix[0]
@@ -109,7 +109,7 @@ class DecodeAttention:
     the work of one token and replay it.
     """
 
-    def __init__(self, prefixes: list[list[KeysValues]], num_generations: int, max_tokens: int):
+    def __init__(self, prefixes: list[list[KV]], num_generations: int, max_tokens: int):
         lengths = torch.tensor([prefix[0][0].shape[2] for prefix in prefixes])
         self.prompts = []  # of each layer, keys and values: (B, K, P, d), padded on the right
         for layer in zip(*prefixes, strict=True):

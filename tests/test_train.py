@@ -20,7 +20,6 @@ import yaml
 from shown import shown_prompt
 from test_model import slow_logprobs
 
-import evaluate
 import sft
 import train
 from config import load_config
@@ -604,20 +603,6 @@ def test_settings_reach_the_step(tmp_path, write_config, taught):
     assert totals.std(1).max() > 0.1
     greedy = read_lines(taught / "predictions.jsonl")[0]["completion"]
     assert read_lines(tmp_path / "run/predictions.jsonl")[0]["completion"] != greedy
-
-
-def test_settings_of_sampling_reach_it(tmp_path, write_config, taught, monkeypatch):
-    config = write_config(tmp_path, model=str(taught / "checkpoint"), batch_size=2, eval_limit=1, **SHORT)
-    heard = []
-    for module in (train, evaluate):
-
-        def listen(*arguments, original=module.rollout, **settings):
-            heard.append(settings)
-            return original(*arguments, **settings)
-
-        monkeypatch.setattr(module, "rollout", listen)
-    train.main([config, "steps=1", "decode_block=3", "static_shapes=true"])
-    assert len(heard) == 3 and all(one == {"block": 3, "static": True} for one in heard)
 
 
 def test_every_step_draws_its_own_answers(tmp_path, write_config, taught, world):

@@ -210,7 +210,6 @@ CASES = {
     "toy, checkpointing": [CHECKPOINTING],
     "toy, bf16": ["precision=bf16"],
     "toy, frozen vision": ["freeze_vision=true"],
-    "toy, static shapes": ["static_shapes=true"],
     "toy, four at a time, then one": ["rollout_batch=4", "micro_batch=1"],
     "toy, keeping": [KEEPING],
     "toy, keeping, four at a time, then one": [KEEPING, "rollout_batch=4", "micro_batch=1"],
