@@ -1,203 +1,334 @@
-"""What surrounds the training loop: the run's folder, its evaluations and checkpoints, its end."""
+"""A run of train.py: its folder, its steps, its checkpoints, its end. Nothing here is about the method."""
 
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import itertools
+import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import decord
 import numpy as np
 import torch
+import transformers
+from tqdm import tqdm
 
 from config import Config, ConfigError, load_config, save_config
-from evaluate import coordinates_note, decode_split, score_predictions
-from metrics import format_table
-from qwen.checkpoint import Policy
-from runtime import checkpoints, distributed, logs
+from runtime import checkpoints, distributed
 from runtime.checkpoints import Progress
-from runtime.files import read_jsonl
-from runtime.fingerprints import settings_of
-from runtime.logs import Log
-from runtime.predictions import fingerprint_of
+from runtime.fingerprints import fingerprints, settings_of
+from runtime.files import read_jsonl, write_jsonl, write_whole
+from runtime.logs import DRIFT_STEPS, Log, clock, drifts_apart, peak_memory, summarize
+from runtime.plugins import plugin_fingerprints
 from samples import Sample
-from steps import clock
+from video.frames import VideoError
 from video.loader import FrameLoader
 
 
-@dataclass
-class Job:
-    """What all parts of a run work with."""
-
-    config: Config
-    run: Path  # output_dir
-    policy: Policy
-    clips: FrameLoader
-    log: Log | None  # of the first rank
-    stop: distributed.Stop
-    marks: dict  # what identifies the run (marks.py)
-    found: Path | None  # the checkpoint that it goes on from
-    progress: Progress
-
-
 class Stopped(Exception):
-    """A signal has asked for an end, and all ranks agree."""
+    """A signal asked the run to end, and all ranks agree."""
+
+
+@dataclass
+class Run:
+    config: Config
+    folder: Path  # output_dir
+    policy: object
+    loader: FrameLoader
+    fingerprints: dict  # of weights, data and settings: a resumed run must have the same
+    checkpoint: Path | None  # resumed from it
+    progress: Progress
+    stop: distributed.Stop
+    log: Log | None  # of rank 0
+    optimizer: torch.optim.Optimizer | None = None  # of the phase that is running
+    batch: list[Sample] = field(default_factory=list)  # of the step that is running, on all ranks
+    recent: list[tuple[float, float]] = field(default_factory=list)  # (reward, vIoU) of the last steps
+
+    # ------------------------------------------------------------------------------------------------------
+    # Steps
+
+    def steps(
+        self,
+        phase: str,
+        samples: list[Sample],
+        config: Config,
+        optimizer: torch.optim.Optimizer,
+        evaluate: Callable[[], object] | None = None,
+    ) -> Iterator[tuple[int, list[tuple[int, Sample]]]]:
+        """Yield (step, batch) for the steps of a phase ("sft" or "grpo") that are left.
+
+        batch: this rank's [(k, sample)], k being the sample's place in the global batch; the videos of the next
+        one are read ahead. Between steps: evaluate every eval_every steps, save every save_every, and raise
+        Stopped after a signal. At the end of the phase: save.
+        """
+        done = self.progress.sft_step if phase == "sft" else self.progress.step
+        last = f"checkpoint_sft_{config.steps}" if phase == "sft" else "checkpoint"
+        self.optimizer = optimizer
+        batch_of = functools.partial(global_batch, samples, config.batch_size, seed=config.seed)
+        with tqdm(total=config.steps, initial=done, desc=phase.upper(), unit="step", disable=not self.log) as bar:
+            self.bar = bar
+            for step in range(done, config.steps):
+                if evaluate and step and config.eval_every and step % config.eval_every == 0:
+                    evaluate()
+                clock.lap()
+                self.batch = batch_of(step)
+                batch = local_part(self.batch)
+                self.loader.prefetch([sample for _, sample in batch + local_part(batch_of(step + 1))])
+                yield step, batch
+                counter = {"sft_step" if phase == "sft" else "step": step + 1}
+                self.progress = dataclasses.replace(self.progress, **counter)
+                bar.update()
+                if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+                    self.save()
+                if self.stop.agreed():
+                    raise Stopped
+        if done < config.steps or self.checkpoint != self.folder / last:
+            self.save(last)
+        self.optimizer = None
+
+    def nothing_to_learn(self, step: int, prompts: list) -> bool:
+        """Whether no rank could read a video of this batch (on_bad_video: skip), which is said once. Raises
+        VideoError in the first step, where `videos` is probably the wrong folder."""
+        if distributed.all_reduce_sum(len(prompts)):
+            return False
+        what = f"none of the {len(self.batch)} videos of step {step + 1} can be read: {self.batch[0].video}, ..."
+        if step == 0:
+            raise VideoError(f"{what}; is `videos` the right folder?")
+        self.loader.say_once(f"skipped: {what}")
+        return True
+
+    # ------------------------------------------------------------------------------------------------------
+    # Logs
+
+    def log_sft(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
+        """Write one line of metrics.jsonl. tokens: of this rank's answers."""
+        metrics = metrics | step_cost(distributed.all_reduce_sum(tokens))
+        if self.log:
+            self.log.write({"phase": "sft", "step": step + 1, **metrics})
+
+    def log_grpo(self, step: int, records: list[dict], diagnostics: list[dict], metrics: dict) -> None:
+        """Write one line of metrics.jsonl, and the answers of all ranks to rollouts.jsonl. records: of this
+        rank's answers; diagnostics: rewards.Score.diagnostics of each."""
+        with clock("wait"):
+            records, diagnostics = distributed.all_gather_list(records), distributed.all_gather_list(diagnostics)
+        metrics = summarize(records, diagnostics, self.config.num_generations) | metrics
+        metrics |= step_cost(sum(record["length"] for record in records))
+        if not self.log:
+            return
+        self.recent = [*self.recent, (metrics["reward"], metrics["viou_pred"])][-DRIFT_STEPS:]
+        metrics["drift"] = float(drifts_apart(self.recent))
+        write_jsonl(records, self.folder / "rollouts.jsonl", append=True)
+        self.log.write({"phase": "grpo", "step": step + 1, **metrics})
+        reward, viou = np.mean(self.recent[-10:], axis=0)
+        warning = " (the reward rises, vIoU falls!)" if metrics["drift"] else ""
+        self.bar.set_postfix_str(f"reward {reward:.2f}, vIoU {viou:.2f}{warning}", refresh=False)
+
+    def log_eval(self, scores: dict, when: str) -> None:
+        """Write the held-out scores to metrics.jsonl, and keep the weights as best_STEP if they are the best."""
+        if self.log:
+            self.log.write({"phase": "eval", "step": self.progress.step, **scores})
+        best = self.progress.best["m_vIoU"] if self.progress.best else -1
+        if when != "before" and self.config.eval_every and scores["m_vIoU"] > best:
+            best = {"step": self.progress.step, "m_vIoU": scores["m_vIoU"]}
+            self.progress = dataclasses.replace(self.progress, best=best)
+            checkpoints.replace_best(self.folder, self.policy, self.progress.step)
+            if when == "after":
+                checkpoints.note_best(self.folder / "checkpoint", best)
+
+    # ------------------------------------------------------------------------------------------------------
+    # Checkpoints
+
+    @property
+    def sft_checkpoint(self) -> Path:
+        """The weights after supervised fine-tuning, which are the reference of what follows."""
+        return self.folder / f"checkpoint_sft_{self.config.sft.steps}"
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Load weights and optimizer from the checkpoint that the run was resumed from, if there is one."""
+        if self.checkpoint:
+            checkpoints.load(self.checkpoint, self.policy.model, optimizer)
+
+    def save(self, name: str = "") -> None:
+        """Write a checkpoint of this moment, and remove older ones (keep_checkpoints)."""
+        sft, step = self.progress.sft_step, self.progress.step
+        name = name or (f"checkpoint_{step}" if step else f"checkpoint_sft_{sft}")
+        checkpoints.save(self.folder / name, self.policy, self.optimizer, self.progress, self.fingerprints)
+        checkpoints.prune(self.folder, self.config.keep_checkpoints, spare=[self.sft_checkpoint])
+
+    def progress_text(self) -> str:
+        if self.progress.sft_step and not self.progress.step:
+            return f"step {self.progress.sft_step} of supervised fine-tuning"
+        return f"step {self.progress.step}"
+
+
+def global_batch(samples: list[Sample], batch_size: int, step: int, seed: int) -> list[Sample]:
+    """The samples of an optimiser step: the split in a new order each epoch, epoch after epoch."""
+    batch = []
+    for n in range(step * batch_size, (step + 1) * batch_size):
+        epoch, k = divmod(n, len(samples))
+        batch.append(samples[_order(len(samples), seed, epoch)[k]])
+    return batch
+
+
+@functools.cache
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
+
+
+def local_part(batch: list[Sample]) -> list[tuple[int, Sample]]:
+    """This rank's part of a batch, each sample with its place in the batch. Ranks take neighbours, so that their
+    parts, one after the other, are the batch."""
+    rank, world_size = distributed.init()
+    size = len(batch) // world_size
+    return list(enumerate(batch))[rank * size : (rank + 1) * size]
+
+
+def step_cost(tokens: float) -> dict:
+    """Seconds by part (mean of the ranks), tokens per second and peak memory of one step. tokens: completion
+    tokens of all ranks."""
+    laps = distributed.all_gather(clock.lap())
+    seconds = {part: float(np.mean([lap[part] for lap in laps])) for part in laps[0]}
+    peak = distributed.all_reduce_max(peak_memory())
+    return {"tokens_per_second": tokens / seconds["step"], "peak_memory": peak, "seconds": seconds}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Begin and end
 
 
 @contextlib.contextmanager
-def open_run(config: Config, marks: dict) -> Iterator[tuple[Path, Path | None, Progress]]:
-    """output_dir, new or, with resume: auto, as it was when its last whole checkpoint was written; that
-    checkpoint, if there is one; where the run stands. Within it no other process can open it. Raises
-    ConfigError, and changes nothing, where another run stands or works there."""
-    run, (rank, _) = Path(config.output_dir), distributed.init()
+def open_run(
+    config: Config, policy, loader: FrameLoader, samples: list[Sample]
+) -> Iterator[Run]:
+    """Create output_dir, or with resume: auto roll it back to its last checkpoint. samples: of both splits.
+
+    A signal, and a loss that is not finite, end the run with a checkpoint of the last good weights. Raises
+    ConfigError, and changes nothing, where another run stands or works there.
+    """
+    folder, identity = Path(config.output_dir), fingerprints(config, samples)
+    with contextlib.ExitStack() as stack:
+        checkpoint, progress = _open_folder(config, folder, identity, stack)
+        stop = stack.enter_context(distributed.Stop())
+        log = stack.enter_context(contextlib.closing(Log(folder, config))) if distributed.init()[0] == 0 else None
+        run = Run(config, folder, policy, loader, identity, checkpoint, progress, stop, log)
+        if log:
+            lines = [m for m in read_jsonl(folder / "metrics.jsonl") if m["phase"] == "grpo"] if progress.step else []
+            run.recent = [(m["reward"], m["viou_pred"]) for m in lines[-DRIFT_STEPS:]]
+        try:
+            yield run
+        except Stopped:
+            if run.optimizer and (run.progress.sft_step or run.progress.step):
+                run.save()
+            if log:
+                print(f"stopped after {run.progress_text()}; resume with: the same command and resume=auto")
+        except FloatingPointError as error:
+            ids = ", ".join(sample.id for sample in run.batch)
+            kept = ""
+            # A second update of the same batch fails with weights that the first one has changed.
+            if (run.progress.sft_step or run.progress.step) and config.updates_per_batch == 1:
+                run.save()
+                kept = "; the weights from before it are kept, and resume=auto repeats it"
+            raise FloatingPointError(f"after {run.progress_text()}: {error}. The batch was {ids}{kept}") from error
+
+
+def _open_folder(
+    config: Config, run: Path, identity: dict, stack: contextlib.ExitStack
+) -> tuple[Path | None, Progress]:
+    """The checkpoint to resume from, if there is one, and the progress; the folder is locked until `stack`
+    closes."""
+    rank, _ = distributed.init()
     found, progress = None, Progress()
-    there = distributed.broadcast((run / "config.yaml").is_file(), 0)  # the first rank may soon make it
-    again = config.resume == "auto" and there
-    if again:
+    exists = distributed.broadcast((run / "config.yaml").is_file(), 0)  # rank 0 may soon make it
+    resuming = config.resume == "auto" and exists
+    if resuming:
         found = checkpoints.last_checkpoint(run)
     if found:
-        checkpoints.refuse_other(found, config, marks)
+        checkpoints.refuse_other(found, config, identity)
         progress = found.progress
-    elif again:  # it ended before its first checkpoint, and begins again in its place; or it is another run
-        again = settings_of(load_config(run / "config.yaml")) == marks["settings"]
-
-    locks = []
-    try:
-        if rank == 0:
-            if there:
-                locks.append(locked(run))
-            if again:
-                checkpoints.cut_back(run, progress)  # which may refuse, too
-                checkpoints.tidy(run)
-                answers = run / "predictions.jsonl"
-                ended = found and found.folder.with_suffix("").name == "checkpoint"
-                if ended and progress.step < config.steps and answers.exists():  # it gets more steps now
-                    answers.replace(run / f"predictions_{progress.step}.jsonl")
-                if progress.step < config.steps:  # it tells of an earlier end
-                    (run / "summary.json").unlink(missing_ok=True)
-                save_config(config, run / "config.yaml")
-            else:
-                logs.start_run(config)
-                locks.append(locked(run))
-        distributed.barrier()
-        yield run, found and found.folder.with_suffix(""), progress  # tidy has taken NAME.old back
-    finally:
-        for lock in locks:  # also of the folder that was moved aside
-            os.close(lock)
+    elif resuming:  # it ended before its first checkpoint, and starts again in its place; or it is another run
+        resuming = settings_of(load_config(run / "config.yaml")) == identity["settings"]
+    if rank == 0:
+        if exists:
+            _lock(run, stack)
+        if resuming:
+            checkpoints.cut_back(run, progress)  # which may refuse, too
+            checkpoints.tidy(run)
+            answers = run / "predictions.jsonl"
+            ended = found and found.folder.with_suffix("").name == "checkpoint"
+            if ended and progress.step < config.steps and answers.exists():  # it gets more steps now
+                answers.replace(run / f"predictions_{progress.step}.jsonl")
+            if progress.step < config.steps:
+                (run / "summary.json").unlink(missing_ok=True)  # of an earlier end
+            save_config(config, run / "config.yaml")
+        else:
+            _create_folder(config, run)
+            _lock(run, stack)
+        if found:
+            print(f"resuming from {found.folder.with_suffix('')}")
+        elif config.resume == "auto":
+            print(f"no checkpoint in {run}: starting at step 0")
+    distributed.barrier()
+    return found and found.folder.with_suffix(""), progress  # tidy has taken NAME.old back
 
 
-def locked(run: Path) -> int:
-    """A hold on a run's folder, which ends with this process or os.close. Raises ConfigError where another
-    process has it."""
+def _create_folder(config: Config, run: Path) -> None:
+    """Make a new output_dir with settings, versions and the files of plug-ins; move an earlier run aside."""
+    if (run / "config.yaml").is_file():
+        number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
+        run.rename(f"{run}.{number}")
+        print(f"{run} held an earlier run: moved to {run}.{number}")
+    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
+        raise ConfigError(f"output_dir: {run} exists and is no run of train.py; choose another")
+    run.mkdir(parents=True, exist_ok=True)
+    save_config(config, run / "config.yaml")
+    for path in plugin_fingerprints(config.rewards):
+        (run / "rewards").mkdir(exist_ok=True)
+        write_whole(run / "rewards" / path.strip("/").replace("/", "_"), Path(path).read_bytes())
+    packages = {package.__name__: package.__version__ for package in (torch, transformers, decord, np)}
+    write_json({"python": platform.python_version(), **packages}, run / "versions.json")
+
+
+def write_json(value: dict, path: Path) -> None:
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _lock(run: Path, stack: contextlib.ExitStack) -> None:
+    """Keep other processes out of the folder until `stack` closes or this process ends. Raises ConfigError."""
     folder = os.open(run, os.O_RDONLY)
+    stack.callback(os.close, folder)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(folder)
         raise ConfigError(f"output_dir: a run is at work in {run}; wait for it, or choose another") from None
-    return folder
 
 
-def describe(
-    config: Config, policy: Policy, ranks: int, train_samples: list[Sample], eval_samples: list[Sample]
-) -> str:
-    """The derived sizes, so that a wrong setting is seen before it costs a day."""
+def describe(config: Config, policy, train_samples: list[Sample], eval_samples: list[Sample]) -> str:
+    """The derived sizes of a run, so that a wrong setting is seen before it costs a day."""
+    _, ranks = distributed.init()
     parameters = list(policy.model.parameters())
     count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     answers = config.batch_size * config.num_generations
     epochs = config.steps * config.batch_size / len(train_samples)
     share = f" ({trained / 1e6:.2f} M of them trained)" if trained < count else ""
-    ranked = f", {config.batch_size // ranks} prompts on each of {ranks} ranks" if ranks > 1 else ""
+    per_rank = f", {config.batch_size // ranks} prompts on each of {ranks} ranks" if ranks > 1 else ""
     return (
         f"{config.model}: {count / 1e6:.2f} M parameters{share} on {policy.device},"
         f" {config.precision}, {torch.get_num_threads()} thread(s)\n"
-        f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps of "
-        f"{config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs"
-        f"{ranked}\n"
-        f"{coordinates_note(policy, config)}"
+        f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps of"
+        f" {config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs{per_rank}"
     )
 
 
-def evaluate_split(job: Job, samples: list[Sample], when: str) -> dict[str, float]:
-    """Decode the held-out split, shared among the ranks, write and log the paper's row, and return it. when:
-    before | step | after. A second start decodes what is missing. Raises Stopped."""
-    config, run, progress, policy = job.config, job.run, job.progress, job.policy
-    names = {"before": "predictions_before.jsonl", "after": "predictions.jsonl"}
-    path = run / names.get(when, f"predictions_{progress.step}.jsonl")
-    # By which the answers of other weights are told apart; of the last ones evaluate.py must know them, too.
-    fingerprint = fingerprint_of(str(run / "checkpoint" if when == "after" else config.model), config)
-    if when != "after":
-        fingerprint += f"+{progress.sft_step}+{progress.step}"
-    with distributed.unsharded(policy.model):
-        predictions = decode_split(policy, samples, job.clips, config, path, fingerprint, job.stop)
-    if predictions is None:
-        raise Stopped
-    scores = score_predictions(predictions, samples, config)["native"]
-    if job.log:
-        job.log.write({"phase": "eval", "step": progress.step, **scores})
-        logs.send_answers(job.log, path.name, progress.step)
-    best = -1 if progress.best is None else progress.best["m_vIoU"]
-    if when != "before" and config.eval_every and scores["m_vIoU"] > best:
-        best = {"step": progress.step, "m_vIoU": scores["m_vIoU"]}
-        job.progress = dataclasses.replace(progress, best=best)
-        checkpoints.replace_best(run, policy, progress.step)
-        if when == "after":
-            checkpoints.note_best(run / "checkpoint", best)
-    return scores
-
-
-def usage(tokens: float) -> dict:
-    """What a step took, of which `tokens` completion tokens came, on all ranks: seconds by part, the mean of
-    the ranks; the largest peak of memory."""
-    splits = distributed.all_gather(clock.lap())
-    seconds = {part: float(np.mean([split[part] for split in splits])) for part in splits[0]}
-    return {
-        "tokens_per_second": tokens / seconds["step"],
-        "peak_memory": distributed.all_reduce_max(logs.peak_memory()),
-        "seconds": seconds,
-    }
-
-
-def save(job: Job, optimizer: torch.optim.Optimizer, name: str) -> None:
-    """A checkpoint of this moment, from which resume: auto goes on; older ones go
-    (config.keep_checkpoints)."""
-    checkpoints.save(job.run / name, job.policy, optimizer, job.progress, job.marks)
-    taught = f"checkpoint_sft_{job.config.sft.steps}"  # the reference, to which a later start must come back
-    checkpoints.prune(job.run, job.config.keep_checkpoints, spare=[job.run / taught])
-
-
-def standing(progress: Progress) -> str:
-    if progress.sft_step and not progress.step:
-        return f"step {progress.sft_step} of the supervised phase"
-    return f"step {progress.step}"
-
-
-@contextlib.contextmanager
-def saved_when_stopped(job: Job, optimizer: torch.optim.Optimizer):
-    """Where the run is stopped in it, or comes to what is not finite, a checkpoint is there from before."""
-    try:
-        yield
-    except (Stopped, FloatingPointError) as error:
-        # An earlier update of the same batch has changed the weights; and before any step there is nothing.
-        half = isinstance(error, FloatingPointError) and job.config.updates_per_batch > 1
-        if half or not (job.progress.sft_step or job.progress.step):
-            raise
-        phase = f"sft_{job.progress.sft_step}" if not job.progress.step else str(job.progress.step)
-        save(job, optimizer, f"checkpoint_{phase}")
-        raise
-
-
-def report(run: Path, before: dict, after: dict, seconds: float) -> None:
-    """What the run has come to, on the terminal and in summary.json."""
-    steps = [m for m in read_jsonl(run / "metrics.jsonl") if m["phase"] == "grpo"]
-    rewards = [m["reward"] for m in steps]
-    few = max(1, len(rewards) // 10)  # a single step's mean is noise
-    first, last = (float(np.mean(part)) if part else None for part in (rewards[:few], rewards[-few:]))
-    reward = {"first": first, "last": last}
-    summary = {"before": before, "after": after, "reward": reward, "seconds": seconds}
-    logs.write_json(summary, run / "summary.json")
-    print(format_table({"before": before, "after": after}))
-    if rewards:
-        print(f"mean sampled reward, first and last {few} of {len(rewards)} steps: {first:.2f} -> {last:.2f}")
-    print(f"{seconds:.0f} s; everything is in {run}/; {logs.draw_pictures(run)}")
+def check_batches(config: Config, world_size: int) -> None:
+    """Raise ConfigError unless the prompts of a step divide among the ranks: a group lives on one rank."""
+    sizes = {"batch_size": (config.batch_size, config.steps), "sft.batch_size": (config.sft.batch_size, config.sft.steps)}
+    for key, (size, steps) in sizes.items():
+        if steps and size % world_size:
+            below = size // world_size * world_size
+            nearest = f"{below} or {below + world_size}" if below else str(world_size)
+            raise ConfigError(f"{key}: {size} prompts do not divide among {world_size} ranks; {nearest} would")
