@@ -139,6 +139,7 @@ def policy_loss(
     values = {
         "policy_loss": -objective,
         "kl": kl,
+        "nll": -logprobs,
         "ratio_mean": ratio,
         "clip_frac": (clipped * advantages < ratio * advantages).to(ratio.dtype),
     }

@@ -99,6 +99,39 @@ def all_gather(value: object) -> list:
     return values
 
 
+def all_gather_list(items: list) -> list:
+    """The items of all ranks, in the order of the ranks, on every rank."""
+    return [item for part in all_gather(items) for item in part]
+
+
+@contextlib.contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """An error in this block that a user can mend, or that ends the run with a checkpoint
+    (FloatingPointError), is raised on every rank, so that none waits for one that has ended."""
+    error = None
+    try:
+        yield
+    except (UserError, FloatingPointError) as problem:
+        error = problem
+    for problem in filter(None, all_gather(error)):
+        raise problem
+
+
+def equal_parts(items: list, size: int) -> list[tuple[list, float]]:
+    """This rank's items, `size` at a time, each part with weight 1.0.
+
+    Every rank gets equally many parts, because ranks must enter a sharded model together: one that has fewer
+    borrows another rank's first item, with weight 0.0.
+    """
+    parts = [(items[k : k + size], 1.0) for k in range(0, len(items), size)]
+    counts = all_gather(len(parts))
+    if min(counts) < max(counts):
+        donor = counts.index(max(counts))
+        borrowed = broadcast(items[:1], donor)
+        parts += [(borrowed, 0.0)] * (max(counts) - len(parts))
+    return parts
+
+
 def broadcast(value: object, source: int) -> object:
     """What the rank `source` has, on every rank."""
     if not dist.is_initialized():

@@ -2,11 +2,6 @@
 their time went, pictures."""
 
 import contextlib
-import functools
-import importlib.util
-import itertools
-import json
-import platform
 import re
 import resource
 import sys
@@ -14,43 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import decord
 import numpy as np
 import torch
-import transformers
-from tqdm import tqdm
 
-from config import Config, ConfigError, save_config
-from runtime.files import UserError, read_jsonl, write_jsonl, write_whole
-from runtime.plugins import plugin_fingerprints
+from config import Config
+from runtime.files import read_jsonl, write_jsonl
 from runtime.trackers import TRACKERS, check_trackers
 
 PARTS = ("decode", "rollout", "score", "reference", "update", "wait")  # of a step
-
-
-def start_run(config: Config) -> Path:
-    """A new, empty output_dir with the settings and versions in it. An earlier run there is moved aside.
-    Raises ConfigError where something else stands there."""
-    run = Path(config.output_dir)
-    if (run / "config.yaml").is_file():
-        number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
-        run.rename(f"{run}.{number}")
-        print(f"{run} held an earlier run: moved to {run}.{number}")
-    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
-        raise ConfigError(f"output_dir: {run} exists and is no run of train.py; choose another")
-    run.mkdir(parents=True, exist_ok=True)
-    save_config(config, run / "config.yaml")
-    for path in plugin_fingerprints(config.rewards):  # for the record; what is loaded is the named file
-        (run / "rewards").mkdir(exist_ok=True)
-        write_whole(run / "rewards" / path.strip("/").replace("/", "_"), Path(path).read_bytes())
-    packages = (torch, transformers, decord, np)  # by module: decord2 installs the module decord, too
-    versions = {package.__name__: package.__version__ for package in packages}
-    write_json({"python": platform.python_version(), **versions}, run / "versions.json")
-    return run
-
-
-def write_json(value: dict, path: Path) -> None:
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -99,6 +65,9 @@ class Clock:
         self._counted = now
 
 
+clock = Clock()  # of this process
+
+
 def peak_memory() -> float:
     """The most memory that this process has held so far, in GB of 10^9 bytes: of its GPU by tensors (what the
     CUDA context and the allocator's reserve take comes on top); without a GPU, of the machine."""
@@ -130,8 +99,6 @@ class Log:
         if self.trackers and (run / "metrics.jsonl").is_file():
             for metrics in read_jsonl(run / "metrics.jsonl", "phase", "step"):
                 self._send(metrics)
-                if metrics["phase"] == "eval" and answers_path(run, metrics["step"]).is_file():
-                    self.picture("eval/answers", answers_path(run, metrics["step"]), metrics["step"])
 
     def write(self, metrics: dict) -> None:
         """metrics: "phase", "step", and numbers by name, which may be nested; trackers call those
@@ -184,45 +151,25 @@ def flatten(tree: dict) -> dict[str, float]:
     return flat
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Pictures
+def summarize(records: list[dict], diagnostics: list[dict], num_generations: int) -> dict[str, float]:
+    """The means of a step's rollouts on all ranks; docs/glossary.md says what healthy values are.
 
-
-def draw_pictures(run: Path) -> str:
-    """Curves and contact sheets where matplotlib is installed; says where they are, or how to get them."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return f"for pictures: pip install -r requirements-dev.txt && python visualize.py {run}"
-    from lab import pictures
-
-    try:
-        return "pictures: " + ", ".join(str(path) for path in pictures.draw_run(run))
-    except OSError as error:  # such as a full disk; all else is done
-        return f"no pictures: {error.filename}: {error.strerror}"
-    except UserError as error:  # such as annotations that have gone
-        return f"no pictures: {error}"
-
-
-def send_answers(log: Log, predictions: str, step: int) -> None:
-    """Draw the answers in a file of the run folder for the trackers, if there are any, and keep the sheet as
-    pictures/answers_STEP.png. One that cannot be drawn does not stop the run; why is said once."""
-    if not log.trackers:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        return say_once("no sheets of answers for the trackers: pip install -r requirements-dev.txt")
-    from lab import pictures, sheet
-
-    try:
-        figure = sheet.draw_answers(log.run, predictions, f"STEP {step}")
-    except UserError as error:  # such as a record that cannot be used
-        return say_once(f"no sheet of answers: {error}")
-    pictures.save_figure(figure, answers_path(log.run, step))
-    log.picture("eval/answers", answers_path(log.run, step), step)
-
-
-def answers_path(run: Path, step: int) -> Path:
-    return run / "pictures" / f"answers_{step}.png"
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    tqdm.write(text)
+    records: lines of rollouts.jsonl, num_generations for each prompt. diagnostics: rewards.diagnose of each.
+    """
+    rewards = [record["rewards"] for record in records]
+    groups = {  # of each term, and the total: (prompts, G)
+        name: np.array([terms[name] for terms in rewards]).reshape(-1, num_generations) for name in rewards[0]
+    }
+    totals = groups.pop("total")
+    spread = totals.std(axis=1, ddof=1)  # (prompts,)
+    return {
+        "reward": float(totals.mean()),
+        "reward_std": float(spread.mean()),  # within a group: what the advantages are made of
+        "zero_spread": float((spread < 1e-6).mean()),
+        **{name: float(values.mean()) for name, values in groups.items()},
+        "std": {name: float(values.std(axis=1, ddof=1).mean()) for name, values in groups.items()},
+        **{name: float(np.mean([values[name] for values in diagnostics])) for name in diagnostics[0]},
+        "length": float(np.mean([record["length"] for record in records])),
+        "truncated": float(np.mean([record["truncated"] for record in records])),
+        "prompts": len(spread),  # fewer than batch_size where videos cannot be read
+    }

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from config import Config, ConfigError, load_config, save_config
 from runtime import checkpoints, distributed
 from runtime.checkpoints import Progress
-from runtime.fingerprints import fingerprints, settings_of
 from runtime.files import read_jsonl, write_jsonl, write_whole
+from runtime.fingerprints import fingerprints, settings_of
 from runtime.logs import DRIFT_STEPS, Log, clock, drifts_apart, peak_memory, summarize
 from runtime.plugins import plugin_fingerprints
 from samples import Sample
@@ -62,15 +62,17 @@ class Run:
     ) -> Iterator[tuple[int, list[tuple[int, Sample]]]]:
         """Yield (step, batch) for the steps of a phase ("sft" or "grpo") that are left.
 
-        batch: this rank's [(k, sample)], k being the sample's place in the global batch; the videos of the next
-        one are read ahead. Between steps: evaluate every eval_every steps, save every save_every, and raise
-        Stopped after a signal. At the end of the phase: save.
+        batch: this rank's [(k, sample)], k being the sample's place in the global batch; the videos of the
+        next one are read ahead. Between steps: evaluate every eval_every steps, save every save_every, and
+        raise Stopped after a signal. At the end of the phase: save.
         """
         done = self.progress.sft_step if phase == "sft" else self.progress.step
         last = f"checkpoint_sft_{config.steps}" if phase == "sft" else "checkpoint"
         self.optimizer = optimizer
         batch_of = functools.partial(global_batch, samples, config.batch_size, seed=config.seed)
-        with tqdm(total=config.steps, initial=done, desc=phase.upper(), unit="step", disable=not self.log) as bar:
+        with tqdm(
+            total=config.steps, initial=done, desc=phase.upper(), unit="step", disable=not self.log
+        ) as bar:
             self.bar = bar
             for step in range(done, config.steps):
                 if evaluate and step and config.eval_every and step % config.eval_every == 0:
@@ -96,7 +98,9 @@ class Run:
         VideoError in the first step, where `videos` is probably the wrong folder."""
         if distributed.all_reduce_sum(len(prompts)):
             return False
-        what = f"none of the {len(self.batch)} videos of step {step + 1} can be read: {self.batch[0].video}, ..."
+        what = (
+            f"none of the {len(self.batch)} videos of step {step + 1} can be read: {self.batch[0].video}, ..."
+        )
         if step == 0:
             raise VideoError(f"{what}; is `videos` the right folder?")
         self.loader.say_once(f"skipped: {what}")
@@ -105,17 +109,21 @@ class Run:
     # ------------------------------------------------------------------------------------------------------
     # Logs
 
-    def log_sft(self, step: int, tokens: int, metrics: dict[str, float]) -> None:
-        """Write one line of metrics.jsonl. tokens: of this rank's answers."""
-        metrics = metrics | step_cost(distributed.all_reduce_sum(tokens))
+    def log_sft(self, step: int, metrics: dict[str, float], completions: list) -> None:
+        """Write one line of metrics.jsonl."""
+        tokens = distributed.all_reduce_sum(sum(len(c.ids) for group in completions for c in group))
+        metrics = {"loss": metrics["nll"], "grad_norm": metrics["grad_norm"], **step_cost(tokens)}
         if self.log:
             self.log.write({"phase": "sft", "step": step + 1, **metrics})
 
-    def log_grpo(self, step: int, records: list[dict], diagnostics: list[dict], metrics: dict) -> None:
+    def log_grpo(self, step: int, metrics: dict, records: list[dict], diagnostics: list[dict]) -> None:
         """Write one line of metrics.jsonl, and the answers of all ranks to rollouts.jsonl. records: of this
         rank's answers; diagnostics: rewards.Score.diagnostics of each."""
         with clock("wait"):
-            records, diagnostics = distributed.all_gather_list(records), distributed.all_gather_list(diagnostics)
+            records, diagnostics = (
+                distributed.all_gather_list(records),
+                distributed.all_gather_list(diagnostics),
+            )
         metrics = summarize(records, diagnostics, self.config.num_generations) | metrics
         metrics |= step_cost(sum(record["length"] for record in records))
         if not self.log:
@@ -129,7 +137,8 @@ class Run:
         self.bar.set_postfix_str(f"reward {reward:.2f}, vIoU {viou:.2f}{warning}", refresh=False)
 
     def log_eval(self, scores: dict, when: str) -> None:
-        """Write the held-out scores to metrics.jsonl, and keep the weights as best_STEP if they are the best."""
+        """Write the held-out scores to metrics.jsonl, and keep the weights as best_STEP if they are the
+        best."""
         if self.log:
             self.log.write({"phase": "eval", "step": self.progress.step, **scores})
         best = self.progress.best["m_vIoU"] if self.progress.best else -1
@@ -148,9 +157,10 @@ class Run:
         """The weights after supervised fine-tuning, which are the reference of what follows."""
         return self.folder / f"checkpoint_sft_{self.config.sft.steps}"
 
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        """Load weights and optimizer from the checkpoint that the run was resumed from, if there is one."""
-        if self.checkpoint:
+    def restore(self, phase: str, optimizer: torch.optim.Optimizer) -> None:
+        """Load weights and optimizer from the checkpoint that the run resumes from, if it is of this
+        phase."""
+        if self.checkpoint and (phase == "sft" or self.progress.step):
             checkpoints.load(self.checkpoint, self.policy.model, optimizer)
 
     def save(self, name: str = "") -> None:
@@ -181,8 +191,8 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def local_part(batch: list[Sample]) -> list[tuple[int, Sample]]:
-    """This rank's part of a batch, each sample with its place in the batch. Ranks take neighbours, so that their
-    parts, one after the other, are the batch."""
+    """This rank's part of a batch, each sample with its place in the batch. Ranks take neighbours, so that
+    their parts, one after the other, are the batch."""
     rank, world_size = distributed.init()
     size = len(batch) // world_size
     return list(enumerate(batch))[rank * size : (rank + 1) * size]
@@ -202,9 +212,7 @@ def step_cost(tokens: float) -> dict:
 
 
 @contextlib.contextmanager
-def open_run(
-    config: Config, policy, loader: FrameLoader, samples: list[Sample]
-) -> Iterator[Run]:
+def open_run(config: Config, policy, loader: FrameLoader, samples: list[Sample]) -> Iterator[Run]:
     """Create output_dir, or with resume: auto roll it back to its last checkpoint. samples: of both splits.
 
     A signal, and a loss that is not finite, end the run with a checkpoint of the last good weights. Raises
@@ -214,10 +222,18 @@ def open_run(
     with contextlib.ExitStack() as stack:
         checkpoint, progress = _open_folder(config, folder, identity, stack)
         stop = stack.enter_context(distributed.Stop())
-        log = stack.enter_context(contextlib.closing(Log(folder, config))) if distributed.init()[0] == 0 else None
+        log = (
+            stack.enter_context(contextlib.closing(Log(folder, config)))
+            if distributed.init()[0] == 0
+            else None
+        )
         run = Run(config, folder, policy, loader, identity, checkpoint, progress, stop, log)
         if log:
-            lines = [m for m in read_jsonl(folder / "metrics.jsonl") if m["phase"] == "grpo"] if progress.step else []
+            lines = (
+                [m for m in read_jsonl(folder / "metrics.jsonl") if m["phase"] == "grpo"]
+                if progress.step
+                else []
+            )
             run.recent = [(m["reward"], m["viou_pred"]) for m in lines[-DRIFT_STEPS:]]
         try:
             yield run
@@ -233,7 +249,9 @@ def open_run(
             if (run.progress.sft_step or run.progress.step) and config.updates_per_batch == 1:
                 run.save()
                 kept = "; the weights from before it are kept, and resume=auto repeats it"
-            raise FloatingPointError(f"after {run.progress_text()}: {error}. The batch was {ids}{kept}") from error
+            raise FloatingPointError(
+                f"after {run.progress_text()}: {error}. The batch was {ids}{kept}"
+            ) from error
 
 
 def _open_folder(
@@ -250,7 +268,9 @@ def _open_folder(
     if found:
         checkpoints.refuse_other(found, config, identity)
         progress = found.progress
-    elif resuming:  # it ended before its first checkpoint, and starts again in its place; or it is another run
+    elif (
+        resuming
+    ):  # it ended before its first checkpoint, and starts again in its place; or it is another run
         resuming = settings_of(load_config(run / "config.yaml")) == identity["settings"]
     if rank == 0:
         if exists:
@@ -298,7 +318,8 @@ def write_json(value: dict, path: Path) -> None:
 
 
 def _lock(run: Path, stack: contextlib.ExitStack) -> None:
-    """Keep other processes out of the folder until `stack` closes or this process ends. Raises ConfigError."""
+    """Keep other processes out of the folder until `stack` closes or this process ends. Raises
+    ConfigError."""
     folder = os.open(run, os.O_RDONLY)
     stack.callback(os.close, folder)
     try:
@@ -319,16 +340,22 @@ def describe(config: Config, policy, train_samples: list[Sample], eval_samples: 
     return (
         f"{config.model}: {count / 1e6:.2f} M parameters{share} on {policy.device},"
         f" {config.precision}, {torch.get_num_threads()} thread(s)\n"
-        f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps of"
-        f" {config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs{per_rank}"
+        f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps"
+        f" of {config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs"
+        f"{per_rank}"
     )
 
 
 def check_batches(config: Config, world_size: int) -> None:
     """Raise ConfigError unless the prompts of a step divide among the ranks: a group lives on one rank."""
-    sizes = {"batch_size": (config.batch_size, config.steps), "sft.batch_size": (config.sft.batch_size, config.sft.steps)}
+    sizes = {
+        "batch_size": (config.batch_size, config.steps),
+        "sft.batch_size": (config.sft.batch_size, config.sft.steps),
+    }
     for key, (size, steps) in sizes.items():
         if steps and size % world_size:
             below = size // world_size * world_size
             nearest = f"{below} or {below + world_size}" if below else str(world_size)
-            raise ConfigError(f"{key}: {size} prompts do not divide among {world_size} ranks; {nearest} would")
+            raise ConfigError(
+                f"{key}: {size} prompts do not divide among {world_size} ranks; {nearest} would"
+            )
