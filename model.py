@@ -38,6 +38,7 @@ class Prompt:
     scale: tuple[int, int]  # (width, height) of the coordinates that its boxes are written in
     # (1 + D, n, H) outputs of a frozen vision tower (with_video_features); None: the tower runs each time
     features: torch.Tensor | None = None
+    cache: "PromptCache | None" = None  # what the rollout made of it, with gradients (reuse_prompts)
 
     @property
     def next_position(self) -> int:

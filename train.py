@@ -24,10 +24,11 @@ settings in config.py that say "not in the paper".
 
 import contextlib
 import dataclasses
-import importlib.util
+import functools
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,7 @@ from metrics import format_table
 from model import (
     Completion,
     Prompt,
-    PromptCache,
     completion_logprobs,
-    completion_mask,
     make_prompt,
     pack_completions,
     prefill,
@@ -67,38 +66,30 @@ from video.loader import FrameLoader, open_loader
 ROOT = Path(__file__).parent
 
 
-def train(
-    run: Run, phase: str, reference: Policy | None, samples: list[Sample], held_out: list[Sample]
-) -> None:
-    """The loop. phase: "grpo" learns from rewards; "sft" is supervised fine-tuning, the same update with the
-    true answer as the one completion of each prompt, its advantage 1, and no KL (Table 5)."""
-    policy, loader = run.policy, run.loader
-    config = sft_config(run.config) if phase == "sft" else run.config
+def train(run: Run, phase: str, reference: Policy | None, samples: list[Sample], evaluate: Callable) -> None:
+    """The loop. phase: "grpo", or "sft": supervised fine-tuning (Table 5), which is the same update with the
+    true answer as the one completion of each prompt, its advantage 1, and no KL."""
+    policy, config = run.policy, sft_config(run.config) if phase == "sft" else run.config
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     run.restore(phase, optimizer)
 
-    # Between steps, `run.steps` evaluates, saves, and ends the run after a signal.
-    for step, batch in run.steps(
-        phase, samples, config, optimizer, lambda: evaluate_split(run, held_out, "step")
-    ):
+    # Between two steps `run.steps` evaluates, saves, and ends the run after a signal.
+    for step, batch in run.steps(phase, config, samples, optimizer, evaluate):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1, (step + 1) / max(1, config.warmup_steps))
-        batch, truths, prompts = make_prompts(policy, batch, loader, config)  # B of this rank
+        batch, truths, prompts = make_prompts(policy, batch, run.loader, config)  # B of this rank
         if run.nothing_to_learn(step, prompts):
             continue
         if phase == "sft":
-            completions = [
-                [true_completion(policy, *pair, config)] for pair in zip(prompts, truths, strict=True)
-            ]
+            completions = [[true_completion(policy, *p, config)] for p in zip(prompts, truths, strict=True)]
             advantages = [torch.ones(1)] * len(prompts)
-            metrics = update(policy, None, optimizer, prompts, completions, advantages, config)
-            run.log_sft(step, metrics, completions)
+            run.log_sft(step, update(policy, None, optimizer, prompts, completions, advantages, config))
             continue
 
         # Sample: G answers to each prompt, which is encoded once for all of them.
         keys = [(config.seed, step, k) for k, _ in batch]  # of the random numbers
-        prompts, completions, caches = sample(policy, prompts, keys, config)  # completions[b][g]
+        prompts, completions = sample(policy, prompts, keys, config)  # completions[b][g]
 
         # Score: the paper's five rewards, and yours.
         with clock("score"), distributed.errors_on_all_ranks():
@@ -112,12 +103,11 @@ def train(
         advantages = [group_advantages(row, config.scale_rewards) for row in rewards]  # B of (G,)
 
         # Improve: clipped loss and KL to the reference (Eq. 12).
-        metrics = update(policy, reference, optimizer, prompts, completions, advantages, config, caches)
+        metrics = update(policy, reference, optimizer, prompts, completions, advantages, config)
 
         # Log: metrics.jsonl and rollouts.jsonl.
-        run.log_grpo(
-            step, metrics, *records(step, batch, truths, prompts, completions, scores, advantages, config)
-        )
+        records = rollout_records(step, batch, truths, prompts, completions, scores, advantages, config)
+        run.log_grpo(step, metrics, records, [s.diagnostics for group in scores for s in group])
 
 
 def make_prompts(
@@ -125,7 +115,7 @@ def make_prompts(
 ) -> tuple[list[tuple[int, Sample]], list[Truth], list[Prompt]]:
     """The samples of a batch whose videos can be read (all, unless on_bad_video: skip), the truth of each in
     the steps that its video shows, and its prompt."""
-    kept, truths, prompts = [], [], []
+    readable, truths, prompts = [], [], []
     for k, sample in batch:
         with clock("decode"):
             frames = loader.frames(sample)  # (T, h, w, 3)
@@ -138,23 +128,24 @@ def make_prompts(
             continue
         if num_steps < sample.grid(config.text_format.step_seconds).num_steps:
             loader.say_once(f"{sample.video}: ends early; the {num_steps} steps that exist are used")
-        kept.append((k, sample))
+        readable.append((k, sample))
         truths.append(truth)
         prompts.append(make_prompt(policy, sample, frames, config.text_format))
-    return kept, truths, prompts
+    return readable, truths, prompts
 
 
 def sample(
     policy: Policy, prompts: list[Prompt], keys: list[tuple], config: Config
-) -> tuple[list[Prompt], list[list[Completion]], list[PromptCache] | list[None]]:
-    """G completions of each prompt, rollout_batch prompts at a time; and for the update, the prompts with the
-    features of a frozen vision tower, and with reuse_prompts their caches (else None)."""
-    seen, completions, caches = [], [], []
+) -> tuple[list[Prompt], list[list[Completion]]]:
+    """G completions of each prompt, rollout_batch prompts at a time. The prompts come back with what the
+    update can reuse: the features of a frozen vision tower and, with reuse_prompts, their caches."""
+    encoded, completions = [], []
     with clock("rollout"), distributed.unsharded(policy.model):
         for first in range(0, len(prompts), config.rollout_batch):
             part = with_video_features(policy, prompts[first : first + config.rollout_batch])
-            # One by one: the update may group them in another way, and a graph lives for one backward pass.
-            new = [prefill(policy, [prompt])[0] for prompt in part] if config.reuse_prompts else None
+            if config.reuse_prompts:  # one by one, since a graph lives for one backward pass
+                part = [dataclasses.replace(prompt, cache=prefill(policy, [prompt])[0]) for prompt in part]
+            encoded += part
             completions += rollout(
                 policy,
                 part,
@@ -162,11 +153,9 @@ def sample(
                 config.max_new_tokens,
                 config.temperature,
                 keys[first : first + config.rollout_batch],
-                new,
+                [prompt.cache for prompt in part] if config.reuse_prompts else None,
             )
-            seen += part
-            caches += new or [None] * len(part)
-    return seen, completions, caches
+    return encoded, completions
 
 
 def update(
@@ -177,67 +166,62 @@ def update(
     completions: list[list[Completion]],
     advantages: list[torch.Tensor],
     config: Config,
-    caches: list[PromptCache | None] | None = None,
 ) -> dict[str, float]:
     """updates_per_batch optimiser steps on the global batch, of which this rank has B prompts with G
-    completions each. Gradients are accumulated over micro_batch prompts at a time. Returns the metrics of the
-    last step.
+    completions each. Returns the metrics of the last step.
 
-    advantages: B of (G,). reference: for the KL; with LoRA the policy itself, its adapters switched off.
-    caches: of the prompts, with gradients. Raises FloatingPointError, and leaves the weights alone, where the
-    loss or its gradient is not finite.
+    advantages: B of (G,). reference: of the KL; with LoRA the policy itself, whose adapters are then switched
+    off. Raises FloatingPointError, and leaves the weights alone, where the loss or its gradient is not
+    finite.
     """
-    caches = caches or [None] * len(prompts)
-    if len(set(distributed.all_gather(len(prompts)))) > 1:
-        caches = [None] * len(
-            prompts
-        )  # ranks enter a sharded model together, and one reads a borrowed prompt
-    groups = list(zip(prompts, completions, advantages, caches, strict=True))
-    parts = distributed.equal_parts(groups, config.micro_batch)  # all with weight 1, but for borrowed ones
-    lengths = [[len(c.ids) for c in group] for group in completions]
-    masks = [
-        completion_mask([n for group in part for n in group]) for part in chunks(lengths, config.micro_batch)
+    reuse = config.reuse_prompts and len(set(distributed.all_gather(len(prompts)))) == 1
+    if not reuse:  # a rank that borrows a prompt (equal_parts) has no cache of it
+        prompts = [dataclasses.replace(prompt, cache=None) for prompt in prompts]
+    # micro_batch prompts at a time: (groups, weight), the weight being 1 but for a borrowed group's 0
+    parts = distributed.equal_parts(
+        list(zip(prompts, completions, advantages, strict=True)), config.micro_batch
+    )
+    packed = [
+        pack_completions(policy, [p for p, _, _ in part], [[c.ids for c in group] for _, group, _ in part])
+        for part, _ in parts
     ]
-    normalizer = sum(loss_normalizer(mask, config.loss_aggregation, config.max_new_tokens) for mask in masks)
-    normalizer = distributed.all_reduce_sum(normalizer)
+    normalizer = distributed.all_reduce_sum(
+        sum(
+            weight * loss_normalizer(batch.mask, config.loss_aggregation, config.max_new_tokens)
+            for batch, (_, weight) in zip(packed, parts, strict=True)
+        )
+    )
     _, world_size = distributed.init()
     old_logprobs, ref_logprobs = [None] * len(parts), [None] * len(parts)
     for n in range(config.updates_per_batch):
         losses = []  # of each part: its share of the means over the global batch
-        for k, (part, weight) in enumerate(parts):
-            prompts_, completions_, advantages_, caches_ = zip(*part, strict=True)
-            packed = pack_completions(
-                policy, list(prompts_), [[c.ids for c in group] for group in completions_]
-            )
+        for k, (batch, (part, weight)) in enumerate(zip(packed, parts, strict=True)):
             if n == 0 and reference is not None:
                 with clock("reference"), torch.no_grad(), without_adapters(reference):
-                    ref_logprobs[k] = completion_logprobs(reference, packed, config.temperature)  # (R, C)
+                    ref_logprobs[k] = completion_logprobs(reference, batch, config.temperature)  # (R, C)
             with clock("update"):
-                caches_ = list(caches_) if n == 0 and caches_[0] else None
-                logprobs = completion_logprobs(
-                    policy, packed, config.temperature, caches_
-                )  # (R, C), R answers
-                if n == 0:
-                    old_logprobs[k] = (
-                        logprobs.detach()
-                    )  # nothing is updated yet: these are the sampling policy's
+                caches = [prompt.cache for prompt, _, _ in part] if reuse and n == 0 else None
+                logprobs = completion_logprobs(policy, batch, config.temperature, caches)  # (R, C), R answers
+                if n == 0:  # nothing is updated yet: these are the sampling policy's
+                    old_logprobs[k] = logprobs.detach()
                 loss, metrics = policy_loss(
                     logprobs,
                     old_logprobs[k],
                     ref_logprobs[k],
-                    torch.cat(advantages_).to(logprobs.device),
-                    packed.mask,
+                    torch.cat([row for _, _, row in part]).to(logprobs.device),
+                    batch.mask,
                     clip_eps=config.clip_eps,
                     kl_beta=config.kl_beta,
                     normalizer=normalizer,
                     aggregation=config.loss_aggregation,
                 )
-                distributed.sync_gradients(
-                    policy.model, k + 1 == len(parts) or config.sync_gradients == "every"
-                )
-                (weight * loss * world_size).backward()  # FSDP averages gradients over ranks; this is a sum
+                last = k + 1 == len(parts)
+                distributed.sync_gradients(policy.model, last or config.sync_gradients == "every")
+                (weight * loss * world_size).backward()  # FSDP takes the ranks' mean; the loss is a sum
             if weight:
-                losses.append({name: float(v) for name, v in {"loss": loss.detach(), **metrics}.items()})
+                losses.append(
+                    {"loss": loss.item(), **{name: value.item() for name, value in metrics.items()}}
+                )
         with clock("wait"):
             losses = distributed.all_gather_list(losses)
         totals = {name: sum(part[name] for part in losses) for name in losses[0]}
@@ -249,11 +233,7 @@ def update(
                 raise FloatingPointError(f"loss {totals['loss']}, gradient norm {norm}; lower learning_rate")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    return totals | {"grad_norm": norm}
-
-
-def chunks(items: list, size: int) -> list[list]:
-    return [items[k : k + size] for k in range(0, len(items), size)]
+    return totals | {"grad_norm": norm, "tokens": sum(len(c.ids) for group in completions for c in group)}
 
 
 def sft_config(config: Config) -> Config:
@@ -274,20 +254,20 @@ def true_completion(policy: Policy, prompt: Prompt, truth: Truth, config: Config
     return Completion([*ids, policy.end_id], text, truncated=False)
 
 
-def records(
-    step, batch, truths, prompts, completions, scores, advantages, config
-) -> tuple[list[dict], list[dict]]:
-    """For each sampled answer its line of rollouts.jsonl, and its diagnostics (rewards.diagnose)."""
-    lines = []
-    for (_, sample), truth, prompt, *group in zip(
-        batch, truths, prompts, completions, scores, advantages, strict=True
-    ):
+def rollout_records(
+    step, batch, truths, prompts, completions, scores, advantages, config: Config
+) -> list[dict]:
+    """A line of rollouts.jsonl for each sampled answer."""
+    records = []
+    groups = zip(batch, truths, prompts, completions, scores, advantages, strict=True)
+    for (_, sample), truth, prompt, *group in groups:
         for g, (completion, scored, advantage) in enumerate(zip(*group, strict=True)):
-            line = {"step": step + 1, "id": sample.id, "generation": g}
-            line |= answer_record(completion.text, scored.answer, truth, prompt.scale, config.think)
-            line |= {"rewards": scored.rewards, "advantage": float(advantage)}
-            lines.append(line | {"length": len(completion.ids), "truncated": completion.truncated})
-    return lines, [scored.diagnostics for group in scores for scored in group]
+            record = {"step": step + 1, "id": sample.id, "generation": g}
+            record |= answer_record(completion.text, scored.answer, truth, prompt.scale, config.think)
+            record |= {"rewards": scored.rewards, "advantage": float(advantage)}
+            record |= {"length": len(completion.ids), "truncated": completion.truncated}
+            records.append(record)
+    return records
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -332,21 +312,22 @@ def main(arguments: list[str]) -> None:
 def learn(run: Run, samples: list[Sample], held_out: list[Sample]) -> None:
     """Evaluate, fine-tune on true answers if sft.steps says so, learn from rewards, evaluate again."""
     config, policy = run.config, run.policy
+    evaluate = functools.partial(evaluate_split, run, held_out)
     if run.checkpoint is None:  # otherwise its scores are in metrics.jsonl
-        evaluate_split(run, held_out, "before")
+        evaluate("before")
     if config.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
     policy.model.train()
     # The reference is the supervised model: it is copied before the weights of a later checkpoint are loaded.
     if run.progress.sft_step < config.sft.steps:
-        train(run, "sft", None, samples, held_out)
+        train(run, "sft", None, samples, evaluate)
     elif config.sft.steps:
         checkpoints.load_weights(run.sft_checkpoint, policy.model)
     reference = None
     if config.kl_beta and config.steps:
         reference = policy if config.lora.rank else freeze(policy, config)
-    train(run, "grpo", reference, samples, held_out)
-    evaluate_split(run, held_out, "after")
+    train(run, "grpo", reference, samples, evaluate)
+    evaluate("after")
 
 
 def evaluate_split(run: Run, samples: list[Sample], when: str) -> None:
@@ -380,19 +361,15 @@ def report(run: Path, seconds: float) -> None:
     print(format_table({"before": before, "after": after}))
     if rewards:
         print(f"mean sampled reward, first and last {few} of {len(rewards)} steps: {first:.2f} -> {last:.2f}")
-    print(f"{seconds:.0f} s; everything is in {run}/; {draw_pictures(run)}")
-
-
-def draw_pictures(run: Path) -> str:
-    """Draw curves and answers where matplotlib is installed. Says where they are, or how to get them."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return f"for pictures: pip install -r requirements-dev.txt && python -m lab.pictures {run}"
-    from lab.pictures import draw_run  # the only arrow from here to lab/
-
+    print(f"{seconds:.0f} s; everything is in {run}/")
     try:
-        return "pictures: " + ", ".join(str(path) for path in draw_run(run))
+        from lab.pictures import draw_run  # the only arrow from here to lab/
+
+        print("pictures:", *draw_run(run))
+    except ImportError:
+        print(f"for pictures: pip install -r requirements-dev.txt && python -m lab.pictures {run}")
     except (OSError, UserError) as error:  # a full disk, annotations that are gone; all else is done
-        return f"no pictures: {error}"
+        print(f"no pictures: {error}")
 
 
 if __name__ == "__main__":

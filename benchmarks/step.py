@@ -66,6 +66,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
+from steps import adamw
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -78,7 +79,6 @@ from qwen.checkpoint import Policy, load_tokenizer
 from runtime import distributed
 from runtime.files import UserError
 from samples import Sample
-from steps import adamw
 from toy.pretrain import tiny_tokenizer
 from toy.world import write_y4m
 from video.loader import FrameLoader, open_loader

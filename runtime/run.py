@@ -55,10 +55,10 @@ class Run:
     def steps(
         self,
         phase: str,
-        samples: list[Sample],
         config: Config,
+        samples: list[Sample],
         optimizer: torch.optim.Optimizer,
-        evaluate: Callable[[], object] | None = None,
+        evaluate: Callable[[str], object],
     ) -> Iterator[tuple[int, list[tuple[int, Sample]]]]:
         """Yield (step, batch) for the steps of a phase ("sft" or "grpo") that are left.
 
@@ -75,8 +75,8 @@ class Run:
         ) as bar:
             self.bar = bar
             for step in range(done, config.steps):
-                if evaluate and step and config.eval_every and step % config.eval_every == 0:
-                    evaluate()
+                if phase == "grpo" and step and config.eval_every and step % config.eval_every == 0:
+                    evaluate("step")
                 clock.lap()
                 self.batch = batch_of(step)
                 batch = local_part(self.batch)
@@ -109,10 +109,10 @@ class Run:
     # ------------------------------------------------------------------------------------------------------
     # Logs
 
-    def log_sft(self, step: int, metrics: dict[str, float], completions: list) -> None:
-        """Write one line of metrics.jsonl."""
-        tokens = distributed.all_reduce_sum(sum(len(c.ids) for group in completions for c in group))
-        metrics = {"loss": metrics["nll"], "grad_norm": metrics["grad_norm"], **step_cost(tokens)}
+    def log_sft(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one line of metrics.jsonl. metrics: of train.update."""
+        cost = step_cost(metrics["tokens"])
+        metrics = {"loss": metrics["nll"], "grad_norm": metrics["grad_norm"], **cost}
         if self.log:
             self.log.write({"phase": "sft", "step": step + 1, **metrics})
 
@@ -125,7 +125,7 @@ class Run:
                 distributed.all_gather_list(diagnostics),
             )
         metrics = summarize(records, diagnostics, self.config.num_generations) | metrics
-        metrics |= step_cost(sum(record["length"] for record in records))
+        metrics |= step_cost(metrics.pop("tokens"))
         if not self.log:
             return
         self.recent = [*self.recent, (metrics["reward"], metrics["viou_pred"])][-DRIFT_STEPS:]
@@ -200,7 +200,8 @@ def local_part(batch: list[Sample]) -> list[tuple[int, Sample]]:
 
 def step_cost(tokens: float) -> dict:
     """Seconds by part (mean of the ranks), tokens per second and peak memory of one step. tokens: completion
-    tokens of all ranks."""
+    tokens of this rank."""
+    tokens = distributed.all_reduce_sum(tokens)
     laps = distributed.all_gather(clock.lap())
     seconds = {part: float(np.mean([lap[part] for lap in laps])) for part in laps[0]}
     peak = distributed.all_reduce_max(peak_memory())

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sft
 import torch
 import yaml
 from shown import shown_prompt
 from test_model import slow_logprobs
 
-import sft
 import train
 from config import load_config
 from data import load_samples

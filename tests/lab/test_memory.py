@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from steps import adamw, backward, cut
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +34,6 @@ from qwen.attention import IMPLEMENTATION, NO_MASK, AnswerAttention, PromptAtten
 from qwen.checkpoint import FAMILIES, speed_up
 from runtime import distributed
 from runtime.files import ModelError
-from steps import adamw, backward, cut
 from video.loader import open_loader
 
 ROOT = Path(__file__).parent.parent.parent
