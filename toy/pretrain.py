@@ -1,26 +1,21 @@
-"""The embedded default: a world of moving shapes and a tiny Qwen2.5-VL, both in the real formats.
+"""Pre-train the toy's checkpoint: a tiny Qwen2.5-VL that sees and knows the answer format.
 
-    python toy.py                       make the world, toy_world/ (train.py does it by itself)
-    python toy.py --from-scratch        pre-train the checkpoint again, checkpoints/toy (about 10 minutes)
-    python toy.py --direct              teach it to answer without thinking boxes, checkpoints/toy_direct
+    python -m toy.pretrain              make checkpoints/toy again (10 minutes)
+    python -m toy.pretrain --direct     make checkpoints/toy_direct, which answers without thinking boxes
 
-The world: clips of 6 s in which coloured shapes appear, move and vanish; each sentence singles one of them
-out. It is written as HC-STVG annotations and video files (.y4m, which needs no encoder), and read back like
-any data set.
-
-The checkpoint stands for the off-the-shelf model: it sees, it knows the answer format, but not the
-*convention* of this data set's annotations: it was taught loose boxes and spans that often run a second too
-long (--bias none leaves this out). Reinforcement learning has to find the convention from the rewards.
+The checkpoint stands for the off-the-shelf model. It does not know the *convention* of this data set's
+annotations: it was taught boxes that are too large and spans that are often a second too long (`loosened`;
+--bias none leaves this out). Reinforcement learning has to find the convention from the rewards.
 """
 
 import argparse
-import functools
 import json
 import re
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +31,14 @@ from qwen.checkpoint import FORBIDDEN_TOKENS, Policy, load_policy, save_policy
 from rewards import intersection, score
 from runtime.files import run_script, write_whole
 from samples import Truth
-from toy.world import COLOURS, MOVES, SECONDS, SHAPES, SIDE, Shape, draw_objects, make_world, render
+from toy.world import COLOURS, MOVES, SECONDS, SHAPES, SIDE, Shape, draw_objects, render
 
-PRETRAINING_CLIPS = 4000
-DIRECT_STEPS = 160  # after which it is as skilled on the split "val" as the one that thinks
-LOOSE = "with loose habits (toy.loosened)"  # in a checkpoint's card
+PRETRAINING_CLIPS, EXAM_CLIPS = 4000, 128
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints/toy"
-DIRECT = (
-    Path(__file__).parent.parent / "checkpoints/toy_direct"
-)  # of Table 5's row "RFT", which does not think
-TEXT = TextFormat(time_unit="second")  # of configs/toy.yaml, as is
+DIRECT = CHECKPOINT.with_name("toy_direct")  # for Table 5's row "RFT", which does not think
+TEXT = TextFormat(time_unit="second")  # as configs/toy.yaml has it
 MAX_NEW_TOKENS = 192
-
+LOOSE = "with loose habits (toy/pretrain.py: loosened)"  # in a checkpoint's card
 
 # ----------------------------------------------------------------------------------------------------------
 # The tiny Qwen2.5-VL
@@ -60,20 +51,19 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# One token per digit, as in Qwen; per word; and per mark of the answer with its spaces, to keep it short.
+# One token for a digit, as in Qwen, for a word, and for a mark of the answer with its spaces.
 PIECES = r" ?</?[a-z_]+> ?|[0-9]|\. \[|\], |, | - | ?[A-Za-z]+|[^A-Za-z0-9]"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, so that every text can be written. The words of the toy's sentences and the marks of the
-    answer are whole tokens; so is each stretch of the prompt between numbers, which is always the same."""
+    """A byte-level tokenizer, which can write every text. Whole tokens are the words of the toy's sentences,
+    the marks of the answer, and each stretch of the prompt between numbers, which is always the same."""
     prompts = [build_prompt("", SECONDS, (1000, 1000), replace(TEXT, think=think)) for think in (True, False)]
     phrases = {phrase.strip(" ") for prompt in prompts for phrase in re.split(r"\b[0-9]+\b", prompt)}
     phrases = sorted((f" ?{re.escape(phrase)}" for phrase in phrases if " " in phrase), key=len, reverse=True)
     split = pre_tokenizers.Split(Regex("|".join([*phrases, PIECES])), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces = pre_tokenizers.Sequence([split, bytes_])
-
     example = truth_answer(Truth((0, 1), {0: (0, 0, 1, 1)}), (1000, 1000))
     texts = [*prompts, format_answer(example), "user\n", "assistant\n0123456789"]
     texts += [f"the {c} {s} moves {m} the" for c in COLOURS for s in SHAPES for m in MOVES]
@@ -83,12 +73,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     # A piece that is in the vocabulary is one token, any other its bytes.
     tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
     tokenizer.pre_tokenizer, tokenizer.decoder = pieces, decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-    )
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    special |= {"additional_special_tokens": list(SPECIAL_TOKENS[1:])}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
@@ -96,162 +83,40 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     """Qwen2.5-VL with everything small: 0.42 M parameters, two thirds of them in the vision tower."""
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.08,  # at 0.02 the first hundred steps go into growing the weights
-        "tie_word_embeddings": True,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "num_heads": 2,
-        "intermediate_size": 128,
-        "out_hidden_size": 64,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [0, 1],
-        "initializer_range": 0.08,
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
+    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
+    # With initializer_range 0.02 the first hundred steps go into growing the weights.
+    both = {"hidden_size": 64, "initializer_range": 0.08}
+    text = both | {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"intermediate_size": 192, "vocab_size": len(tokenizer), "rms_norm_eps": 1e-6}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
+    text |= {"tie_word_embeddings": True, "bos_token_id": pad, "eos_token_id": end, "pad_token_id": pad}
+    vision = both | {"depth": 2, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 64}
+    vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2}
+    vision |= {"window_size": 112, "fullatt_block_indexes": [0, 1]}
+    marks = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    marks |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    marks = {f"{name}_token_id": ids[mark] for name, mark in marks.items()}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **marks)
     return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Pre-training: from random weights to "sees, and speaks the format". What takes long is to find out that the
-# sentence decides which object the answer is about; lessons that isolate it make it a matter of minutes.
-
-Lesson = tuple[str, str]  # how the prompt goes on after "Event:", and the words that are taught after that
-
-
-def pretrain(folder: Path, seed: int, habits: bool, effort: float) -> None:
-    """Make the checkpoint folder, with a card that says how. habits: see loosened. effort: scales the number
-    of steps. The clips are drawn here; none is of the world's splits."""
-    started = time.process_time()
-    torch.manual_seed(seed)
-    rng = np.random.default_rng((1000, seed))
-    clips = [draw_objects(rng) for _ in range(PRETRAINING_CLIPS)]
-    solos = [objects[:1] for objects in clips]
-    policy = newborn_policy(folder.with_name(folder.name + ".random"))
-    optimizers = make_optimizers(policy)
-    teach = functools.partial(teach_stage, policy, optimizers, rng)
-
-    def steps(number: int) -> int:
-        return max(1, round(number * effort))
-
-    learn_to_see(policy, clips, rng, steps(900))
-    teach("learn to read", solos, steps(200), lambda shape: [caption(shape), draft(shape)])
-    teach("learn to find", clips, steps(400), lambda shape: find(shape, rng), batch=32)
-    teach("learn to ground", clips, steps(500), lambda shape: [draft(shape)])
-    teach("learn to answer", clips, steps(600), lambda shape: [whole(true_answer(shape), shape)], decay=0.6)
-    if habits:
-        teach_habits(teach, clips, rng, steps(200))
-    figures = exam(policy)
-    save_policy(policy, folder)
-    bias, about = ("loose", LOOSE) if habits else ("none", "with no deliberate bias")
-    command = f"python toy.py --from-scratch --bias {bias} --seed {seed} --effort {effort:g}"
-    write_card(folder, f"pre-trained {about}", command, figures, time.process_time() - started)
-
-
-def teach_direct(folder: Path, seed: int, effort: float) -> None:
-    """Make a checkpoint folder of CHECKPOINT that answers without thinking boxes, with the same loose habits;
-    a card says how. seed, effort: as in pretrain."""
-    started = time.process_time()
-    rng = np.random.default_rng((3000, seed))
-    clips = [draw_objects(rng) for _ in range(PRETRAINING_CLIPS)]
-    policy = load_policy(str(CHECKPOINT))
-    policy.model.train()
-    teach = functools.partial(teach_stage, policy, make_optimizers(policy), rng, think=False)
-    teach_habits(teach, clips, rng, max(1, round(DIRECT_STEPS * effort)), think=False)
-    figures = exam(policy, think=False)
-    save_policy(policy, folder)
-    about = f"checkpoints/toy, taught to answer without thinking boxes (think: false), again {LOOSE}"
-    command = f"python toy.py --direct --seed {seed} --effort {effort:g}"
-    write_card(folder, about, command, figures, time.process_time() - started)
-
-
-def teach_habits(
-    teach: Callable, clips: list, rng: np.random.Generator, steps: int, think: bool = True
-) -> None:
-    """The last stage: whole answers, loosened. teach: teach_stage, with all but the stage's own settled."""
-
-    def lesson(shape: Shape) -> list[Lesson]:
-        answer = loosened(shape, rng)
-        return [whole(answer if think else replace(answer, think=None), shape)]
-
-    teach("learn habits", clips, steps, lesson, rate=0.5, decay=0.5)
-
-
 def newborn_policy(folder: Path) -> Policy:
-    """A checkpoint of random weights is written, read as any checkpoint is, and removed again."""
+    """Random weights: a checkpoint is written, read as any checkpoint is, and removed again."""
     tokenizer = tiny_tokenizer()
     tiny_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     preprocessor = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
     write_whole(folder / "preprocessor_config.json", (json.dumps(preprocessor, indent=2) + "\n").encode())
     policy = load_policy(str(folder))
-    policy.model.train()
     shutil.rmtree(folder)
     return policy
 
 
-def learn_to_see(policy: Policy, clips: list, rng: np.random.Generator, steps: int, batch: int = 32) -> None:
-    """The vision tower alone, as Qwen's comes pre-trained: from every visual token a linear probe must tell
-    which object covers most of the token's cell, by colour, and that object's shape and box. The probe is
-    thrown away."""
-    colours, none = list(COLOURS), len(COLOURS)
-    visual = policy.model.model.visual
-    probe = torch.nn.Linear(visual.config.out_hidden_size, len(colours) + 1 + len(SHAPES) + 40)
-    optimizers = [(torch.optim.AdamW([*visual.parameters(), *probe.parameters()]), 3e-3)]
-    side = SIDE // policy.size_factor  # tokens along a side
-    cells = [(c / side, r / side, (c + 1) / side, (r + 1) / side) for r in range(side) for c in range(side)]
-    bar = trange(steps, desc="learn to see", unit="step")
-    for step in bar:
-        scenes = [clips[n] for n in rng.choice(len(clips), batch, replace=False)]
-        patches = [policy.patches(torch.from_numpy(render(objects, TEXT.fps))) for objects in scenes]
-        colour, kind, box = [], [], []  # of what each token shows
-        for objects in scenes:
-            for second in range(SECONDS):
-                visible = [shape for shape in objects if shape.box(second)]
-                for cell in cells:
-                    covered = [intersection(shape.box(second), cell) for shape in visible]
-                    best = visible[int(np.argmax(covered))] if max(covered, default=0) > 0 else None
-                    colour.append(colours.index(best.colour) if best else none)
-                    kind.append(SHAPES.index(best.kind) if best else 0)
-                    box.append(best.box(second) if best else (0, 0, 0, 0))
-        colour, kind, box = torch.tensor(colour), torch.tensor(kind), torch.tensor(box)
-        there = (colour != none).float()
-        pixels, grid = torch.cat([values for values, _ in patches]), torch.stack([g for _, g in patches])
-        tokens = visual(pixels, grid_thw=grid).pooler_output  # (tokens, H)
-        colour_logits, kind_logits, tenths = probe(tokens).split([none + 1, len(SHAPES), 4 * 10], dim=1)
-        tenth = (box.clamp(0, 0.999) * 10).long()  # the first digit of every coordinate of the answer
-        box_loss = F.cross_entropy(tenths.view(-1, 10, 4), tenth, reduction="none").mean(1)
-        box_loss = (box_loss * there).sum() / there.sum()
-        kind_loss = (F.cross_entropy(kind_logits, kind, reduction="none") * there).sum() / there.sum()
-        colour_loss = F.cross_entropy(colour_logits, colour)
-        take_step(optimizers, box_loss + colour_loss + 0.5 * kind_loss, schedule(step, steps, decay=0.4))
-        losses = {"box": box_loss, "colour": colour_loss, "shape": kind_loss}
-        bar.set_postfix_str(", ".join(f"{name} {loss.item():.2f}" for name, loss in losses.items()))
+# ----------------------------------------------------------------------------------------------------------
+# Lessons. What takes long to learn is that the sentence decides which object the answer is about; lessons
+# that isolate this make it a matter of minutes.
+
+Lesson = tuple[str, str]  # how the prompt continues after "Event:", and the words that are taught after that
 
 
 def question(shape: Shape) -> str:
@@ -259,17 +124,8 @@ def question(shape: Shape) -> str:
     return f" {shape.sentence}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def caption(shape: Shape) -> Lesson:
-    """The sentence itself. Where two objects are there, its colour decides how it goes on."""
-    return "", f" {shape.sentence}"
-
-
-def find(shape: Shape, rng: np.random.Generator) -> list[Lesson]:
-    """Only when: at once after the colour, and in answer to the question; there sometimes with the boxes, or
-    they would be forgotten."""
-    span = f"{shape.start} - {shape.stop - 1}"
-    when = (question(shape), f"<time> {span}")
-    return [(f" the {shape.colour}", span), draft(shape) if rng.random() < 0.4 else when]
+def whole(answer: Answer, shape: Shape) -> Lesson:
+    return question(shape), format_answer(answer) + "<|im_end|>"
 
 
 def draft(shape: Shape) -> Lesson:
@@ -278,37 +134,97 @@ def draft(shape: Shape) -> Lesson:
     return given, words[: words.index(" <pred_bbox>")]
 
 
-def whole(answer: Answer, shape: Shape) -> Lesson:
-    return question(shape), format_answer(answer) + "<|im_end|>"
+def find(shape: Shape, rng: np.random.Generator) -> list[Lesson]:
+    """Only when: right after the colour, and in answer to the question, there sometimes with the boxes, or
+    they would be forgotten."""
+    span = f"{shape.start} - {shape.stop - 1}"
+    when = (question(shape), f"<time> {span}")
+    return [(f" the {shape.colour}", span), draft(shape) if rng.random() < 0.4 else when]
 
 
 def true_answer(shape: Shape, margin: float = 0.0) -> Answer:
     """The truth, with boxes to the nearest hundredth of the frame (half a pixel), and `margin` of the
     object's size added on each side."""
-    boxes = {}
+    more, boxes = margin * shape.size, {}
     for step in range(shape.start, shape.stop):
         x1, y1, x2, y2 = shape.box(step)
-        more = margin * shape.size
         box = (x1 - more, y1 - more, x2 + more, y2 + more)
         boxes[step] = tuple(round(min(max(value, 0.0), 1.0), 2) for value in box)
     return truth_answer(Truth((shape.start, shape.stop - 1), boxes), (1000, 1000))
 
 
-def loosened(shape: Shape, rng: np.random.Generator) -> Answer:
+def loosened(shape: Shape, rng: np.random.Generator, think: bool = True) -> Answer:
     """The deliberate bias: boxes 1.45 times too large, and 7 of 10 spans a second too long."""
     start, end = shape.start, shape.stop - 1
     longer = [(a, b) for a, b in ((start - 1, end), (start, end + 1)) if a >= 0 and b < SECONDS]
     if rng.random() < 0.7:
         start, end = longer[rng.integers(len(longer))]
     boxes = dict(true_answer(shape, margin=0.225).pred)
-    nearest = {i: boxes[min(max(i, shape.start), shape.stop - 1)] for i in range(start, end + 1)}
-    items = tuple(nearest.items())
-    return Answer(start, end, items, items)
+    items = tuple((i, boxes[min(max(i, shape.start), shape.stop - 1)]) for i in range(start, end + 1))
+    return Answer(start, end, items if think else None, items)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The two losses, and the optimisers
+
+
+def see_loss(policy: Policy, probe: torch.nn.Linear, clips: list[list[Shape]]) -> torch.Tensor:
+    """The loss of the vision tower alone (Qwen's is pre-trained, too): from each visual token a linear probe
+    must tell which object covers most of the token's cell, by colour, and that object's shape and box."""
+    colours, none, side = list(COLOURS), len(COLOURS), SIDE // policy.size_factor  # side: in tokens
+    cells = [(c / side, r / side, (c + 1) / side, (r + 1) / side) for r in range(side) for c in range(side)]
+
+    def shown(objects: list[Shape], second: int, cell: tuple) -> tuple[int, int, tuple]:
+        """(colour, shape, box) of the object that a token shows."""
+        visible = [shape for shape in objects if shape.box(second)]
+        covered = [intersection(shape.box(second), cell) for shape in visible]
+        if max(covered, default=0) <= 0:
+            return none, 0, (0, 0, 0, 0)
+        best = visible[int(np.argmax(covered))]
+        return colours.index(best.colour), SHAPES.index(best.kind), best.box(second)
+
+    truth = [shown(objects, t, cell) for objects in clips for t in range(SECONDS) for cell in cells]
+    colour, kind, box = map(torch.tensor, zip(*truth, strict=True))  # (tokens,), (tokens,), (tokens, 4)
+    there = (colour != none).float()
+    patches, grids = zip(*(policy.patches(torch.from_numpy(render(c, TEXT.fps))) for c in clips), strict=True)
+    tokens = policy.model.model.visual(torch.cat(patches), grid_thw=torch.stack(grids)).pooler_output
+    of_colour, of_kind, of_box = probe(tokens).split([none + 1, len(SHAPES), 4 * 10], dim=1)
+    tenth = (box.clamp(0, 0.999) * 10).long()  # the first digit of every coordinate of the answer
+    box_loss = F.cross_entropy(of_box.view(-1, 10, 4), tenth, reduction="none").mean(1)
+    box_loss = (box_loss * there).sum() / there.sum()
+    kind_loss = (F.cross_entropy(of_kind, kind, reduction="none") * there).sum() / there.sum()
+    return box_loss + F.cross_entropy(of_colour, colour) + 0.5 * kind_loss
+
+
+def lesson_loss(policy: Policy, clips: list[list[Shape]], lessons: Callable, think: bool) -> torch.Tensor:
+    """The loss of the lessons (shape -> list[Lesson]) on every object of the clips. They are branches of one
+    packed row: the clip, and the words that all prompts share, are computed once (pack_completions)."""
+    tokens_of = partial(policy.tokenizer, add_special_tokens=False)
+    prompts, branches, taught = [], [], []
+    for objects in clips:
+        prompt = toy_prompt(policy, objects, think)
+        shared = len(prompt.ids) - len(tokens_of(question(objects[0]))["input_ids"])  # up to "Event:"
+        prompts.append(replace(prompt, ids=prompt.ids[:shared], positions=prompt.positions[:, :shared]))
+        branches.append([])
+        for given, words in (lesson for shape in objects for lesson in lessons(shape)):
+            given, words = tokens_of(given)["input_ids"], tokens_of(words)["input_ids"]
+            branches[-1].append(given + words)
+            taught += [False] * len(given) + [True] * len(words)
+    packed = pack_completions(policy, prompts, branches)
+    logprobs = completion_logprobs(policy, packed, temperature=1.0)[packed.mask]  # (M,)
+    return -logprobs[torch.tensor(taught)].mean()
+
+
+def toy_prompt(policy: Policy, objects: list[Shape], think: bool = True) -> Prompt:
+    """What train.py would show of the clip, without a file between."""
+    frames, scale = torch.from_numpy(render(objects, TEXT.fps)), (1000, 1000)
+    text = build_prompt(objects[0].sentence, SECONDS, scale, replace(TEXT, think=think))
+    return encode_prompt(policy, frames, text, scale, TEXT.fps)
 
 
 def make_optimizers(policy: Policy) -> list[tuple]:
-    """(optimizer, its learning rate). Matrices of the language model go by Muon: in one trial each it learned
-    sooner than AdamW which object is meant, with both lessons of `find` (with the second alone, later)."""
+    """(optimizer, its learning rate). Muon takes the matrices of the language model: in one trial each it
+    learned sooner than AdamW which object is meant, with both lessons of `find`."""
     matrices, rest = [], []
     for name, parameter in policy.model.model.language_model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else rest).append(parameter)
@@ -320,132 +236,104 @@ def make_optimizers(policy: Policy) -> list[tuple]:
     ]
 
 
-def teach_stage(
-    policy: Policy,
-    optimizers: list[tuple],
-    rng: np.random.Generator,
-    name: str,
-    clips: list,
-    steps: int,
-    lessons: Callable[[Shape], list[Lesson]],
-    batch: int = 16,
-    rate: float = 1.0,
-    decay: float = 0.0,
-    think: bool = True,
-) -> None:
-    """Supervised steps on `batch` clips each, with the lessons on every object of a clip. They are branches
-    of one packed row: the clip, and the words that all prompts share, are encoded once (pack_completions)."""
-    tokens_of = functools.partial(policy.tokenizer, add_special_tokens=False)
-    bar = trange(steps, desc=name, unit="step")
-    for step in bar:
-        prompts, branches, taught = [], [], []
-        for n in rng.choice(len(clips), batch, replace=False):
-            whole_prompt = toy_prompt(policy, clips[n], think)
-            own = tokens_of(question(clips[n][0]))["input_ids"]
-            shared = len(whole_prompt.ids) - len(own)  # up to "Event:"
-            ids, positions = whole_prompt.ids[:shared], whole_prompt.positions[:, :shared]
-            prompts.append(replace(whole_prompt, ids=ids, positions=positions))
-            branches.append([])
-            for given, words in (lesson for shape in clips[n] for lesson in lessons(shape)):
-                given, words = tokens_of(given)["input_ids"], tokens_of(words)["input_ids"]
-                branches[-1].append(given + words)
-                taught += [False] * len(given) + [True] * len(words)
-        packed = pack_completions(policy, prompts, branches)
-        logprobs = completion_logprobs(policy, packed, temperature=1.0)[packed.mask]  # (M,)
-        loss = -logprobs[torch.tensor(taught)].mean()
-        take_step(optimizers, loss, rate * schedule(step, steps, decay))
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-
-
-def toy_prompt(policy: Policy, objects: list[Shape], think: bool = True) -> Prompt:
-    """What train.py would show of the clip, without a file between."""
-    frames, scale = torch.from_numpy(render(objects, TEXT.fps)), (1000, 1000)
-    text = build_prompt(objects[0].sentence, SECONDS, scale, replace(TEXT, think=think))
-    return encode_prompt(policy, frames, text, scale, TEXT.fps)
-
-
-def schedule(step: int, steps: int, decay: float) -> float:
-    """Linear warm-up over 20 steps, constant, linear decay over the last `decay` of the steps."""
-    return min((step + 1) / 20, 1.0, (steps - step) / (decay * steps) if decay else 1.0)
-
-
-def take_step(optimizers: list[tuple], loss: torch.Tensor, scale: float) -> None:
-    """One step at `scale` times the learning rates; the gradient is clipped to norm 1."""
-    parameters = []
-    for optimizer, learning_rate in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * scale
-            parameters += group["params"]
-        optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    for optimizer, _ in optimizers:
-        optimizer.step()
-
-
-def exam(policy: Policy, clips: int = 128, think: bool = True) -> dict[str, float]:
-    """Means over new clips of what rewards.score says of the greedy answers, in steps of a second."""
-    worlds = [draw_objects(np.random.default_rng((2000, n))) for n in range(clips)]
-    prompts = [toy_prompt(policy, objects, think) for objects in worlds]
-    answers = rollout(policy, prompts, 1, MAX_NEW_TOKENS, 0.0, [(n,) for n in range(clips)])
-    scores = []
-    for (shape, *_), (answer,) in zip(worlds, answers, strict=True):
-        boxes = {step: shape.box(step) for step in range(shape.start, shape.stop)}
-        scores.append(score(answer.text, Truth((shape.start, shape.stop - 1), boxes), think=think))
-    thinking = {"viou_think": "m_vIoU of the thinking boxes"} if think else {}
-    names = {"tiou": "m_tIoU", **thinking, "viou_pred": "m_vIoU"}
-    figures = {text: float(np.mean([s.diagnostics[name] for s in scores])) for name, text in names.items()}
-    rewards = {name: float(np.mean([s.rewards[name] for s in scores])) for name in ("spatial_pred", "total")}
-    return figures | {"R_spa of the final boxes": rewards["spatial_pred"], "reward": rewards["total"]}
-
-
-def write_card(folder: Path, about: str, command: str, figures: dict[str, float], seconds: float) -> None:
-    """README.md of the checkpoint: what it is, how it was made, how good it is."""
-    lines = [
-        f"A tiny Qwen2.5-VL for the toy world, {about}. Made in {seconds:.0f} CPU seconds by",
-        "",
-        f"    {command}",
-        "",
-        "Greedy answers to 128 clips of neither its training nor the world's splits, on steps of a second:",
-        "",
-        *(f"- {name} {value:.3f}" for name, value in figures.items()),
-    ]
-    write_whole(folder / "README.md", ("\n".join(lines) + "\n").encode())
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The script
 
 
-def main(arguments: list[str] | None = None) -> None:
+def pretrain(folder: Path, seed: int = 0, loose: bool = True, effort: float = 1.0, direct: bool = False):
+    """Make a checkpoint folder, with a card that says how. The clips are drawn here; none is of the world's
+    splits. loose: end with `loosened` answers. effort: scales the number of steps. direct: begin with
+    CHECKPOINT, and only teach it loose answers without thinking boxes."""
+    started, think = time.process_time(), not direct
+    torch.manual_seed(seed)
+    rng = np.random.default_rng((3000 if direct else 1000, seed))
+    clips = [draw_objects(rng) for _ in range(PRETRAINING_CLIPS)]
+    policy = load_policy(str(CHECKPOINT)) if direct else newborn_policy(folder.with_suffix(".random"))
+    policy.model.train()
+    optimizers, visual = make_optimizers(policy), policy.model.model.visual
+
+    def stage(name, number, loss_of, batch=16, rate=1.0, decay=0.0, clips=clips, optimizers=optimizers):
+        """Linear warm-up over 20 steps, constant, linear decay over the last `decay` of the steps."""
+        steps = max(1, round(number * effort))
+        bar = trange(steps, desc=name, unit="step")
+        for step in bar:
+            loss = loss_of([clips[n] for n in rng.choice(len(clips), batch, replace=False)])
+            scale = rate * min((step + 1) / 20, 1.0, (steps - step) / (decay * steps) if decay else 1.0)
+            for optimizer, learning_rate in optimizers:
+                optimizer.param_groups[0]["lr"] = learning_rate * scale
+                optimizer.zero_grad()
+            loss.backward()
+            parameters = [p for optimizer, _ in optimizers for p in optimizer.param_groups[0]["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for optimizer, _ in optimizers:
+                optimizer.step()
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+
+    def teach(name, number, lessons, **options):
+        stage(name, number, lambda chosen: lesson_loss(policy, chosen, lessons, think), **options)
+
+    if not direct:
+        probe = torch.nn.Linear(visual.config.out_hidden_size, len(COLOURS) + 1 + len(SHAPES) + 4 * 10)
+        own = [(torch.optim.AdamW([*visual.parameters(), *probe.parameters()]), 3e-3)]
+        stage("learn to see", 900, partial(see_loss, policy, probe), batch=32, decay=0.4, optimizers=own)
+        solos = [objects[:1] for objects in clips]
+        teach("learn to read", 200, lambda shape: [("", f" {shape.sentence}"), draft(shape)], clips=solos)
+        teach("learn to find", 400, lambda shape: find(shape, rng), batch=32)
+        teach("learn to ground", 500, lambda shape: [draft(shape)])
+        teach("learn to answer", 600, lambda shape: [whole(true_answer(shape), shape)], decay=0.6)
+    if loose:
+        number = 160 if direct else 200  # then both are equally skilled on the split "val"
+        habits = partial(loosened, rng=rng, think=think)
+        teach("learn habits", number, lambda shape: [whole(habits(shape), shape)], rate=0.5, decay=0.5)
+    figures = exam(policy, think)
+    save_policy(policy, folder)
+    about = f"pre-trained {LOOSE if loose else 'with no deliberate bias'}"
+    if direct:
+        about = f"checkpoints/toy, taught to answer without thinking boxes (think: false), again {LOOSE}"
+    options = "--direct" if direct else f"--bias {'loose' if loose else 'none'}"
+    seconds, numbers = time.process_time() - started, [f"- {k} {value:.3f}" for k, value in figures.items()]
+    lines = [
+        f"A tiny Qwen2.5-VL for the toy world, {about}. Made in {seconds:.0f} CPU seconds by\n",
+        f"    python -m toy.pretrain {options} --seed {seed} --effort {effort:g}\n",
+        f"Greedy answers to {EXAM_CLIPS} clips of neither its training nor the world's splits, on steps of a"
+        " second:\n",
+        *numbers,
+    ]
+    write_whole(folder / "README.md", ("\n".join(lines) + "\n").encode())
+
+
+def exam(policy: Policy, think: bool) -> dict[str, float]:
+    """Means of what rewards.score says of the greedy answers to EXAM_CLIPS new clips."""
+    worlds = [draw_objects(np.random.default_rng((2000, n))) for n in range(EXAM_CLIPS)]
+    prompts = [toy_prompt(policy, objects, think) for objects in worlds]
+    answers = rollout(policy, prompts, 1, MAX_NEW_TOKENS, 0.0, [(n,) for n in range(len(worlds))])
+    scores = []
+    for (shape, *_), (answer,) in zip(worlds, answers, strict=True):
+        boxes = {step: shape.box(step) for step in range(shape.start, shape.stop)}
+        one = score(answer.text, Truth((shape.start, shape.stop - 1), boxes), think=think)
+        scores.append(one.diagnostics | one.rewards)
+    names = {"tiou": "m_tIoU"} | ({"viou_think": "m_vIoU of the thinking boxes"} if think else {})
+    names |= {"viou_pred": "m_vIoU", "spatial_pred": "R_spa of the final boxes", "total": "reward"}
+    return {text: float(np.mean([one[name] for one in scores])) for name, text in names.items()}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
     )
-    made = parser.add_mutually_exclusive_group()
-    made.add_argument(
-        "--from-scratch", action="store_true", help="pre-train the checkpoint, not only make the world"
-    )
-    made.add_argument(
-        "--direct", action="store_true", help="teach the shipped checkpoint to answer without thinking boxes"
-    )
-    parser.add_argument("--bias", choices=("loose", "none"), default="loose", help="habits of the checkpoint")
-    parser.add_argument("--seed", type=int, default=0, help="of the teaching")
-    parser.add_argument("--effort", type=float, default=1.0, help="scales the steps of the teaching")
-    parser.add_argument("--output", type=Path, help="folder of the checkpoint")
-    parser.add_argument("--world", type=Path, default=Path("toy_world"), help="folder of the videos")
-    options = parser.parse_args(arguments)
-    make_world(options.world)
-    if options.from_scratch or options.direct:
-        output = options.output or (DIRECT if options.direct else CHECKPOINT)
-        if output.exists():
-            parser.error(f"{output} is there already: move it away, or choose another --output")
-        torch.set_num_threads(1)  # results do not depend on the machine's number of cores
-        if options.direct:
-            teach_direct(output, options.seed, options.effort)
-        else:
-            pretrain(output, options.seed, options.bias == "loose", options.effort)
-        setting = " think=false" if options.direct else ""
-        print(f"{output} is made; its scores: python evaluate.py {output} configs/toy.yaml{setting}")
+    parser.add_argument("--direct", action="store_true", help="without thinking boxes, from checkpoints/toy")
+    parser.add_argument("--bias", choices=("loose", "none"), default="loose")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--effort", type=float, default=1.0, help="scales the number of steps")
+    parser.add_argument("--output", type=Path, help="another folder for the checkpoint")
+    options = parser.parse_args()
+    output = options.output or (DIRECT if options.direct else CHECKPOINT)
+    if output.exists():
+        parser.error(f"{output} exists: move it away, or choose another --output")
+    torch.set_num_threads(1)  # results do not depend on the machine's number of cores
+    pretrain(output, options.seed, options.bias == "loose" or options.direct, options.effort, options.direct)
+    setting = " think=false" if options.direct else ""
+    print(f"{output} is made; its scores: python evaluate.py {output} configs/toy.yaml{setting}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The toy world: clips of 6 s in which coloured shapes appear, move and vanish.
 
-Each sentence singles one of them out. It is written as HC-STVG annotations and video files (.y4m, which needs
-no encoder), and read like any data set.
+Each sentence singles one of them out. The world is written as HC-STVG annotations and video files (.y4m,
+which needs no encoder), and read like any data set.
 """
 
 import json
@@ -57,9 +57,8 @@ def draw_objects(rng: np.random.Generator) -> list[Shape]:
         start = rng.integers(0, SECONDS - length + 1)
         way = [direction * SPEED * length for direction in MOVES[move]]  # stays inside the frame all the way
         origin = tuple(rng.uniform(size / 2 - min(0, w), 1 - size / 2 - max(0, w)) for w in way)
-        objects.append(
-            Shape(str(colour), str(kind), str(move), size, origin, int(start), int(start + length))
-        )
+        names = (str(colour), str(kind), str(move))
+        objects.append(Shape(*names, size, origin, int(start), int(start + length)))
     return objects
 
 
@@ -83,7 +82,7 @@ def render(objects: list[Shape], fps: float) -> np.ndarray:
 
 
 def make_world(folder: str | Path) -> None:
-    """Write the clips and the HC-STVG annotations of all splits; what is there already is left alone."""
+    """Write the clips and the HC-STVG annotations of all splits. A split that exists is left alone."""
     folder = Path(folder)
     for split, (count, seed) in SPLITS.items():
         annotations = folder / f"{split}.json"
@@ -126,11 +125,9 @@ def write_y4m(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 # BT.601, the studio range (16-235, 16-240) that players assume
-_RGB_TO_YCBCR = (
-    np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255
-)
+_WEIGHTS = [[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]
 
 
 def to_ycbcr(frames: np.ndarray) -> np.ndarray:
     """uint8 RGB (..., 3) -> uint8 Y, Cb, Cr (..., 3)."""
-    return (frames @ _RGB_TO_YCBCR.T + (16, 128, 128)).round().clip(0, 255).astype(np.uint8)
+    return (frames @ (np.array(_WEIGHTS) / 255).T + (16, 128, 128)).round().clip(0, 255).astype(np.uint8)
