@@ -55,11 +55,10 @@ from qwen.lora import check_peft, without_adapters
 from rewards import score
 from runtime import checkpoints, distributed
 from runtime.files import UserError, read_jsonl, run_script
-from runtime.logs import clock
+from runtime.logs import check_trackers, clock
 from runtime.plugins import load_plugins
 from runtime.predictions import fingerprint_of
 from runtime.run import Run, Stopped, check_batches, describe, open_run, write_json
-from runtime.trackers import check_trackers
 from samples import Sample, Truth
 from video.loader import FrameLoader, open_loader
 

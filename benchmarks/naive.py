@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from steps import adamw, optimizer_step, questions
 
 from grpo import policy_loss
 from model import Prompt
 from qwen.checkpoint import Policy, compute_dtype
-from steps import adamw, optimizer_step, questions
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""Ranks: the processes that `torchrun --nproc_per_node=N` starts, and a model that is shared out among them.
+"""Ranks: the processes that `torchrun --nproc_per_node=N` starts, and a model that is sharded over them.
 
-Without torchrun there is one rank, 0. In fp32 it trains the plain module. In bf16, or with more ranks, each
-decoder layer, each vision block, and what is left over (the root: embeddings and head) is a group of
-FSDP2 (`fully_shard`): every rank keeps its part of the group's fp32 weights, gradients and Adam states;
-the whole group exists, in the compute dtype, only while it computes. A sharded model may only be entered by
-its forward or by `policy.Policy.run`, which gather the root; sampling gathers everything once.
+Without torchrun there is one rank, 0. In fp32 it trains the plain module. In bf16, or on several ranks, FSDP2
+(`fully_shard`) makes groups: each decoder layer, each vision block, and the rest (the root: embeddings and
+head). A rank keeps its part of a group's fp32 weights, gradients and Adam states; it gathers the whole group,
+in the compute dtype, only while that computes. Enter a sharded model by its forward or by Policy.run, which
+gather the root first. Sampling gathers everything once (`unsharded`).
 """
 
 import contextlib
@@ -18,80 +18,62 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from runtime.files import UserError
 
-# For the slowest rank: its answers may be longer, its disk slower. One that died is noticed at once, by
-# torchrun and by whoever talks to it; this is for one that hangs.
-TIMEOUT = datetime.timedelta(hours=1)
-# FSDP2 warns of outputs that are views (those of model.encode): they must not be changed in place.
+TIMEOUT = datetime.timedelta(hours=1)  # for a rank that hangs; answers of very different length are no hang
+# FSDP2 warns of outputs that are views (those of model.prefill): they must not be changed in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Ranks
-
-
 def init() -> tuple[int, int]:
-    """This process's rank, and the number of ranks; the first call meets the others."""
+    """Return this process's rank and the number of ranks. The first call connects the ranks."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1 and not dist.is_initialized():
-        # Under a name of its own for each start: torchrun --max-restarts keeps the addresses of dead ranks.
+        # After torchrun --max-restarts the store still has the dead ranks' addresses: use other keys.
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        _meet(dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, size)
+        _connect(dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, size)
     return rank, size
 
 
-def _meet(store: dist.Store, rank: int, size: int) -> None:
-    """Numbers and Python objects go by gloo, tensors of a GPU by NCCL."""
+def _connect(store: dist.Store, rank: int, size: int) -> None:
+    """Numbers and Python objects go by gloo, tensors on a GPU by NCCL."""
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
 
 
-def barrier() -> None:
-    """Until all ranks are here."""
-    if dist.is_initialized():
-        all_reduce_sum(0)  # by gloo, as all below: a barrier of NCCL would occupy the GPU
-
-
 def destroy() -> None:
-    """Part from the other processes: nobody waits any more."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def device() -> str:
-    """This rank's own GPU, or the CPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    """This rank's GPU, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    all_gather(None)  # by gloo: a barrier of NCCL would occupy the GPU
 
 
 def all_reduce_sum(value: float) -> float:
-    """The sum of a number over all ranks: on every rank the same, to the last bit."""
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(float(value), dtype=torch.float64)
-    dist.all_reduce(tensor)
-    return tensor.item()
+    """The sum of a number over all ranks, the same on every rank to the last bit."""
+    return sum(all_gather(value))
 
 
 def all_reduce_max(value: float) -> float:
-    """The largest over all ranks."""
+    """The largest value of all ranks."""
     return max(all_gather(value))
 
 
 def all_gather(value: object) -> list:
-    """What each rank has, in the order of the ranks, on every rank."""
+    """The values of all ranks, in the order of the ranks, on every rank."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -133,93 +115,77 @@ def equal_parts(items: list, size: int) -> list[tuple[list, float]]:
 
 
 def broadcast(value: object, source: int) -> object:
-    """What the rank `source` has, on every rank."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=source)
-    return values[0]
+    """The value of the rank `source`, on every rank."""
+    return all_gather(value)[source]
 
 
 def on_rank0(function: Callable[[], object]) -> object:
-    """What it returns, or raises of what a user can mend, on rank 0: on every rank."""
-    value = error = None
+    """Run a function on rank 0. Return its result, or raise its OSError or UserError, on every rank."""
+    result = None
     if init()[0] == 0:
         try:
-            value = function()
-        except (OSError, UserError) as problem:
-            error = problem
-    value, error = broadcast((value, error), 0)
+            result = function(), None
+        except (OSError, UserError) as error:
+            result = None, error
+    value, error = broadcast(result, 0)
     if error is not None:
         raise error
     return value
 
 
 class Stop:
-    """Within it SIGTERM and Ctrl-C only ask for an end, so that what is at hand is finished first. A second
-    one is obeyed at once."""
+    """In its block SIGTERM and Ctrl-C ask for an end after the step at hand; a second one ends at once."""
 
-    def __init__(self):
-        self.asked = False  # of this rank; the signal comes to each at another moment
+    asked = False  # on this rank; a signal reaches the ranks at different moments
 
     def __enter__(self) -> "Stop":
-        self._before = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for n, handler in self._before.items():
+            signal.signal(n, handler)
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
         self.__exit__()
-        if init()[0] == 0:  # print may be in the midst of something
+        if init()[0] == 0:  # not by print, which the signal may have interrupted
             os.write(2, b"\nstopping after this step (a second signal stops at once)\n")
 
     def agreed(self) -> bool:
-        """Whether any rank was asked: for all ranks to call, who then stop together."""
+        """Whether any rank was asked to stop. All ranks must call this together."""
         return bool(all_reduce_max(self.asked))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Sharding
-
-
 def to_device(model: nn.Module, compute: torch.dtype) -> None:
-    """Move a model to this rank's device, in place: parameters that are trained in fp32, others in the dtype
-    `compute`."""
+    """Move a model to this rank's device, in place: trained parameters in fp32, others in `compute`."""
     _convert(model, compute)
     model.to(device())
 
 
 def _convert(module: nn.Module, compute: torch.dtype) -> None:
-    """Only the dtypes of place."""
     for parameter in module.parameters():
-        if not isinstance(parameter, DTensor):  # those of blocks that are sharded already
+        if not isinstance(parameter, DTensor):  # of a block that is sharded already
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute)
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], compute: torch.dtype) -> None:
-    """As place, but each rank has a part only, and everything computes in `compute`. blocks: the model's
-    layers, each a group of FSDP2. From then on the model is entered by model(...), or by Policy.run, which
-    calls model.run (policy._run), which is registered here as another forward: both gather the root first.
+    """Shard a model over the ranks with FSDP2, in place; dtypes as in to_device, arithmetic in `compute`.
 
-    A group is converted, moved and cut before the next one is touched, so that a checkpoint that is mapped
-    from its files takes the memory of one group, and never all of it on each rank.
+    blocks: the model's layers, a group each. A group is converted, moved and sharded before the next one, so
+    that a checkpoint mapped from its files takes the memory of one group.
     """
     _, size = init()
     if not dist.is_initialized():
-        _meet(dist.HashStore(), 0, 1)  # a world of one
+        _connect(dist.HashStore(), 0, 1)  # FSDP2 needs a process group, also for a world of one
     mesh = init_device_mesh(torch.device(device()).type, (size,))
-    # Inputs as they are: the vision tower's rotary tables are fp32 in the plain module, too.
+    # Leave inputs as they are: the vision tower's rotary tables are fp32 in the plain module, too.
     precision = MixedPrecisionPolicy(compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in [*blocks, model]:
         _convert(module, compute)
-        # Not resharded, the root would be kept after its forward, and be stale after the step.
+        # By default the root stays gathered after its forward, and would be stale after the optimiser's step.
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
-    register_fsdp_forward_method(model, "run")
+    register_fsdp_forward_method(model, "run")  # what Policy.run calls gathers the root, as a forward does
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -228,8 +194,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Within it every rank has all weights of a sharded model, in the compute dtype, gathered once: ranks may
-    then sample answers of any length, for nothing has to be exchanged."""
+    """Gather a sharded model once for a block of code, in which ranks may sample answers of any length."""
     groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for group in groups:
         group.set_reshard_after_forward(False, recurse=False)
@@ -243,22 +208,18 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def sync_gradients(model: nn.Module, now: bool) -> None:
-    """Whether the next backward passes exchange gradients among the ranks; where not, they add up on each."""
+    """Set whether the next backward passes exchange gradients among ranks, or add them up on each rank."""
     if is_sharded(model):
         model.set_requires_gradient_sync(now)
 
 
 def full_state(model: nn.Module, dtype: torch.dtype, trained_only: bool = False) -> dict[str, torch.Tensor]:
-    """name -> the whole tensor, in this dtype, on rank 0; {} on the others. All ranks must call it."""
-    rank, _ = init()
+    """name -> the whole tensor in this dtype, on the CPU of rank 0; {} on other ranks. Collective."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {}
     for name, tensor in model.state_dict().items():
-        if trained_only and name in frozen:
-            continue
-        tensor = tensor.detach().to(dtype)  # before it is gathered: half the memory and traffic
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        if rank == 0:
-            state[name] = tensor.cpu()
+        if not (trained_only and name in frozen):
+            tensor = tensor.detach().to(dtype)  # before it is gathered: half the memory and traffic
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            state |= {name: tensor.cpu()} if init()[0] == 0 else {}
     return state

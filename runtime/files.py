@@ -1,14 +1,12 @@
-"""Files: written whole or not at all; JSON read with errors that name the file, the place and the value.
-And how every script ends when something is wrong: in one line."""
+"""Files are written whole or not at all; errors name the file, the line or record, the value and the remedy.
+And a script ends in one line where its user can mend what is wrong."""
 
-import codecs
 import contextlib
-import errno
 import json
 import os
-import re
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,94 +20,68 @@ class UserError(ValueError):
 
 
 class DataError(UserError):
-    """Annotations that cannot be used; the message names the file, the record, the value and the remedy."""
+    """Annotations or records that cannot be used."""
 
 
 class ModelError(UserError):
-    """A checkpoint that cannot serve as the policy; the message names the folder and the remedy."""
+    """A checkpoint that cannot serve as the policy."""
 
 
 def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str = "stopped") -> None:
-    """Run a script's main function; what a user can mend ends it with one line on stderr and exit code 1.
+    """Run a script's main function; an error that the user can mend is one line on stderr and exit code 1.
 
-    place: what an OSError is about that names no file. remedy: what to do about any. stopped: said on Ctrl-C.
+    place: what an OSError without a file name is about. remedy: what to do about it. stopped: said on Ctrl-C.
     """
+    several, message = os.environ.get("WORLD_SIZE", "1") != "1", None
+    wait = os.environ.get("RANK", "0") != "0"
     try:
         main()
     except (UserError, FloatingPointError) as error:
-        _end(f"error: {error}")
+        message = f"error: {error}"
     except KeyboardInterrupt:
-        _end(stopped)
+        message = stopped
     except BrokenPipeError:  # whoever reads the output, such as head, has enough
+        message = ""
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
-        _end(f"error: {error.filename or place}: {error.strerror or error}; {remedy}")
-    except RuntimeError as error:
-        if not LOST.search(str(error)):
+        message = f"error: {error.filename or place}: {error.strerror or error}; {remedy}"
+    except Exception:
+        if not several:
             raise
-        reason = str(error).splitlines()[0]
-        _end(f"error: rank {RANK} has lost another one, whose own message says why ({reason})", first=False)
-    if RANKS > 1:
-        leave_process(0)
-
-
-RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-# What gloo and NCCL say when the other end is gone.
-LOST = re.compile(r"gloo.*(closed|reset|refused|timed out)|Connection (closed|reset)|ncclRemoteError", re.S)
-
-
-def _end(message: str, first: bool = RANK == 0) -> None:
-    """Exit with a message. What is wrong with a setting all ranks find at once: the first one says it; the
-    others wait to be ended by torchrun, and print only if that does not happen."""
-    if RANKS == 1:
-        sys.exit(message)
-    if not first:
-        time.sleep(3)
-    print(message, file=sys.stderr)
-    leave_process(1)
-
-
-def leave_process(code: int) -> None:
-    """End one of several ranks without taking the interpreter down: a thread of gloo may still want it, for
-    the tensor that was exchanged last, and would abort the process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        message, wait = traceback.format_exc(), True  # it may come from the failure of another rank
+    if several:
+        if message and wait:  # until torchrun ends this rank, if another one has said the same, or the cause
+            time.sleep(3)
+        print(message or "", file=sys.stderr, end="\n" if message else "")
+        sys.stdout.flush()
+        os._exit(
+            message is not None
+        )  # in sys.exit a thread of gloo that still needs the interpreter may abort
+    if message is not None:
+        sys.exit(message or 1)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then renamed. Raises OSError with the errno, the
-    reason (strerror) and the path (filename), which a full disk's own error lacks; what was there stays."""
+    """Write a file beside its place, then rename it. Raises OSError with errno, strerror and the path as its
+    filename, which a full disk's own error lacks; what was there stays."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # another rank may write it, too
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # it may not even have come into being
+        with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
-    """One JSON object a line. A new file appears whole or not at all; with append, all lines are added at the
-    end, or none."""
+    """Write one JSON object a line: a whole new file, or with `append` more lines at its end."""
     text = "".join(json.dumps(record) + "\n" for record in records).encode()
     if append:
-        with path.open("ab", buffering=0) as file:
-            end = file.tell()
-            if file.write(text) < len(text):  # the disk is full
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with path.open("ab") as file:
+            file.write(text)
     else:
         write_whole(path, text)
-
-
-def read_jsonl(path: Path, *keys: str, skip_cut: bool = False) -> list[dict]:
-    """All objects of a file, as iterate_jsonl reads them. Raises DataError, also for a file that cannot be
-    read."""
-    with open_to_read(path) as file:
-        return list(iterate_jsonl(file, *keys, skip_cut=skip_cut))
 
 
 def open_to_read(path: str | Path) -> BinaryIO:
@@ -120,21 +92,23 @@ def open_to_read(path: str | Path) -> BinaryIO:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 
 
-def iterate_jsonl(file: BinaryIO, *keys: str, skip_cut: bool = False) -> Iterator[dict]:
-    """The objects of an open file with one on each line, in its order, one at a time. Raises DataError that
-    names the file and the line, for a line that is no JSON object with these keys.
+def read_jsonl(path: Path, *keys: str, skip_cut: bool = False) -> list[dict]:
+    """All objects of a file with one a line. Raises DataError; see iterate_jsonl."""
+    with open_to_read(path) as file:
+        return list(iterate_jsonl(file, *keys, skip_cut=skip_cut))
 
-    Lines end at newlines only: other line separators, such as U+2028, may stand in a JSON string. skip_cut:
-    leave out a last line that has no newline and does not parse, which is what a run that was killed while
-    it wrote leaves behind.
+
+def iterate_jsonl(file: BinaryIO, *keys: str, skip_cut: bool = False) -> Iterator[dict]:
+    """Yield the objects of an open file. Raises DataError, with file and line, for a line that is no JSON
+    object with these keys.
+
+    skip_cut: leave out a last line that is cut off, as a run leaves it that is killed while it writes.
     """
-    blank = 0  # the first of the blank lines that an editor may leave at the end, and only there
     for number, line in enumerate(file, 1):
         if not line.strip():
-            blank = blank or number
             continue
         try:
-            record = None if blank else json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+            record = json.loads(line)
         except (ValueError, RecursionError):
             if skip_cut and not line.endswith(b"\n"):
                 return
@@ -142,31 +116,26 @@ def iterate_jsonl(file: BinaryIO, *keys: str, skip_cut: bool = False) -> Iterato
         if not isinstance(record, dict) or not record.keys() >= set(keys):
             wanted = ", ".join(f'"{key}"' for key in keys)
             wrong = f"is no JSON object with {wanted}; correct or remove it"
-            raise DataError(f"{file.name}, line {blank or number}: {wrong}")
+            raise DataError(f"{file.name}, line {number}: {wrong}")
         yield record
 
 
-def read_json(path: str, unique: bool = True) -> object:
-    """unique: refuse an object with the same key twice, which takes five times as long."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
+def read_json(path: str | Path, unique: bool = True) -> object:
+    """Raises DataError. unique: refuse an object with a key twice, which takes five times as long."""
+    with open_to_read(path) as file:
+        try:
             return json.load(file, object_pairs_hook=_unique if unique else None)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except (ValueError, RecursionError) as error:  # the message of a syntax error says line and column
-        raise DataError(f"{path}: is not a JSON file: {error}") from error
+        except (ValueError, RecursionError) as error:  # the message of a syntax error says line and column
+            raise DataError(f"{path}: is not a JSON file: {error}; correct it") from error
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object. json itself would keep the last of two records with the same key, and say nothing."""
-    record = {}
-    for key, value in pairs:
-        if key in record:
-            raise DataError(f"the key {key!r} stands twice in one object; {REMEDY}")
-        record[key] = value
-    return record
+    """json alone would keep the last of two records with the same key, and say nothing."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        key = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {key!r} stands twice in one object; {REMEDY}")
+    return dict(pairs)
 
 
 def get(where: str, record: dict, name: str) -> object:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from steps import optimizer_step
 from test_lora import adapters_of, learn, on_two_ranks
 from test_model import make_prompts
 
@@ -24,7 +25,6 @@ from qwen import checkpoint
 from qwen.checkpoint import load_policy
 from runtime import distributed, logs, run
 from runtime.checkpoints import Progress
-from steps import optimizer_step
 
 ROOT = Path(__file__).parent.parent.parent
 TIMED = ("seconds", "tokens_per_second", "peak_memory")

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import pytest
+import sft
 import torch
 import yaml
 from safetensors.torch import load_file
 
-import sft
 import train
 from config import ConfigError
 from qwen.checkpoint import load_policy
