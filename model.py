@@ -98,7 +98,8 @@ def _warn_outside_budget(policy: Policy, count: int, height: int, width: int) ->
     """Warn, once for each size of frames, that the checkpoint was not trained on such videos. No error: the
     paper chooses the size (section 4), and a long clip of VidSTG exceeds the budget of Qwen3-VL."""
     (low, high), unit = policy.pixel_budget, policy.family.budget_per
-    pixels = height * width * (count if unit == "video" else 1)
+    padded = count + -count % policy.temporal_patch_size
+    pixels = height * width * (padded if unit == "video" else 1)
     if not low <= pixels <= high:
         change = "raise max_side" if pixels < low else "lower max_side" + " or fps" * (unit == "video")
         # Without the number of frames it is one text for all clips of a size, which Python shows once.

@@ -51,7 +51,7 @@ from model import (
 )
 from prompts import format_answer, truth_answer
 from qwen.checkpoint import Policy, freeze, load_trainable
-from qwen.lora import check_peft, without_adapters
+from qwen.lora import without_adapters
 from rewards import score
 from runtime import checkpoints, distributed
 from runtime.files import UserError, read_jsonl, run_script
@@ -284,7 +284,6 @@ def main(arguments: list[str]) -> None:
     files = [word for word in arguments if "=" not in word] or [str(ROOT / "configs/toy.yaml")]
     config = load_config(files, [word for word in arguments if "=" in word])
     check_trackers(config)
-    check_peft(config.lora)
     load_plugins(config.rewards)
     rank, world_size = distributed.init()
     check_batches(config, world_size)

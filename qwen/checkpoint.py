@@ -373,8 +373,7 @@ def compute_dtype(config: Config) -> torch.dtype:
     return getattr(torch, DTYPES[config.precision])
 
 
-def save_policy(policy, folder):
+def write_policy(policy, folder):  # until runtime/checkpoints.py calls policy.save
     policy.save(folder)
 
 
-write_policy = save_policy

@@ -40,12 +40,12 @@ def adapted_layers(model: nn.Module, targets: list[str]) -> list[nn.Linear]:
             layers.setdefault(path.rpartition(".")[2], []).append(module)
     if unknown := sorted(set(targets) - layers.keys()):
         known = ", ".join(layers)
-        raise ModelError(f"lora.targets: no linear layer is called {unknown[0]!r}; use some of {known}")
+        raise ModelError(f"lora.targets: no linear layer is {unknown[0]!r}; use {known}")
     return [layer for target in targets for layer in layers[target]]
 
 
 def add_adapters(model: nn.Module, lora: Lora, seed: int = 0) -> None:
-    """Freeze a model and add adapters in place: trainable, float32, without effect yet, alike on all ranks."""
+    """Freeze a model and add adapters in place: trainable, fp32, without effect yet, alike on all ranks."""
     adapted_layers(model, lora.targets)  # peft ignores a name that none has
     visual = r"(.*\.)?visual(\..*)?"  # Qwen2.5-VL's tower has layers of the same names
     settings = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.targets)}

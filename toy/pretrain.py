@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from model import Prompt, completion_logprobs, encode_prompt, pack_completions, rollout
 from prompts import Answer, TextFormat, build_prompt, format_answer, truth_answer
-from qwen.checkpoint import FORBIDDEN_TOKENS, Policy, load_policy, save_policy
+from qwen.checkpoint import FORBIDDEN_TOKENS, Policy, load_policy
 from rewards import intersection, score
 from runtime.files import run_script, write_whole
 from samples import Truth
@@ -286,7 +286,7 @@ def pretrain(folder: Path, seed: int = 0, loose: bool = True, effort: float = 1.
         habits = partial(loosened, rng=rng, think=think)
         teach("learn habits", number, lambda shape: [whole(habits(shape), shape)], rate=0.5, decay=0.5)
     figures = exam(policy, think)
-    save_policy(policy, folder)
+    policy.save(folder)
     about = f"pre-trained {LOOSE if loose else 'with no deliberate bias'}"
     if direct:
         about = f"checkpoints/toy, taught to answer without thinking boxes (think: false), again {LOOSE}"
