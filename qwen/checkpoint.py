@@ -375,5 +375,3 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 def write_policy(policy, folder):  # until runtime/checkpoints.py calls policy.save
     policy.save(folder)
-
-
