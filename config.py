@@ -8,7 +8,9 @@ authors used, unless the comment gives another reason.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,7 +272,7 @@ def _check(config: Config, where: str) -> None:
         require(key, choices.__contains__, f"one of {', '.join(choices)}")
     for least, keys in AT_LEAST.items():
         for key in keys.split():
-            require(key, least.__le__, f"at least {least}")
+            require(key, functools.partial(operator.le, least), f"at least {least}")
     for key in POSITIVE:
         require(key, lambda value: value > 0, "above 0")
     require("log_to", {"tensorboard", "wandb"}.issuperset, "some of tensorboard, wandb")
