@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that asks the hub is a wr
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 import yaml
 from transformers import (
@@ -200,12 +201,26 @@ def taught(tmp_path_factory, write_config):
 
     folder = tmp_path_factory.mktemp("taught")
     sft = {"steps": 36, "learning_rate": 7e-3, "batch_size": 6}
-    changes = {
-        "steps": 0,
-        "max_new_tokens": 72,
-        "rollout_batch": 6,
-        "micro_batch": 6,
-        "gradient_checkpointing": False,
-    }
-    train.main([write_config(folder, think=False, sft=sft, **changes)])
+    changes = {"steps": 0, "rollout_batch": 6, "micro_batch": 6, "gradient_checkpointing": False}
+    with tiny_runs.no_pictures():
+        train.main([write_config(folder, **tiny_runs.SHORT, sft=sft, **changes)])
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def grpo_config(taught, write_config):
+    """write_config for a run of tiny_runs.GRPO that begins with the taught checkpoint."""
+    return lambda folder, **changes: write_config(
+        folder, **{"model": str(taught / "checkpoint"), **tiny_runs.GRPO, **changes}
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, grpo_config):
+    """The folder of a finished run of tiny_runs.GRPO that nothing has happened to. To be read only."""
+    import train
+
+    folder = tmp_path_factory.mktemp("finished")
+    with tiny_runs.no_pictures():
+        train.main([grpo_config(folder, save_every=2)])
     return folder / "run"
