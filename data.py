@@ -1,55 +1,31 @@
-"""Annotations to samples: one loader per official format, every flaw repaired or dropped is counted.
+"""Annotations to samples: one loader for each official format. Every repaired or dropped sample is counted.
 
     samples, report = load_samples("vidstg", "val_annotations.json", "videos", "vidor")
     print(format_report(report))
-    python data.py --check configs/vidstg.yaml          counts, findings, answer lengths, the grid's ceiling
 
-A sample is one sentence about one clip. Its truth is the box track, frame by frame as annotated; the
-annotated seconds (HC-STVG's st_time, ed_time) disagree with the track by 8-10 frames and are not read.
-Sentences stay as they are. A record that is not of its format is an error.
+A sample is one sentence about one clip. Its truth is the track of boxes, frame by frame as annotated. (The
+st_time and ed_time of HC-STVG disagree with the track by 8-10 frames and are not read.) Sentences are used as
+they are. A record that breaks its format is an error, "FILE: record ID: KEY is VALUE, must be ...".
 """
 
 import os
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
-from runtime.files import (
-    REMEDY,
-    DataError,
-    few,
-    get,
-    is_number,
-    positive,
-    positive_integer,
-    read_json,
-    run_script,
-    short,
-)
+from runtime.files import REMEDY, DataError, few, get, is_number, read_json, short
 from samples import QUESTION_TYPES, Sample, Track
 
 HCSTVG_SECONDS = 20  # "the duration of all videos is 20 s": their only statement about the frame rate
-DATASETS = ("hcstvg", "vidstg")
-# Sentences in the official files (papers and repositories of the data sets).
-OFFICIAL_COUNTS = {
-    ("hcstvg", "train.json"): 4500,  # v1
-    ("hcstvg", "test.json"): 1160,
-    ("hcstvg", "train_v2.json"): 10131,
-    ("hcstvg", "val_v2.json"): 2000,
-    ("vidstg", "train_annotations.json"): 80684,
-    ("vidstg", "val_annotations.json"): 8956,
-    ("vidstg", "test_annotations.json"): 10303,
-}
 
-
-# What was found, and what became of it: finding -> ids of the samples concerned.
+# What was found, and what was done about it: finding -> ids of the samples.
 Report = dict[str, list[str]]
 CLIPPED = "box partly outside the image: clipped"
 SORTED = "box with a negative side: corners sorted"
 EMPTY = "box without area: frame left without a box"
-OUTSIDE = "box outside the image: frame left without a box"  # of VidSTG; of HC-STVG it is an error
+OUTSIDE = "box outside the image: frame left without a box"  # in VidSTG; in HC-STVG it is an error
 CUT = "span leaves the clip: cut"
 CUT_SEGMENT = "segment leaves the video: cut"
 OTHER_SIZE = "size is not VidOR's, in which the boxes are measured"
@@ -59,40 +35,36 @@ NO_SPAN = "no frame of the span in the clip: sentence dropped"
 DROPS = (NO_BOX, NO_SPAN)
 
 
-def format_report(report: Report, whole: bool = False) -> str:
-    """The findings as a table: samples concerned, what was found and done, the first few ids; with `whole`
-    those of all dropped sentences."""
+def format_report(report: Report, all_drops: bool = False) -> str:
+    """The findings as a table with the first few ids; with all_drops the ids of all dropped sentences."""
     if not report:
-        return "annotations: nothing to repair"
+        return "nothing to repair"
     width = max(map(len, report))
     rows = [f"{'samples':>9}  {'finding':<{width}}  ids"]
-    for reason, ids in report.items():
-        shown = ", ".join(ids) if whole and reason in DROPS else few(ids)
-        rows.append(f"{len(ids):>9}  {reason:<{width}}  {shown}")
+    for finding, ids in report.items():
+        shown = ", ".join(ids) if all_drops and finding in DROPS else few(ids)
+        rows.append(f"{len(ids):>9}  {finding:<{width}}  {shown}")
     return "\n".join(rows)
 
 
 def count_sentences(samples: list[Sample], report: Report) -> str:
-    """How many of a file's sentences are used, and of which type."""
-    dropped = sum(len(report.get(reason, [])) for reason in DROPS)
+    """How many sentences of a file are used, and of which type, as a text."""
     text = f"{len(samples)} sentences"
     types = [sum(sample.question_type == kind for sample in samples) for kind in QUESTION_TYPES]
     if any(types):
         text += f" ({', '.join(f'{n} {kind}' for n, kind in zip(types, QUESTION_TYPES, strict=True))})"
+    dropped = sum(len(report.get(finding, [])) for finding in DROPS)
     return text + (f" of {len(samples) + dropped}, the others dropped" if dropped else "")
 
 
 def load_samples(dataset: str, annotations: str, videos: str, vidor: str = "") -> tuple[list[Sample], Report]:
     """Read one annotation file of a data set ("hcstvg" or "vidstg").
 
-    annotations: the JSON file. videos: the folder of the video files, which are not opened here. vidor: the
-    folder of the box tracks, VidSTG only. Returns the samples in the file's order, and what was found.
-    Raises DataError, also where no sentence is left.
+    annotations: the JSON file. videos: the folder of the video files, which are not opened. vidor: the folder
+    of the box tracks (VidSTG only). Returns the samples in the file's order and the report. Raises DataError.
     """
     if not annotations:
         raise DataError("no annotation file is named: set eval_annotations, and train_annotations to train")
-    if dataset not in DATASETS:
-        raise DataError(f"dataset: {dataset!r} is not one of {', '.join(DATASETS)}")
     if dataset == "hcstvg":
         return load_hcstvg(annotations, videos)
     if not vidor:
@@ -106,85 +78,103 @@ def missing_videos(samples: list[Sample]) -> list[str]:
 
 
 def check_videos(samples: list[Sample]) -> None:
-    """Raise DataError if a video file is missing. (Separate: scoring predictions needs no videos.)"""
+    """Raise DataError if a video file is missing. (load_samples does not: scoring predictions needs none.)"""
     missing = missing_videos(samples)
     if missing:
-        paths = len({sample.video for sample in samples})
+        count = len({sample.video for sample in samples})
         names = few([os.path.basename(path) for path in missing])
         raise DataError(
-            f"{os.path.dirname(missing[0]) or '.'}: {len(missing)} of {paths} videos missing: {names};"
+            f"{os.path.dirname(missing[0]) or '.'}: {len(missing)} of {count} videos missing: {names};"
             " set `videos` to the folder that holds them, remove their records, or write on_bad_video: skip"
         )
 
 
-# ----------------------------------------------------------------------------------------------------------
-# HC-STVG, v1 and v2
+Kind = tuple[str, Callable[[object], bool]]  # what a value must be: in words, and as a test
+COUNT: Kind = ("a whole number of at least 1", lambda v: is_number(v) and v >= 1 and v == int(v))
+RATE: Kind = ("a number above 0", lambda v: is_number(v) and v > 0)
+INTEGER: Kind = ("a whole number", lambda v: type(v) is int)  # True is none
+FRAME: Kind = ("a frame, counted from 0", lambda v: type(v) is int and v >= 0)
+# "<|" begins Qwen's special tokens.
+TEXT: Kind = ("a text without '<|'", lambda v: isinstance(v, str) and bool(v.strip()) and "<|" not in v)
+LIST: Kind = ("a list", lambda v: isinstance(v, list))
+OBJECT: Kind = ("an object", lambda v: isinstance(v, dict))
+BOX: Kind = ("[x, y, w, h]", lambda v: isinstance(v, list) and len(v) == 4 and all(map(is_number, v)))
+
+
+def _wrong(place: str, value, wanted: str) -> DataError:
+    return DataError(f"{place} is {short(value)}, must be {wanted}; {REMEDY}")
+
+
+def _check(place: str, value, kind: Kind):
+    """The value, if it is of this kind. Raises DataError."""
+    wanted, fits = kind
+    if not fits(value):
+        raise _wrong(place, value, wanted)
+    return value
+
+
+def _read(where: str, record: dict, key: str, kind: Kind):
+    """record[key], if it is of this kind. Raises DataError."""
+    return _check(f"{where}: {key}", get(where, record, key), kind)
+
+
+def _read_records(annotations: str, container: type) -> dict | list:
+    """The records of an annotation file, of which there is at least one. Raises DataError."""
+    records = read_json(annotations)
+    if not isinstance(records, container) or not records:
+        formats = "hcstvg: a JSON object, video -> record; vidstg: a JSON list of records"
+        raise DataError(f"{annotations}: holds no records as `dataset` says ({formats})")
+    for key, record in records.items() if container is dict else enumerate(records):
+        _check(f"{annotations}: record {key!r}", record, OBJECT)
+    return records
 
 
 def load_hcstvg(annotations: str, videos: str) -> tuple[list[Sample], Report]:
     """Read HC-STVG annotations: a JSON object, file name of the video -> record, one sentence each.
 
-    Both dialects, also mixed: the sentence is `caption` (v1) or `English` (v2), the size `width` and
+    Both dialects, also mixed: the sentence is `caption` (v1) or `English` (v2), the size is `width` and
     `height` (v1) or `img_size` = [H, W, 3] (v2). Both: `bbox`, a list of [x, y, w, h] in pixels, one per
     native frame; `st_frame`, the 1-based index of the first of them; `img_num`, the number of frames of the
-    clip. The frame rate is img_num / 20 s; records of clips of another length may say `fps`, which is ours
+    clip. The frame rate is img_num / 20 s; a record of a clip of another length may say `fps`, which is ours
     and not HC-STVG's.
 
-    Returns the samples in the file's order, and what was found. Raises DataError.
+    Returns the samples in the file's order and the report. Raises DataError.
     """
-    records = read_json(annotations)
-    if not isinstance(records, dict):
-        hint = "; a list of records is VidSTG's format" if isinstance(records, list) else ""
-        raise DataError(f"{annotations}: is not a JSON object with video file names as keys{hint}")
-    if not records:
-        raise DataError(f"{annotations}: holds no records; choose an annotation file that does")
     report: Report = {}
-    samples = [_hcstvg_sample(annotations, key, record, videos, report) for key, record in records.items()]
+    samples = [
+        _hcstvg_sample(f"{annotations}: record {key!r}", key, record, videos, report)
+        for key, record in _read_records(annotations, dict).items()
+    ]
     return samples, report
 
 
-def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report: Report) -> Sample:
-    where = f"{annotations}: record {key!r}"
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: {short(record)} is not an object with bbox, st_frame, img_num, ...")
-    sentence = record["English"] if "English" in record else get(where, record, "caption")
-    _check_sentence(where, sentence)
+def _hcstvg_sample(where: str, key: str, record: dict, videos: str, report: Report) -> Sample:
+    sentence = _read(where, record, "English" if "English" in record else "caption", TEXT)
     size = record  # v1: width and height stand in the record itself
     if "img_size" in record:
-        if not isinstance(record["img_size"], list) or len(record["img_size"]) < 2:
-            raise DataError(f"{where}: img_size {short(record['img_size'])} is not [height, width, 3]")
-        size = dict(zip(("height", "width"), record["img_size"], strict=False))
-    width, height = (positive_integer(where, size, name) for name in ("width", "height"))
-    num_frames = positive_integer(where, record, "img_num")
-    fps = positive(where, record, "fps") if "fps" in record else num_frames / HCSTVG_SECONDS
-    first = positive_integer(where, record, "st_frame") - 1  # from 1-based to 0-based
+        size = dict(zip(("height", "width"), _read(where, record, "img_size", LIST), strict=False))
+    width, height = (int(_read(where, size, side, COUNT)) for side in ("width", "height"))
+    num_frames = int(_read(where, record, "img_num", COUNT))
+    fps = float(_read(where, record, "fps", RATE)) if "fps" in record else num_frames / HCSTVG_SECONDS
+    first = int(_read(where, record, "st_frame", COUNT)) - 1  # from 1-based to 0-based
     if first >= num_frames:
-        raise DataError(
-            f"{where}: st_frame {first + 1} lies after the end of the video (img_num {num_frames}); {REMEDY}"
-        )
-    bbox = get(where, record, "bbox")
-    if not isinstance(bbox, list) or not bbox:
-        raise DataError(f"{where}: bbox {short(bbox)} is not a list of at least one box; {REMEDY}")
+        raise _wrong(f"{where}: st_frame", first + 1, f"at most img_num, {num_frames}")
+    bbox = _read(where, record, "bbox", LIST)
     for k, numbers in enumerate(bbox):
-        if not isinstance(numbers, list) or len(numbers) != 4 or not all(map(is_number, numbers)):
-            raise DataError(
-                f"{where}: bbox[{k}] {short(numbers)} is not [x, y, width, height] in numbers; {REMEDY}"
-            )
+        _check(f"{where}: bbox[{k}]", numbers, BOX)
 
     findings = {CUT} if first + len(bbox) > num_frames else set()
     bbox = bbox[: num_frames - first]
-    corners = np.array(bbox, dtype=np.float64)  # (frames, 4)
+    corners = np.array(bbox, dtype=np.float64).reshape(-1, 4)  # (frames, 4)
     corners[:, 2:] += corners[:, :2]
     boxes, found = _in_frame(corners, width, height)
     findings |= {finding for finding, frames in found.items() if frames.any()}
     if OUTSIDE in findings:  # not one of the data set's known flaws: more likely a wrong size
         k = int(found[OUTSIDE].argmax())
-        raise DataError(
-            f"{where}: bbox[{k}] {short(bbox[k])} lies outside the {width} x {height} video; {REMEDY}"
-        )
+        raise _wrong(f"{where}: bbox[{k}]", bbox[k], f"inside the {width} x {height} video")
     track = Track(first, boxes)
     if not track:
-        raise DataError(f"{where}: bbox: no box has an area; {REMEDY}")
+        raise _wrong(f"{where}: bbox", bbox, "boxes of which one has an area")
     for finding in sorted(findings):
         report.setdefault(finding, []).append(key)
     return Sample(
@@ -203,140 +193,112 @@ def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report
     )
 
 
-# ----------------------------------------------------------------------------------------------------------
-# VidSTG
-
-
 def load_vidstg(annotations: str, videos: str, vidor: str) -> tuple[list[Sample], Report]:
     """Read VidSTG annotations, a JSON list of records, and the box tracks of their videos from VidOR's files.
 
     One sample is one of a record's `captions` (declarative) or `questions` (interrogative). The clip is its
     `used_segment`, whose end_fid is the last frame; the truth is its `temporal_gt`, whose end_fid is
-    *exclusive*. The boxes are those of the sentence's target_id in FOLDER/VID.json anywhere below vidor
-    (`trajectories`: for each native frame a list of {tid, bbox: {xmin, ymin, xmax, ymax}}), the video is
-    videos/FOLDER/VID.mp4, by the `video_path` in there.
+    *exclusive*. (In the official files the first never exceeds frame_count - 1, the second reaches
+    frame_count.) The boxes are those of the sentence's target_id in FOLDER/VID.json anywhere below vidor
+    (`trajectories`: for each native frame a list of {tid, bbox: {xmin, ymin, xmax, ymax}}); the video is
+    videos/FOLDER/VID.mp4, as `video_path` in there says.
 
-    Targets are not annotated everywhere: frames without a box are not judged, a sentence with none in its
-    span is dropped. Returns the samples in the file's order, and what was found. Raises DataError.
+    Targets are not annotated everywhere: frames without a box are not judged, and a sentence with no box in
+    its span is dropped. Returns the samples in the file's order and the report. Raises DataError.
     """
-    records = read_json(annotations)
-    if not isinstance(records, list):
-        hint = "; an object with file names as keys is HC-STVG's format" if isinstance(records, dict) else ""
-        raise DataError(f"{annotations}: is not a JSON list of records{hint}")
-    if not records:
-        raise DataError(f"{annotations}: holds no records; choose an annotation file that does")
-    targets: dict[str, set[int]] = {}  # video -> tids that are asked for
+    records = _read_records(annotations, list)
+    targets: dict[str, set[int]] = {}  # video -> tids that its sentences ask for
     for n, record in enumerate(records):
-        where = f"{annotations}: record {n}"
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{where}: {short(record)} is not an object with vid, used_segment, captions, ..."
-            )
-        tids = {target for _, _, target in _vidstg_sentences(where, record)}
-        vid = get(where, record, "vid")
-        if not isinstance(vid, str) or not vid:
-            raise DataError(f"{where}: vid {short(vid)} is not the name of a video; {REMEDY}")
-        targets.setdefault(vid, set()).update(tids)
-    vidor_videos = _read_vidor(vidor, targets)
-
+        _check_vidstg(f"{annotations}: record {n}", record)
+        tids = {entry["target_id"] for kind in ("captions", "questions") for entry in record[kind]}
+        targets.setdefault(record["vid"], set()).update(tids)
+    films = _read_vidor(vidor, targets)
     report: Report = {}
     samples = []
     for n, record in enumerate(records):
-        samples += _vidstg_samples(annotations, n, record, vidor_videos[record["vid"]], videos, report)
+        samples += _vidstg_samples(n, record, films[record["vid"]], videos, report)
     if not samples:
         why = "; ".join(f"{finding} ({len(report[finding])})" for finding in DROPS if finding in report)
         raise DataError(f"{annotations}: holds no sentence that can be used: {why or 'none at all'}")
     return samples, report
 
 
-def _vidstg_sentences(where: str, record: dict) -> list[tuple[str, str, int]]:
-    """(captions/0, sentence, target) for each sentence of a record."""
-    sentences = []
-    for kind in ("captions", "questions"):
-        entries = get(where, record, kind)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(f"{where}: {kind} {short(entries)} is not a list of objects; {REMEDY}")
-        for k, entry in enumerate(entries):
-            place = f"{where}: {kind}[{k}]"
-            sentence, target = get(place, entry, "description"), get(place, entry, "target_id")
-            _check_sentence(place, sentence)
-            if not isinstance(target, int) or isinstance(target, bool):
-                raise DataError(f"{place}: target_id {short(target)} is not a whole number; {REMEDY}")
-            sentences.append((f"{kind}/{k}", sentence, target))
-    return sentences
+def _check_vidstg(where: str, record: dict) -> None:
+    """Raise DataError for a record that breaks the format."""
+    _read(where, record, "vid", TEXT)
+    for key in ("width", "height", "frame_count"):
+        _read(where, record, key, COUNT)
+    _read(where, record, "fps", RATE)
+    for key in ("used_segment", "temporal_gt"):
+        span = _read(where, record, key, OBJECT)
+        _read(f"{where}: {key}", span, "begin_fid", FRAME)
+        _read(f"{where}: {key}", span, "end_fid", INTEGER)
+    for key in ("captions", "questions"):
+        for k, entry in enumerate(_read(where, record, key, LIST)):
+            place = f"{where}: {key}[{k}]"
+            _check(place, entry, OBJECT)
+            _read(place, entry, "description", TEXT)
+            _read(place, entry, "target_id", INTEGER)
 
 
-def _vidstg_samples(
-    annotations: str, n: int, record: dict, vidor_video: "VidorVideo", videos: str, report: Report
-) -> list[Sample]:
-    where = f"{annotations}: record {n}"
-    width, height, file_frames = (
-        positive_integer(where, record, name) for name in ("width", "height", "frame_count")
-    )
-    fps = positive(where, record, "fps")
-    # In the official files used_segment.end_fid never exceeds frame_count - 1 and temporal_gt.end_fid reaches
-    # frame_count: one is the last frame, the other the one after.
-    begin, last = _frames(where, record, "used_segment")
-    stop_of_clip = min(last + 1, file_frames)  # used_segment.end_fid is the clip's last frame
-    first, stop = _frames(where, record, "temporal_gt")  # temporal_gt.end_fid is exclusive
+@dataclass(frozen=True)
+class VidorFilm:
+    """What a VidOR file says about one video."""
+
+    path: str  # of the video, from the folder of all videos
+    width: int  # in which the boxes are measured
+    height: int
+    # tid -> boxes of all frames, (frames, 4) in [0, 1], NaN where there is none; and what _in_frame found
+    tracks: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]]
+
+
+def _vidstg_samples(n: int, record: dict, film: VidorFilm, videos: str, report: Report) -> list[Sample]:
+    width, height, file_frames = (int(record[key]) for key in ("width", "height", "frame_count"))
+    segment, truth = record["used_segment"], record["temporal_gt"]
+    begin, stop_of_clip = segment["begin_fid"], min(segment["end_fid"] + 1, file_frames)
+    first, stop = max(truth["begin_fid"], begin), min(truth["end_fid"], stop_of_clip)
     of_record = {
-        CUT_SEGMENT: last >= file_frames,
-        CUT: first < begin or stop > stop_of_clip,
-        OTHER_SIZE: (width, height) != (vidor_video.width, vidor_video.height),
+        CUT_SEGMENT: segment["end_fid"] >= file_frames,
+        CUT: (first, stop) != (truth["begin_fid"], truth["end_fid"]),
+        OTHER_SIZE: (width, height) != (film.width, film.height),
     }
-    first, stop = max(first, begin), min(stop, stop_of_clip)
-
     samples = []
-    for place, sentence, target in _vidstg_sentences(where, record):
-        key = f"{n}/{place}"
-        findings = {finding for finding, found in of_record.items() if found}
+    entries = {f"{n}/{kind}/{k}": e for kind in ("captions", "questions") for k, e in enumerate(record[kind])}
+    for key, entry in entries.items():
         if first >= stop:
             report.setdefault(NO_SPAN, []).append(key)
             continue
-        boxes, found = vidor_video.tracks[target]
-        findings |= {finding for finding, frames in found.items() if frames[first:stop].any()}
+        boxes, found = film.tracks[entry["target_id"]]
         track = Track(first - begin, boxes[first:stop])  # a view: the file's sentences share its boxes
         if not track:
             report.setdefault(NO_BOX, []).append(key)
             continue
-        if len(track) < stop - first:
-            findings.add(UNBOXED)
-        for finding in sorted(findings):
+        found = {finding: frames[first:stop].any() for finding, frames in found.items()}
+        found |= {**of_record, UNBOXED: len(track) < stop - first}
+        for finding in sorted(finding for finding in found if found[finding]):
             report.setdefault(finding, []).append(key)
-        kind = QUESTION_TYPES[place.startswith("questions")]
         samples.append(
             Sample(
                 id=key,
-                video=os.path.join(videos, vidor_video.path),
-                sentence=sentence,
+                video=os.path.join(videos, film.path),
+                sentence=entry["description"],
                 width=width,
                 height=height,
                 num_frames=stop_of_clip - begin,
-                fps=fps,
+                fps=float(record["fps"]),
                 begin_frame=begin,
                 file_frames=file_frames,
                 first_frame=first - begin,
                 stop_frame=stop - begin,
                 boxes=track,
-                question_type=kind,
+                question_type=QUESTION_TYPES["questions" in key],
             )
         )
     return samples
 
 
-@dataclass(frozen=True)
-class VidorVideo:
-    """What a VidOR file says of one video."""
-
-    path: str  # of the video, from the folder of all videos
-    width: int  # in which the boxes are measured
-    height: int
-    # tid -> boxes of all frames, (frames, 4) in [0, 1], NaN without one, and what was found in which of them
-    tracks: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]]
-
-
-def _read_vidor(vidor: str, targets: dict[str, set[int]]) -> dict[str, VidorVideo]:
-    """VidOR's files of some videos: video -> its tracks, those that are asked for. Raises DataError."""
+def _read_vidor(vidor: str, targets: dict[str, set[int]]) -> dict[str, VidorFilm]:
+    """VidOR's files of some videos: video -> its tracks of the targets. Raises DataError."""
     paths: dict[str, str] = {}
     for folder, _, names in os.walk(vidor, followlinks=True):
         for name in names:
@@ -352,18 +314,15 @@ def _read_vidor(vidor: str, targets: dict[str, set[int]]) -> dict[str, VidorVide
             f"{vidor}: {len(missing)} of {len(targets)} VidOR files missing: {few(missing)}; set `vidor` to"
             " the folder of VidOR's annotations (training for VidSTG's train and val, validation for test)"
         )
-    bar = tqdm(targets.items(), desc="VidOR tracks", unit="video", delay=2, leave=False)
+    bar = tqdm(targets.items(), desc="VidOR tracks", unit="video", delay=2, leave=False, disable=None)
     return {vid: _read_vidor_file(paths[vid], vid, tids) for vid, tids in bar}
 
 
-def _read_vidor_file(path: str, vid: str, tids: set[int]) -> VidorVideo:
-    content = read_json(path, unique=False)  # thousands of large files: the check would take minutes
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: is not a JSON object; fetch VidOR's file again")
-    width, height = (positive_integer(path, content, name) for name in ("width", "height"))
-    frames = get(path, content, "trajectories")
-    if not isinstance(frames, list):
-        raise DataError(f"{path}: trajectories is not a list with the boxes of each frame; fetch it again")
+def _read_vidor_file(path: str, vid: str, tids: set[int]) -> VidorFilm:
+    # Thousands of large files: looking for keys that stand twice would take minutes.
+    content = _check(f"{path}: the file", read_json(path, unique=False), OBJECT)
+    width, height = (int(_read(path, content, side, COUNT)) for side in ("width", "height"))
+    frames = _read(path, content, "trajectories", LIST)
     tracks = {tid: np.full((len(frames), 4), np.nan) for tid in tids}
     for k, boxes in enumerate(frames):
         try:
@@ -374,51 +333,20 @@ def _read_vidor_file(path: str, vid: str, tids: set[int]) -> VidorVideo:
                         raise ValueError(corners)
                     tracks[entry["tid"]][k] = corners
         except (KeyError, TypeError, ValueError):
-            raise DataError(
-                f"{path}: trajectories[{k}] is not a list of"
-                " {tid, bbox: {xmin, ymin, xmax, ymax}} in numbers; correct or fetch the file again"
-            ) from None
+            wanted = "a list of {tid, bbox: {xmin, ymin, xmax, ymax}} in numbers"
+            raise _wrong(f"{path}: trajectories[{k}]", boxes, wanted) from None
     video = content.get("video_path", f"{os.path.basename(os.path.dirname(path))}/{vid}.mp4")
-    parts = video.split("/") if isinstance(video, str) else [""]
-    if "" in parts or ".." in parts:  # nothing outside the folder of videos
-        raise DataError(f"{path}: video_path {short(video)} is not FOLDER/VID.mp4; fetch VidOR's file again")
-    return VidorVideo(
-        video, width, height, {tid: _in_frame(corners, width, height) for tid, corners in tracks.items()}
-    )
-
-
-def _frames(where: str, record: dict, name: str) -> tuple[int, int]:
-    """begin_fid and end_fid of a record's used_segment or temporal_gt."""
-    span = get(where, record, name)
-    if not isinstance(span, dict):
-        raise DataError(
-            f"{where}: {name} {short(span)} is not an object with begin_fid and end_fid; {REMEDY}"
-        )
-    begin, end = (get(f"{where}: {name}", span, key) for key in ("begin_fid", "end_fid"))
-    if not all(isinstance(fid, int) and not isinstance(fid, bool) for fid in (begin, end)) or begin < 0:
-        raise DataError(f"{where}: {name} {short(span)} is not a range of frames counted from 0; {REMEDY}")
-    return begin, end
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Sentences and boxes
-
-
-def _check_sentence(where: str, sentence: object) -> None:
-    if not isinstance(sentence, str) or not sentence.strip():
-        raise DataError(f"{where}: the sentence {short(sentence)} is not a text; {REMEDY}")
-    if "<|" in sentence:
-        raise DataError(
-            f"{where}: the sentence {short(sentence)} holds '<|', the mark of Qwen's special tokens;"
-            " remove it from the sentence"
-        )
+    if not isinstance(video, str) or {"", ".."} & set(video.split("/")):  # nothing outside `videos`
+        raise _wrong(f"{path}: video_path", video, "FOLDER/VID.mp4")
+    boxes = {tid: _in_frame(corners, width, height) for tid, corners in tracks.items()}
+    return VidorFilm(video, width, height, boxes)
 
 
 def _in_frame(corners: np.ndarray, width: int, height: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Boxes in pixels as annotated -> boxes in [0, 1].
+    """Boxes in pixels, as annotated -> boxes in [0, 1].
 
-    corners: (frames, 4), x1, y1, x2, y2 in any order, NaN where a frame has no box. Returns (frames, 4),
-    NaN where none is left, and finding -> (frames,), true where it was found.
+    corners: (frames, 4), x1, y1, x2, y2 in any order, NaN where a frame has no box. Returns (frames, 4), NaN
+    where no box is left; and finding -> (frames,), True where it was found.
     """
     x1, y1, x2, y2 = corners.T
     empty = (x1 == x2) | (y1 == y2)
@@ -435,9 +363,3 @@ def _in_frame(corners: np.ndarray, width: int, height: int) -> tuple[np.ndarray,
     boxes = np.hstack([np.maximum(low, 0) / size, np.minimum(high, size) / size])
     boxes[empty | outside] = np.nan
     return boxes, found
-
-
-if __name__ == "__main__":
-    from lab import check_data
-
-    run_script(lambda: check_data.main(sys.argv[1:]), "standard output", "free some space")

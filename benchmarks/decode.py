@@ -10,7 +10,7 @@ everywhere but here (complete_torchvision). Without it only ours are printed.
 1. From a file to pixel values: 20 s of 640 x 360, 2 frames a second, longer side 336. One JSON line for each
    way, in CPU seconds of this process (`wall`: on the clock), of the round with the smallest total. The ways
    take turns, all on one core. The last line has the ratios of the totals, ours / theirs.
-   "ours": video.clip_frames, which checks the file, decodes and resizes (all of it is `decode`); patchify.
+   "ours": clip_frames, which checks the file, decodes and resizes (all of it is `decode`); patchify.
    "transformers, X": what Qwen2VLVideoProcessor does with a path: transformers' load_video at the file's
    size, by decoder X, with the frames that its sample_frames names; then the processor on these frames, made
    to resize to the same size. For a path it takes torchcodec, or fails where there is none (older torchvision
@@ -180,7 +180,7 @@ def decoders() -> list[str]:
 
 
 def our_way(sample: Sample) -> Way:
-    """As clips.py and policy.py do it."""
+    """As video/loader.py and qwen/checkpoint.py do it."""
 
     def preprocess(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         return patchify(frames, PATCH, MERGE, TEMPORAL, FAMILY.image_mean, FAMILY.image_std)

@@ -2,9 +2,10 @@
 
 The steps are those of HF's Qwen2VLVideoProcessor and Qwen3VLVideoProcessor, which need torchvision; this
 file does not, and its numbers are the same to the last bit (tests/golden). A video is uint8 (T, H, W, 3)
-until the last step. Everything here runs in the calling process; clips.py runs it in others.
+until the last step.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,24 +20,15 @@ from samples import Sample
 
 TIMESTAMP_ERROR = 1e-4  # s; decord's timestamps are float32, so off by up to 1e-5 s in a three-minute video
 SHORTEST = 0.75  # of its annotated duration: a file that holds less is broken, not a little short
-HELD_SECONDS = 0.5  # how long the last frame stands in where a file ends before its annotation says
+HELD_SECONDS = 0.5  # how long the last frame is held where a file ends before its annotation says
 NO_SUBSTITUTES = 1e-6  # decord's fault_tol: the share of frames that may be copies of others; 0 means any
-DECORD_ERRORS = (
-    decord.DECORDError,
-    decord.DECORDLimitReachedError,
-    RuntimeError,
-    AssertionError,
-    StopIteration,
-)
+# What decord raises.
+FAILURES = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration)
 REENCODE = "re-encode it: ffmpeg -i OLD -c:v libx264 -crf 18 NEW"
 
 
 class VideoError(UserError):
-    """A video that cannot be shown as asked; the message says which or how, what is wrong, and what to do."""
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The file against its annotation
+    """A video that cannot be read as asked."""
 
 
 @dataclass(frozen=True)
@@ -51,35 +43,33 @@ class Header:
 
 
 def probe(path: str) -> Header:
-    """What a file says about itself. Its index is read, which decord collects from the whole file, and its
-    first frame is decoded, for the size. Raises VideoError for a file that cannot be opened."""
+    """Read a file's index, and its first frame for the size. Raises VideoError."""
     reader, spans, hidden = _open(path)
     height, width = next(_decode(path, reader, [0])).shape[:2]
     return Header(len(spans), float(spans[-1, 1]), width, height, hidden)
 
 
 def check_header(sample: Sample, header: Header) -> bool:
-    """Whether a file is what its annotation says. True: it is, but the sample's clip is not all in it.
+    """Compare a file with its annotation. True: the file lacks a part of the sample's clip.
 
     Raises VideoError for another shape (by more than 2 %: boxes would be scaled by a wrong size; a smaller
     copy of the video is fine), and for another duration (by more than 1 s and 5 %: steps would be counted at
-    a wrong rate). A file of the annotated frame rate that holds three quarters of the duration or more has
-    lost its end; what exists of it is good, and it is an error only where the clip begins after that.
+    a wrong rate). A file of the right frame rate with at least three quarters of the duration has lost its
+    end: what exists is used, and it is an error only where the clip begins after that.
     """
     if abs(header.width * sample.height / (header.height * sample.width) - 1) > 0.02:
         raise VideoError(
             f"{sample.video}: its frames are {header.width} x {header.height}, but its annotation says"
-            f" {sample.width} x {sample.height}; correct width and height (or img_size) in the record, or"
-            " fetch the right file"
+            f" {sample.width} x {sample.height}; correct the size in the record, or fetch the right file"
         )
     annotated = sample.file_frames / sample.fps  # seconds
     rate = header.frames / max(header.seconds, TIMESTAMP_ERROR)  # a lone frame may have no duration
     cut_off = SHORTEST <= header.seconds / annotated < 1 and abs(rate / sample.fps - 1) <= 0.05
     if abs(header.seconds - annotated) > max(1.0, 0.05 * annotated) and not cut_off:
         raise VideoError(
-            f"{sample.video}: lasts {header.seconds:.2f} s, but its annotation says {annotated:.2f} s"
-            " (img_num / fps); correct img_num (VidSTG: frame_count) and fps in the record (without fps 20 s"
-            f" are meant; the file has {header.frames} frames, {rate:.4g} a second), or fetch the right file"
+            f"{sample.video}: lasts {header.seconds:.2f} s ({header.frames} frames, {rate:.4g} a second), but"
+            f" its annotation says {annotated:.2f} s; correct img_num (VidSTG: frame_count) and fps in the"
+            " record (HC-STVG without fps: 20 s), or fetch the right file"
         )
     begin = sample.begin_frame / sample.fps
     if begin > header.seconds + HELD_SECONDS:
@@ -94,26 +84,18 @@ def _too_short(path: str, end: float, needed: float) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Frames out of a file
-
-
 def clip_frames(sample: Sample, fps: float, max_side: int, factor: int) -> np.ndarray:
     """The frames of a sample's clip as the model sees them: fps a second, resized to frame_size.
 
-    Returns uint8 (T, h, w, 3); T is less than the clip has steps of 1 / fps seconds where its file lacks
-    the end. Raises VideoError.
+    Returns uint8 (T, h, w, 3); T is below the number of steps of 1 / fps seconds where the file lacks the end
+    of the clip. Raises VideoError.
     """
     times = [step / fps for step in range(sample.grid(1 / fps).num_steps)]
     return read_clip(sample, times, frame_size(sample.width, sample.height, max_side, factor))
 
 
 def read_clip(sample: Sample, times: list[float], size: tuple[int, int] | None = None) -> np.ndarray:
-    """The frames of a sample's clip at certain times, from a file that must be what the annotation says.
-
-    times: seconds from the beginning of the clip, ascending. size: as in read_frames. Returns uint8 (T', H,
-    W, 3) as read_frames does. Raises VideoError as check_header and read_frames do.
-    """
+    """Check the file of a sample's clip and read the frames at certain times, as read_frames does."""
     check_header(sample, probe(sample.video))
     return read_frames(sample.video, times, sample.begin_frame / sample.fps, size)
 
@@ -123,21 +105,16 @@ def read_frames(
 ) -> np.ndarray:
     """The frames on screen at certain times of a clip.
 
-    path: the file. times: seconds from the beginning of the clip, ascending. begin: where the clip begins,
-    in seconds from the first frame of the file. size: (w, h) to which each frame is resized, one at a time,
-    so that a long clip never lies in memory at the file's size; None: the file's size. A frame is on screen
-    from its own timestamp to that of the next, so videos of variable frame rate are read right.
+    times: seconds from the beginning of the clip, ascending, none below 0. begin: where the clip begins, in
+    seconds from the first frame of the file. size: (w, h) to which each frame is resized, one at a time, so
+    that a long clip never lies in memory at the file's size; None: the file's size. A frame is on screen from
+    its own timestamp to that of the next: videos of variable frame rate are read right.
 
-    Returns uint8 (T', H, W, 3), RGB, of the first T' <= len(times) times: one at most half a second after
-    the file's end gets the last frame, later ones are left out. Raises VideoError for a missing or
-    unreadable file, and for one that ends before the first of the times; ValueError for no times at all, for
-    one before the file's first frame, and for times that do not ascend.
+    Returns uint8 (T', H, W, 3), RGB, of the first T' <= len(times) times: a time at most half a second after
+    the file's end gets the last frame, later ones are left out. Raises VideoError for a file that is missing
+    or unreadable or ends before the first of the times.
     """
     wanted = begin + np.asarray(times, dtype=np.float64)  # (T,) seconds from the file's first frame
-    if len(wanted) == 0 or wanted[0] < 0 or (np.diff(wanted) < 0).any():
-        raise ValueError(
-            f"times {times!r} from {begin!r} s: at least one, none before 0, in ascending order, is needed"
-        )
     reader, spans, hidden = _open(path)
     end = float(spans[-1, 1])
     if wanted[0] > end + HELD_SECONDS:
@@ -145,8 +122,8 @@ def read_frames(
     wanted = wanted[wanted <= end + HELD_SECONDS]  # (T',)
     # Timestamps ascend, so the frame on screen is the last one that has begun.
     chosen = np.searchsorted(spans[:, 0], wanted + TIMESTAMP_ERROR, side="right") - 1
-    # Where frames are hidden the rest is decoded too: only then is it known that they are as many as the
-    # index says, and so that they are those that the index means.
+    # With hidden frames the rest is decoded too: only when the file holds as many frames as its index says
+    # are they the ones that the index means.
     needed = range(len(spans)) if hidden else np.unique(chosen).tolist()
     shown, kept = None, 0
     for index, frame in zip(needed, _decode(path, reader, needed), strict=True):
@@ -158,36 +135,34 @@ def read_frames(
             shown[kept] = pixels
             kept += 1
     if hidden:
-        _check_end(path, reader)
+        with contextlib.suppress(*FAILURES):  # the rule: there is no next frame
+            reader.next()
+            raise VideoError(f"{path}: holds more frames than its index shows; {REENCODE}")
     return shown
 
 
 def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
-    """A reader of a file with at least one frame; (frames, 2), the seconds when each shown frame begins and
-    ends, counted from the first; and how many frames are hidden before it. decord's messages are not passed
-    on: they can quote the file.
+    """A reader; (frames, 2), the seconds when each shown frame begins and ends, counted from the first one;
+    and the number of frames hidden before it. Raises VideoError.
 
-    Hidden frames are the trace of "ffmpeg -ss X -c copy": such a file is stored from the key frame before X
-    on, and says that the frames before X are not to be shown. decord lists them with times below zero.
+    Hidden frames come from "ffmpeg -ss X -c copy": such a file is stored from the key frame before X on, and
+    says that the frames before X are not to be shown. decord lists them with times below zero.
     """
     if not os.path.isfile(path):
         raise VideoError(f"{path}: no such video file; check the folder given as `videos`")
     try:
-        # More threads do not help: the frames are small. Without fault_tol decord hands out copies of other
-        # frames in place of those that it could not decode, and says nothing.
+        # More threads do not help: the frames are small. Without fault_tol decord silently replaces a frame
+        # that it cannot decode by a copy of another one.
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=NO_SUBSTITUTES)
         spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)  # (stored frames, 2)
         keys = reader.get_key_indices()
-    except DECORD_ERRORS as error:
-        raise VideoError(
+    except FAILURES as error:
+        raise VideoError(  # without decord's message, which can quote the file
             f"{path}: {os.path.getsize(path)} bytes that cannot be opened as a video (incomplete, or of an"
             " unknown codec); fetch or re-encode the file, or remove its annotation"
         ) from error
-    if not keys or keys[0] > 0:  # every later frame would be taken for one that is keys[0] frames earlier
-        raise VideoError(
-            f"{path}: begins between two key frames, so its first frames cannot be decoded; fetch the whole"
-            f" file, or {REENCODE}"
-        )
+    if not keys or keys[0] > 0:  # decord would take every later frame for one that is keys[0] frames earlier
+        raise VideoError(f"{path}: does not begin with a key frame; fetch the whole file, or {REENCODE}")
     hidden = int((spans[:, 0] < -1e-3).sum())
     if hidden == len(spans) or np.abs(spans).max() > 1e9:  # decord's number for "no timestamp" is 9e15
         raise VideoError(f"{path}: its frames have no usable timestamps; {REENCODE}")
@@ -199,10 +174,10 @@ def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Ite
 
     Never by decord's seeking (get_batch, seek_accurate, reader[i]): it is wrong by 1 to 4 frames in files
     with open groups of pictures (those of x265 and, with B-frames, of MPEG-4), and on files with hidden
-    frames it gives wrong ones or spins for ever (dmlc/decord issues 269, 373, 375). skip_frames decodes, too,
-    and only leaves out the conversion to RGB; but it seeks where a key frame is among the skipped or right
-    after them, so the frame before a key frame is never skipped. Where frames are hidden its count is off;
-    there read_frames wants all.
+    frames it gives wrong ones or spins for ever (dmlc/decord issues 269, 373, 375). skip_frames decodes too,
+    and only leaves out the conversion to RGB. But it seeks if a key frame is among the skipped ones or right
+    after them, so the frame before a key frame is never skipped. With hidden frames it miscounts; there
+    read_frames asks for all frames.
     """
     before_keys = [key - 1 for key in reader.get_key_indices() if 0 < key <= wanted[-1]]
     done = 0
@@ -213,36 +188,19 @@ def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Ite
             frame, done = reader.next(), index + 1
             if index in wanted:
                 yield frame
-    except DECORD_ERRORS as error:
+    except FAILURES as error:
         raise VideoError(f"{path}: a frame cannot be decoded; fetch or re-encode the file") from error
-
-
-def _check_end(path: str, reader: decord.VideoReader) -> None:
-    """Raise VideoError if there are more frames to come."""
-    try:
-        reader.next()
-    except DECORD_ERRORS:
-        return
-    raise VideoError(f"{path}: holds more frames than its index shows; {REENCODE}")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The size that the model sees
 
 
 def frame_size(width: int, height: int, max_side: int, factor: int) -> tuple[int, int]:
     """(width, height) of the frames shown to the model, both multiples of `factor` = patch size x merge size.
 
-    The longer side is brought down to max_side, aspect kept (STVG-o1, section 4); smaller frames are not
-    enlarged. Then each side goes to the nearest multiple of factor as in HF's smart_resize (Python's round:
-    halves to even), but to at least one factor, and to no more than max_side. Raises VideoError for a
-    max_side below one factor.
+    The longer side shrinks to max_side, aspect kept (STVG-o1, section 4); smaller frames are not enlarged.
+    Then each side goes to the nearest multiple of factor as in HF's smart_resize (Python's round: halves to
+    even), but to at least one factor and at most max_side. Raises VideoError for a max_side below a factor.
     """
     if max_side < factor:
-        raise VideoError(
-            f"max_side: {max_side} is less than the {factor} pixels of one visual token of this model; write"
-            f" max_side: {factor} or more"
-        )
+        raise VideoError(f"max_side: {max_side} is less than one visual token; write {factor} or more")
     longest = max(width, height, max_side)  # not below max_side: never enlarged
     most = max_side // factor
     columns, rows = (min(max(1, round(side * max_side / longest / factor)), most) for side in (width, height))
@@ -252,17 +210,13 @@ def frame_size(width: int, height: int, max_side: int, factor: int) -> tuple[int
 def resize(frames: np.ndarray | torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """uint8 (T, H, W, 3) -> uint8 (T, h, w, 3) with size = (w, h), by HF's kernel: bicubic, antialiased.
 
-    It must run on uint8: the float kernel, rounded, gives another value in 14-18 % of the pixels and takes
-    ten times as long.
+    On uint8: the float kernel, rounded, gives another value in 14-18 % of the pixels and takes ten times as
+    long.
     """
     width, height = size
     frames = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
     frames = F.interpolate(frames, (height, width), mode="bicubic", antialias=True, align_corners=False)
     return frames.permute(0, 2, 3, 1).contiguous()  # (T, h, w, 3)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Patches
 
 
 def patchify(
@@ -280,14 +234,11 @@ def patchify(
     std: of the 3 colours, in [0, 1].
 
     Returns float32 (gt * gh * gw, 3 * t * p * p), the patches of one token adjacent, and long (3,) = (gt,
-    gh, gw) with gt = ceil(T / t), gh = h / p, gw = w / p. Raises ValueError if there is no frame or a side
-    is no multiple of p * m.
+    gh, gw) with gt = ceil(T / t), gh = h / p, gw = w / p.
     """
     frames = torch.as_tensor(frames)
     count, height, width, channels = frames.shape
     p, m, t = patch_size, merge_size, temporal_patch_size
-    if count == 0 or height % (p * m) or width % (p * m):
-        raise ValueError(f"frames {tuple(frames.shape)}: need at least one, sides in multiples of {p * m}")
     frames = torch.cat([frames, frames[-1:].expand(-count % t, -1, -1, -1)])  # (gt * t, h, w, 3)
     grid = gt, gh, gw = len(frames) // t, height // p, width // p
     pixels = frames.reshape(gt, t, gh // m, m, p, gw // m, m, p, channels)
