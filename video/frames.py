@@ -49,8 +49,8 @@ def probe(path: str) -> Header:
     return Header(len(spans), float(spans[-1, 1]), width, height, hidden)
 
 
-def check_header(sample: Sample, header: Header) -> bool:
-    """Compare a file with its annotation. True: the file lacks a part of the sample's clip.
+def check_header(sample: Sample, header: Header) -> float:
+    """Compare a file with its annotation; returns for how many seconds of the clip it has frames to show.
 
     Raises VideoError for another shape (by more than 2 %: boxes would be scaled by a wrong size; a smaller
     copy of the video is fine), and for another duration (by more than 1 s and 5 %: steps would be counted at
@@ -74,7 +74,7 @@ def check_header(sample: Sample, header: Header) -> bool:
     begin = sample.begin_frame / sample.fps
     if begin > header.seconds + HELD_SECONDS:
         raise VideoError(_too_short(sample.video, header.seconds, begin))
-    return begin + sample.num_frames / sample.fps > header.seconds + HELD_SECONDS
+    return header.seconds + HELD_SECONDS - begin
 
 
 def _too_short(path: str, end: float, needed: float) -> str:
