@@ -137,7 +137,7 @@ def test_settings_reach_the_step(tmp_path, grpo_config, taught):
     draws its own answers, for the same prompts and weights."""
     weights = {"format": 1, "consistency": 2, "temporal": 3, "spatial": 0.5, "think": 0, "giou": 1, "l1": 0}
     changes = {"rewards": weights, "scale_rewards": False, "learning_rate": 0.0, "eval_temperature": 2.0}
-    path = grpo_config(tmp_path, **changes, batch_size=6, steps=2, eval_every=0, temperature=1.5)
+    path = grpo_config(tmp_path, **changes, batch_size=6, steps=2, eval_every=0)
     train.main([path])
     records = read_lines(tmp_path / "run/rollouts.jsonl")
     truths = {sample.id: sample.truth(1.0) for sample in samples_of(load_config(path))}
@@ -153,10 +153,8 @@ def test_settings_reach_the_step(tmp_path, grpo_config, taught):
     assert totals.std(1).max() > 0.1
     greedy, sampled = (read_lines(run / "predictions.jsonl") for run in (taught, tmp_path / "run"))
     assert [r["completion"] for r in greedy] != [r["completion"] for r in sampled]
-    answers = [
-        {(r["id"], r["generation"], r["completion"]) for r in records if r["step"] == n} for n in (1, 2)
-    ]
-    assert len(answers[0]) == 24 and len(answers[0] & answers[1]) < 12
+    first, second = ([r["completion"] for r in records if r["step"] == step] for step in (1, 2))
+    assert len(first) == 24 and sorted(first) != sorted(second)
 
 
 def test_warm_up_and_weight_decay(tmp_path, grpo_config, taught):
