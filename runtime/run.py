@@ -48,6 +48,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None  # of the phase that is running
     batch: list[Sample] = field(default_factory=list)  # of the step that is running, on all ranks
     recent: list[tuple[float, float]] = field(default_factory=list)  # (reward, vIoU) of the last steps
+    evaluated: int = 0  # step of the last evaluation
 
     # ------------------------------------------------------------------------------------------------------
     # Steps
@@ -75,7 +76,8 @@ class Run:
         ) as bar:
             self.bar = bar
             for step in range(done, config.steps):
-                if phase == "grpo" and step and config.eval_every and step % config.eval_every == 0:
+                due = phase == "grpo" and step and config.eval_every and step % config.eval_every == 0
+                if due and self.evaluated != step:
                     evaluate("step")
                 clock.lap()
                 self.batch = batch_of(step)
@@ -141,6 +143,7 @@ class Run:
         best."""
         if self.log:
             self.log.write({"phase": "eval", "step": self.progress.step, **scores})
+        self.evaluated = self.progress.step
         best = self.progress.best["m_vIoU"] if self.progress.best else -1
         if when != "before" and self.config.eval_every and scores["m_vIoU"] > best:
             best = {"step": self.progress.step, "m_vIoU": scores["m_vIoU"]}
@@ -229,13 +232,11 @@ def open_run(config: Config, policy, loader: FrameLoader, samples: list[Sample])
             else None
         )
         run = Run(config, folder, policy, loader, identity, checkpoint, progress, stop, log)
-        if log:
-            lines = (
-                [m for m in read_jsonl(folder / "metrics.jsonl") if m["phase"] == "grpo"]
-                if progress.step
-                else []
-            )
-            run.recent = [(m["reward"], m["viou_pred"]) for m in lines[-DRIFT_STEPS:]]
+        if progress.step:
+            lines = read_jsonl(folder / "metrics.jsonl")
+            grpo = [m for m in lines if m["phase"] == "grpo"]
+            run.recent = [(m["reward"], m["viou_pred"]) for m in grpo[-DRIFT_STEPS:]]
+            run.evaluated = max(m["step"] for m in lines if m["phase"] == "eval")
         try:
             yield run
         except Stopped:

@@ -1,0 +1,355 @@
+"""Runs that are killed, stopped, started beside themselves or asked for more steps: whole runs of train.py.
+
+Each must end with the bytes of a run that nothing has happened to.
+"""
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_runs import (
+    assert_same,
+    at_call,
+    contents,
+    killed,
+    metrics_of,
+    names,
+    no_pictures,
+    read_lines,
+    weights_of,
+)
+
+import runtime.run
+import train
+from runtime.files import UserError
+from runtime.run import global_batch
+
+ROOT = Path(__file__).parent.parent.parent
+ONE = {"eval_every": 0, "eval_limit": 1}  # as few evaluations as can be
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_pictures():
+    with no_pictures():
+        yield
+
+
+@pytest.fixture
+def place(finished, tmp_path, grpo_config):
+    """(configuration, folder) of a finished run, to resume or to spoil; nothing else stands in its parent."""
+    run = shutil.copytree(finished, tmp_path / "place/run")
+    config = grpo_config(tmp_path, output_dir=str(run), save_every=2)
+    shutil.copy(config, run / "config.yaml")
+    return config, run
+
+
+def refused(arguments, folder, match):
+    """In one line; nothing in the folder changes."""
+    before = contents(folder)
+    with pytest.raises(UserError, match=match) as caught:
+        train.main(arguments)
+    assert "\n" not in str(caught.value) and contents(folder) == before
+
+
+def assert_free(run):
+    """No lock is left on a folder."""
+    folder = os.open(run, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(folder)
+
+
+def sigterm():
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # or pytest would end
+    signal.raise_signal(signal.SIGTERM)
+
+
+def boom():
+    raise FloatingPointError("loss nan")
+
+
+def test_batches_are_epochs():
+    """Seven sentences, batches of three: any seven in a row are all of them, in each epoch's own order."""
+    letters = list("abcdefg")
+    stream = [letter for step in range(14) for letter in global_batch(letters, 3, step, seed=5)]
+    epochs = ["".join(stream[k : k + 7]) for k in range(0, 42, 7)]
+    assert all(Counter(epoch) == Counter(letters) for epoch in epochs) and len(set(epochs)) == 6
+    assert stream[:3] == global_batch(letters, 3, 0, seed=5) != global_batch(letters, 3, 0, seed=6)
+    assert Counter(global_batch(letters, 16, 0, seed=0)).most_common()[-1][1] == 2  # more than there are
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Resume
+
+
+def test_more_steps(finished, tmp_path, grpo_config):
+    """Two steps, the second of them with a signal; the end, whose checkpoint was being replaced; two steps
+    more, killed in the first of them and before the summary."""
+    path, run = grpo_config(tmp_path, steps=2), tmp_path / "run"
+    with at_call(train, "update", 2, sigterm):
+        train.main([path])
+    assert names(run, "checkpoint") == {"checkpoint_2"} and not (run / "predictions.jsonl").exists()
+    train.main([path, "resume=auto"])
+    assert names(run, "checkpoint") == {"checkpoint", "checkpoint_2"} and (run / "summary.json").exists()
+    (run / "checkpoint").rename(run / "checkpoint.old")
+    shutil.copytree(run / "checkpoint.old/state", run / "checkpoint.tmp/state")
+
+    more = [path, "resume=auto", "steps=4"]
+    killed(train, "update", 1, more)
+    assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 4
+    assert not (run / "summary.json").exists()  # which would say that it has ended
+    assert names(run, "predictions") == {"predictions_before.jsonl", "predictions_2.jsonl"}
+    killed(train, "report", 1, more)
+    train.main(more)
+    assert_same(run, finished)
+    assert (run / "predictions_2.jsonl").read_bytes() == (finished / "predictions_2.jsonl").read_bytes()
+    assert names(run, "best") == names(finished, "best")
+    assert names(tmp_path) == {"config.yaml", "run"} and not names(run, ".tmp") | names(run, ".old")
+
+
+def test_nothing_more_to_do(finished, place):
+    """A finished run that is started again decodes nothing, and says the same."""
+    config, run = place
+    stamp = (run / "checkpoint").stat().st_mtime_ns
+    with at_call(train, "report", 1, lambda: None):
+        train.main([config, "resume=auto"])
+    assert_same(run, finished)
+    assert (run / "checkpoint").stat().st_mtime_ns == stamp and names(run) == names(finished)
+
+
+def test_killed_before_its_first_checkpoint(finished, tmp_path, grpo_config):
+    """It starts again, in its place; what was being written goes."""
+    path, run = grpo_config(tmp_path), tmp_path / "run"
+    killed(train, "update", 3, [path])
+    assert len(read_lines(run / "rollouts.jsonl")) == 2 * 8
+    (run / "checkpoint_2.tmp/state").mkdir(parents=True)
+    train.main([path, "resume=auto"])
+    assert_same(run, finished)
+    assert names(tmp_path) == {"config.yaml", "run"} and not names(run, ".tmp")
+
+
+def test_a_loss_that_is_not_finite_then_resume(finished, tmp_path, grpo_config):
+    """The checkpoint that is left is from before the step: also its logs, which nothing doubles."""
+    path, run = grpo_config(tmp_path), tmp_path / "run"
+    with at_call(train, "update", 1, boom), pytest.raises(FloatingPointError, match="after step 0: loss nan"):
+        train.main([path])
+    assert names(run, "checkpoint") == set()
+    said = r"after step 2: loss nan\. The batch was .\.y4m, .\.y4m; the weights from before it are kept"
+    with at_call(train, "update", 3, boom), pytest.raises(FloatingPointError, match=said):
+        train.main([path, "resume=auto"])
+    assert names(run, "checkpoint") == {"checkpoint_2"}
+    train.main([path, "resume=auto"])
+    assert_same(run, finished)
+
+
+def test_a_loss_that_is_not_finite_in_a_second_update(tmp_path, grpo_config):
+    """The first update of the batch has changed the weights: no checkpoint may call them those of before."""
+    path = grpo_config(tmp_path, steps=2, updates_per_batch=2, **ONE)
+    with at_call(torch.nn.utils, "clip_grad_norm_", 4, boom), pytest.raises(FloatingPointError):
+        train.main([path])
+    assert names(tmp_path / "run", "checkpoint") == set()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path, grpo_config):
+    path, run = grpo_config(tmp_path, save_every=1), tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():  # no file may grow beyond 200 kB, and the weights are larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+
+    try:
+        with at_call(train, "update", 3, fill), pytest.raises(UserError, match="free some space"):
+            train.main([path])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {"checkpoint_1", "checkpoint_2"} == names(run, "checkpoint")
+    train.main([path, "resume=auto"])
+    assert_same(run, finished)
+
+
+def test_supervised_then_sampled(tmp_path, grpo_config):
+    """The reference of the KL is what the supervised steps have made, also in a resumed run."""
+    sft = {"sft": {"steps": 3, "learning_rate": 1e-4, "batch_size": 2}, "steps": 2}
+    settings = {**sft, **ONE, "save_every": 1, "keep_checkpoints": 1}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train.main([grpo_config(tmp_path, **settings, output_dir=str(whole))])
+    assert [line["kl"] > 0 for line in metrics_of(whole, "grpo")] == [False, True]
+    words = [grpo_config(tmp_path, **settings), "resume=auto"]
+
+    with at_call(train, "update", 1, sigterm):
+        train.main(words)
+    assert names(run, "checkpoint") == {"checkpoint_sft_1"}
+    killed(train, "update", 2, words)  # in the third supervised step
+    assert names(run, "checkpoint") == {"checkpoint_sft_2"}
+    killed(train, "freeze", 1, words)  # between the phases
+    assert names(run, "checkpoint") == {"checkpoint_sft_3"}
+    killed(train, "update", 1, words)  # in the first sampled step
+    assert names(run, "checkpoint") == {"checkpoint_sft_3"}
+    killed(train, "update", 2, words)  # in the second one
+    assert names(run, "checkpoint") == {"checkpoint_sft_3", "checkpoint_1"}
+    train.main(words)
+    assert_same(run, whole)
+    assert names(run, "checkpoint") == {"checkpoint_sft_3", "checkpoint_1", "checkpoint"}
+
+
+def test_adapters(tmp_path, grpo_config):
+    """Killed in their first step, when they are drawn anew, and later."""
+    settings = {**ONE, "lora": {"rank": 4}, "learning_rate": 1e-3, "steps": 3, "save_every": 1}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train.main([grpo_config(tmp_path, **settings, output_dir=str(whole))])
+    words = [grpo_config(tmp_path, **settings), "resume=auto"]
+    killed(train, "update", 1, words)
+    killed(train, "update", 3, words)
+    train.main(words)
+    assert_same(run, whole)
+    assert (run / "checkpoint/adapter_model.safetensors").exists() and metrics_of(run, "grpo")[1]["kl"] > 0
+    assert (
+        max(value.abs().max() for name, value in weights_of(run / "checkpoint").items() if "_B" in name) > 0
+    )
+
+
+def test_a_signal_ends_the_run_after_its_step(tmp_path, grpo_config):
+    """The signal itself, to a process of its own, from a reward that is called in the first step."""
+    (tmp_path / "stop.py").write_text(
+        "import os, signal\ncalls = []\ndef f(answer, truth):\n    calls.append(1)\n"
+        "    if len(calls) == 2:  # the first is the evaluation\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return 0.0\n"
+    )
+    path, run = grpo_config(tmp_path, rewards={f"{tmp_path}/stop.py:f": 1}, **ONE), tmp_path / "run"
+    done = subprocess.run([sys.executable, ROOT / "train.py", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "stopped after step 1; resume with: the same command and resume=auto" in done.stdout
+    assert "a second signal stops at once" in done.stderr
+    assert names(run, "checkpoint") == {"checkpoint_1"} and [m["step"] for m in metrics_of(run)] == [0, 1]
+
+
+def test_drift_is_looked_for_in_the_last_steps_also_after_a_kill(tmp_path, grpo_config, monkeypatch):
+    """Of reward and vIoU as they stand in the log, here of two steps."""
+    path, run, seen = grpo_config(tmp_path, **ONE, save_every=1), tmp_path / "run", []
+    monkeypatch.setattr(runtime.run, "DRIFT_STEPS", 2)
+    monkeypatch.setattr(runtime.run, "drifts_apart", lambda last: seen.append(list(last)) or len(seen) > 3)
+    killed(train, "update", 4, [path])
+    train.main([path, "resume=auto"])
+    lines = metrics_of(run, "grpo")
+    pairs = [(line["reward"], line["viou_pred"]) for line in lines]
+    assert seen == [pairs[:1], pairs[:2], pairs[1:3], pairs[2:]]
+    assert [line["drift"] for line in lines] == [0, 0, 0, 1]
+
+
+def test_what_is_kept(tmp_path, grpo_config, monkeypatch):
+    """The newest checkpoint, the end, and the best by m_vIoU after training began, the first of equal ones;
+    also where the run was killed in its last step, and gets more steps after its end was the best."""
+    viou, score = {0: 90, 3: 20, 4: 50, 6: 50}, train.score_predictions
+    path = grpo_config(tmp_path, eval_every=3, eval_limit=1, save_every=1, keep_checkpoints=1)
+    run = tmp_path / "run"
+
+    def rigged(*arguments):
+        step = (
+            max([0, *(line["step"] for line in metrics_of(run, "grpo"))])
+            if "rollouts.jsonl" in names(run)
+            else 0
+        )
+        return {"native": {**score(*arguments)["native"], "m_vIoU": viou[step]}}
+
+    monkeypatch.setattr(train, "score_predictions", rigged)
+    killed(train, "update", 4, [path])
+    assert names(run, "checkpoint") | names(run, "best") == {"checkpoint_3", "best_3"}
+    train.main([path, "resume=auto"])
+    assert names(run, "checkpoint") | names(run, "best") == {"checkpoint_3", "checkpoint", "best_4"}
+    best, end, before = (weights_of(run / name) for name in ("best_4", "checkpoint", "checkpoint_3"))
+    assert all(torch.equal(best[name], end[name]) for name in end)
+    assert not all(torch.equal(best[name], before[name]) for name in end)
+    assert not (run / "best_4/state").exists()
+    kept = contents(run / "best_4")
+    train.main([path, "resume=auto", "steps=6"])
+    assert names(run, "checkpoint") | names(run, "best") == {"checkpoint_5", "checkpoint", "best_4"}
+    assert contents(run / "best_4") == kept
+    assert [line["m_vIoU"] for line in metrics_of(run, "eval")] == [90, 20, 50]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is refused, or moved aside
+
+
+REFUSED = {
+    "steps=1": "after 4 steps; steps: 1 cannot be fewer",
+    "learning_rate=1e-5": "with learning_rate: 0.0001; this run has learning_rate: 1e-05",
+    "train_annotations={}/other.json": "data: ",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_another_run(place, tmp_path, world, change):
+    """Not even config.yaml is written; and the folder is free afterwards."""
+    config, run = place
+    records = json.loads((world / "all.json").read_text())
+    records["1.y4m"]["caption"] += " again"
+    (tmp_path / "other.json").write_text(json.dumps(records))
+    (run / "checkpoint_5.tmp").mkdir()
+    refused([config, "resume=auto", change.format(tmp_path)], run.parent, REFUSED[change])
+    assert_free(run)
+
+
+SPOILT = {
+    "no state": (lambda run: shutil.rmtree(run / "checkpoint_2/state"), "no checkpoint in .* has its state/"),
+    "short log": (lambda run: (run / "rollouts.jsonl").write_text(""), r"rollouts\.jsonl: is shorter"),
+    "no config": (lambda run: (run / "config.yaml").write_text("colour: red"), "unknown key colour"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_run(place, case):
+    """There is nothing to resume from, and nothing to begin over."""
+    config, run = place
+    spoil, said = SPOILT[case]
+    if case != "short log":
+        shutil.rmtree(run / "checkpoint/state")
+    if case == "no config":
+        shutil.rmtree(run / "checkpoint")
+        shutil.rmtree(run / "checkpoint_2")
+    spoil(run)
+    refused([config, "resume=auto", "steps=6"], run.parent, said)
+    assert_free(run)
+
+
+def test_a_folder_of_another_run_without_a_checkpoint(place, grpo_config, tmp_path):
+    """It is moved aside with all that is in it, also what a kill left half done; both folders are free."""
+    config, run = place
+    for folder in ("checkpoint", "checkpoint_2"):
+        (run / folder).rename(run / f"{folder}.tmp")
+    before = contents(run)
+    train.main([config, "resume=auto", "steps=0", "learning_rate=0"])
+    assert names(run.parent) == {"run", "run.1"} and contents(run.parent / "run.1") == before
+    assert [line["phase"] for line in metrics_of(run)] == ["eval", "eval"] and not names(run, ".tmp")
+    assert_free(run)
+    assert_free(run.parent / "run.1")
+
+
+def test_beside_a_run_at_work(tmp_path, grpo_config):
+    """A second start while the first is in a step is refused, and changes nothing; the first one goes on."""
+    path = grpo_config(tmp_path, steps=2, **ONE)
+    tried = []
+
+    def second_start():
+        for way in ("auto", "never"):
+            refused([path, f"resume={way}"], tmp_path, "a run is at work in .*; wait for it, or choose")
+            tried.append(way)
+
+    with at_call(train, "update", 2, second_start):
+        train.main([path])
+    assert tried == ["auto", "never"] and [line["step"] for line in metrics_of(tmp_path / "run")] == [
+        0,
+        1,
+        2,
+        2,
+    ]
+    assert_free(tmp_path / "run")
