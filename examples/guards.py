@@ -2,22 +2,22 @@
 
     rewards: {examples/guards.py:no_overlap: 1.0, examples/guards.py:missed_steps: 1.0}
 
-`python -m lab.exploits` shows which cheats they make unprofitable, and which they open.
+`python -m lab.exploits` shows which cheats each of them stops, and which it opens.
 """
 
 from rewards import common_steps, spatial_reward
 
 
 def no_overlap(answer, truth):
-    """-1 for each list of boxes where answer and truth share no step: missing the event then earns less than
-    boxes on the wrong person."""
+    """-1 for each list of boxes if answer and truth share no step. In the paper that earns 0, which is more
+    than boxes on the wrong person do."""
     lists = 1 if answer.think is None else 2
     return 0.0 if common_steps(answer, truth) else -1.0 * lists
 
 
 def missed_steps(answer, truth):
-    """What R_spa of each list loses if every true step outside the answer's span counts as -1 in its mean:
-    one easy step then no longer pays. Without a common step it is no_overlap."""
+    """What changes in the mean of GIoU - L1 of each list of boxes if every true step that the answer leaves
+    out counts as -1 in it: one easy step then no longer pays. Without a common step it is no_overlap."""
     common = common_steps(answer, truth)
     if not common:
         return no_overlap(answer, truth)

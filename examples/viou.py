@@ -4,9 +4,8 @@ from rewards import MISSING, common_steps, iou
 
 
 def viou(answer, truth):
-    """Sum of IoU over the common steps / steps of the union of the spans, in [0, 1]. Where the spatial reward
-    (Eq. 7) is a mean over the common steps, a step that is left out costs something here, and missing the
-    interval altogether never pays."""
+    """Sum of IoU over the common steps / steps of the union of the spans, in [0, 1]. Unlike the spatial
+    reward (Eq. 7), a mean over the common steps, it pays less for each step that is left out."""
     pairs = [(answer.pred_boxes.get(i, MISSING), truth.boxes[i]) for i in common_steps(answer, truth)]
     union = max(answer.end, truth.span[1]) - min(answer.start, truth.span[0]) + 1
     return sum(iou(box, true_box) for box, true_box in pairs) / union
