@@ -1,8 +1,8 @@
 """The metrics of spatio-temporal video grounding: from an answer to the paper's row (Tables 1-3).
 
 A tube is a span and boxes, both on the native frames of the clip: ((first, stop), {frame: box in [0, 1]}),
-the span half-open. What an answer says in steps becomes a tube first, and is scored as one. With P and G for
-the predicted and the true span, p_f and g_f for their boxes, F for the frames where boxes are judged:
+the span half-open. What an answer says in steps becomes a tube first. With P and G for the predicted and the
+true span, p_f and g_f for their boxes, F for the frames where boxes are judged:
 
     tIoU = |P and G| / |P or G|
     vIoU = sum of IoU(p_f, g_f) over f of F in P and G / number of f of F in P or G
@@ -17,30 +17,29 @@ Published tables disagree about G and F. A protocol is one choice of the two:
                cites for its metrics
 
 In all of them vIoU leaves out the frames of the truth without a box, which still count in tIoU (the published
-code drops such sentences or stops); a failed answer scores 0 and is counted like any other; and vIoU@R is the
-share of answers strictly above R.
+code drops such sentences or stops); a failed answer counts as 0, like any other; and vIoU@R is the share of
+answers strictly above R.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
 
 from config import Config
-from prompts import Answer, TextFormat, read_answer, truth_answer
+from prompts import Answer, TextFormat, parse_answer, truth_answer
 from rewards import area, iou
 from runtime.files import DataError
 from samples import QUESTION_TYPES, Box, Sample
 
 Tube = tuple[tuple[int, int], dict[int, Box]]
 Scores = dict[str, float]  # of one answer: "tIoU" and "vIoU" in [0, 1], and "failures", 0 or 1
-Row = dict[str, float]  # of a table: see summarize and score_answers
+Row = dict[str, "float | Row"]  # of a table: see summarize and score_tubes
 
 TUBEDETR_FPS, TUBEDETR_FRAMES = 5, 200  # its code's fps and video_max_len
 AREA_EDGES = tuple(k * k / 100 for k in range(11))  # STVG-o1, Fig. 4: shares of the frame's area
 COLUMNS = ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")
 CEILINGS = {"ceiling_m_tIoU": "best tIoU", "ceiling_m_vIoU": "best vIoU"}  # key in a row -> head in a table
-
 
 # ----------------------------------------------------------------------------------------------------------
 # From an answer to a tube
@@ -55,11 +54,10 @@ def tube_from_answer(
 ) -> Tube | None:
     """From steps to native frames; None for a failed answer: it did not parse, or ends before it starts.
 
-    Step i covers the native frames of its cell, and its box belongs to the frame that was sampled
-    (TimeGrid). Between sampled frames boxes are interpolated linearly, also across steps without a box;
-    before the first and after the last one they are held. What the answer says beyond the clip's end does
-    not exist: a span that lies there altogether is empty. Boxes of steps outside the answer's own span are
-    ignored; flipped boxes stay so (their IoU is 0).
+    Step i covers the native frames of its cell, and its box belongs to the frame that was sampled (TimeGrid).
+    Between sampled frames boxes are interpolated linearly, also across steps without a box; before the first
+    and after the last one they are held. What lies beyond the clip's end is cut off: a span may become empty.
+    Boxes of steps outside the answer's own span are ignored. Flipped boxes stay flipped: their IoU is 0.
 
     scale: (width, height) of the text's coordinates. which: the list of boxes, "pred" or "think".
     """
@@ -77,6 +75,28 @@ def tube_from_answer(
     sampled = [grid.sampled_frame(step) for step in steps]
     sides = [np.interp(frames, sampled, [given[step][side] for step in steps]).tolist() for side in range(4)]
     return (first, stop), dict(zip(frames, zip(*sides, strict=True), strict=True))
+
+
+def tube_of(prediction: dict | None, sample: Sample, config: Config, which: str = "pred") -> Tube | None:
+    """The tube of a record, with the boxes of one list, "pred" or "think"; None for a failure. Raises
+    DataError as scale_of does."""
+    if prediction is None:
+        return None
+    answer = parse_answer(prediction["completion"], config.think)
+    return tube_from_answer(answer, sample, config.text_format, scale_of(prediction, sample, config), which)
+
+
+def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int]:
+    """(width, height) that the boxes of a record are measured in. Raises DataError."""
+    if config.coordinates != "resized":
+        return config.text_format.scale((0, 0), (sample.width, sample.height))
+    match prediction.get("scale"):
+        case [int(width), int(height)] if width > 0 and height > 0:
+            return width, height
+    raise DataError(
+        f'prediction {sample.id!r}: with coordinates: resized each needs "scale": [width, height], the'
+        " size in pixels of the frames that the model saw"
+    )
 
 
 def ceiling_tubes(samples: Iterable[Sample], text_format: TextFormat) -> Iterator[Tube]:
@@ -97,8 +117,8 @@ def native_scores(tube: Tube | None, sample: Sample) -> Scores:
 
 
 def stcat_scores(tube: Tube | None, sample: Sample) -> Scores:
-    """The protocol `stcat`: the truth's end is the number of its last frame, the prediction's of the frame
-    after, and half-open formulas take both.
+    """The protocol `stcat`: the truth ends with the number of its last frame, the prediction with that of the
+    frame after its last, and half-open formulas take both.
 
     HC-STVG: the truth's last frame earns nothing, and an answer that covers it pays for it: n frames found
     exactly have tIoU (n - 1) / n. VidSTG: their reader takes the exclusive temporal_gt.end_fid for the last
@@ -122,19 +142,15 @@ def tubedetr_scores(tube: Tube | None, sample: Sample) -> Scores:
     return _scores(tube, sample, range(sample.first_frame, sample.stop_frame), tubedetr_frames(sample))
 
 
-PROTOCOLS: dict[str, Callable[[Tube | None, Sample], Scores]] = {
-    "native": native_scores,
-    "stcat": stcat_scores,
-    "tubedetr": tubedetr_scores,
-}
+PROTOCOLS = {"native": native_scores, "stcat": stcat_scores, "tubedetr": tubedetr_scores}
 
 
 def tubedetr_frames(sample: Sample) -> list[int]:
     """The native frames of the clip, 0-based, that TubeDETR is shown: 5 a second, at most 200.
 
     The first one, then each f with int(f * 5 / fps) above that of the one before, in numbers of the whole
-    file; the clip's last frame is left out; of more than 200, 200 evenly. Of a file with fewer than 5 frames
-    a second, which their code refuses, all but the last are kept.
+    file; never the clip's last frame; of more than 200, 200 evenly spaced. Their code refuses files with
+    fewer than 5 frames a second; here all but the last frame are kept.
     """
     begin = sample.begin_frame
     rate = TUBEDETR_FPS / sample.fps  # rounded before it multiplies, as theirs is: int() can tell
@@ -170,90 +186,72 @@ def _scores(tube: Tube | None, sample: Sample, truth: range, frames: Iterable[in
 
 
 def summarize(scores: list[Scores]) -> Row:
-    """A row of the paper's tables, in percent, over ALL sentences (N and failures are counts).
-
-    vIoU@R is the share of sentences with vIoU strictly above R. Raises ValueError for no scores at all.
-    """
+    """The row of a table, in percent, over ALL sentences (N and failures are counts). vIoU@R is the share of
+    sentences with vIoU strictly above R. Raises ValueError for no scores."""
     if not scores:
         raise ValueError("no scores to summarize: the split is empty")
     tious, vious = (np.array([score[name] for score in scores]) for name in ("tIoU", "vIoU"))
-    return {
-        "m_tIoU": 100 * float(tious.mean()),
-        "m_vIoU": 100 * float(vious.mean()),
-        "vIoU@0.3": 100 * float((vious > 0.3).mean()),
-        "vIoU@0.5": 100 * float((vious > 0.5).mean()),
-        "N": len(scores),
-        "failures": sum(score["failures"] for score in scores),
-    }
+    shares = (tious, vious, vious > 0.3, vious > 0.5)  # in the order of COLUMNS
+    row = {name: 100 * float(values.mean()) for name, values in zip(COLUMNS, shares, strict=True)}
+    return row | {"N": len(scores), "failures": sum(score["failures"] for score in scores)}
 
 
-def grid_ceiling(samples: list[Sample], text_format: TextFormat, protocol: str = "native") -> Row:
-    """The row of the answers with the full reward. Print it beside the score.
+def score_tubes(tubes: Iterable[Tube | None], samples: list[Sample]) -> dict[str, Row]:
+    """protocol -> row; for VidSTG it holds the rows of its "declarative" and "interrogative" sentences, too.
 
-    It is below 100 where truths begin and end between steps, and where boxes do not move evenly between
-    them. Raises ValueError for no samples at all.
+    tubes: one for each sample, in order; taken one at a time, for VidSTG's 10,303 test sentences would fill
+    0.7 GB. Raises ValueError for no samples, and for more or fewer tubes than samples.
     """
-    tubes = zip(ceiling_tubes(samples, text_format), samples, strict=True)
-    return summarize([PROTOCOLS[protocol](tube, sample) for tube, sample in tubes])
+    pairs = zip(tubes, samples, strict=True)
+    scores = [{name: protocol(*pair) for name, protocol in PROTOCOLS.items()} for pair in pairs]
+    rows = {name: summarize([score[name] for score in scores]) for name in PROTOCOLS}
+    for kind in QUESTION_TYPES:
+        chosen = [n for n, sample in enumerate(samples) if sample.question_type == kind]
+        for name in PROTOCOLS if chosen else ():
+            rows[name][kind] = summarize([scores[n][name] for n in chosen])
+    return rows
+
+
+def grid_ceiling(samples: list[Sample], text_format: TextFormat) -> dict[str, Row]:
+    """score_tubes of the answers with the full reward. It is below 100 where truths begin and end between
+    steps, and where boxes do not move evenly between them."""
+    return score_tubes(ceiling_tubes(samples, text_format), samples)
 
 
 def score_answers(
     tubes: Iterable[Tube | None], samples: list[Sample], text_format: TextFormat
-) -> dict[str, dict[str, float | Row]]:
-    """protocol -> the paper's row with the grid's ceiling, for VidSTG also that of each question type.
-
-    tubes: those of the answers, one for each sample, in the samples' order. They are taken one at a time, so
-    an iterator saves memory: the 10,303 of VidSTG's test set fill 0.7 GB. Returns for each protocol the row
-    of summarize with "ceiling_m_tIoU" and "ceiling_m_vIoU", in percent; where samples have question types,
-    the same rows of those sentences alone stand in it under "declarative" and "interrogative". Raises
-    ValueError for no samples at all, and where there are more or fewer tubes than samples.
-    """
-    scores, ceilings = ({name: [] for name in PROTOCOLS} for _ in range(2))
-    for tube, perfect, sample in zip(tubes, ceiling_tubes(samples, text_format), samples, strict=True):
-        for name, protocol in PROTOCOLS.items():
-            scores[name].append(protocol(tube, sample))
-            ceilings[name].append(protocol(perfect, sample))
-
-    def row(name: str, chosen: Iterable[int]) -> Row:
-        best = summarize([ceilings[name][k] for k in chosen])
-        return summarize([scores[name][k] for k in chosen]) | {
-            f"ceiling_{key}": best[key] for key in COLUMNS[:2]
-        }
-
-    kinds = {kind: [k for k, s in enumerate(samples) if s.question_type == kind] for kind in QUESTION_TYPES}
-    return {
-        name: row(name, range(len(samples))) | {kind: row(name, ks) for kind, ks in kinds.items() if ks}
-        for name in PROTOCOLS
-    }
+) -> dict[str, Row]:
+    """score_tubes, each row with the grid's ceiling beside it, "ceiling_m_tIoU" and "ceiling_m_vIoU"."""
+    rows, best = score_tubes(tubes, samples), grid_ceiling(samples, text_format)
+    for name, row in rows.items():
+        for kind in [kind for kind in QUESTION_TYPES if kind in row]:
+            row[kind] |= {key: best[name][kind][key.removeprefix("ceiling_")] for key in CEILINGS}
+        row |= {key: best[name][key.removeprefix("ceiling_")] for key in CEILINGS}
+    return rows
 
 
 def viou_by_area(samples: list[Sample], scores: dict[str, list[Scores]]) -> list[dict]:
-    """Mean vIoU by how large the subject is (STVG-o1, Fig. 4).
+    """Mean vIoU by how large the subject is (STVG-o1, Fig. 4): the mean area of its true boxes, as a share of
+    the frame.
 
-    scores: by a name, such as "think" and "pred", those of one answer for each sample, in the samples' order;
-    a failed answer counts with its 0, as in the table. The area of a sample is the mean of its true boxes, as
-    a share of the frame's. Returns for each bin of AREA_EDGES, the lower edge in it and the upper one not but
-    for the last, {"low", "high", "N": samples in it, NAME: mean vIoU in percent, None where N is 0}. Raises
-    ValueError where there are more or fewer scores than samples.
+    scores: by a name, such as "think" and "pred", those of one answer for each sample, in order. Returns for
+    each bin of AREA_EDGES {"low", "high", "N": samples in it, NAME: mean vIoU in percent, None where N is 0};
+    a bin holds its lower edge, the last one also its upper.
     """
     areas = [np.mean([area(box) for box in sample.boxes.values()]) for sample in samples]
-    places = np.digitize(areas, AREA_EDGES[1:-1])  # (N,), 0 to 9
-    bins = []
+    places, bins = np.digitize(areas, AREA_EDGES[1:-1]), []  # places: (N,), 0 to 9
     for k, (low, high) in enumerate(pairwise(AREA_EDGES)):
-        row = {"low": low, "high": high, "N": int((places == k).sum())}
+        inside = np.flatnonzero(places == k)
+        bins.append({"low": low, "high": high, "N": len(inside)})
         for name, values in scores.items():
-            inside = [s["vIoU"] for s, place in zip(values, places, strict=True) if place == k]
-            row[name] = 100 * float(np.mean(inside)) if inside else None
-        bins.append(row)
+            vious = [values[n]["vIoU"] for n in inside]
+            bins[-1][name] = 100 * float(np.mean(vious)) if vious else None
     return bins
 
 
-def format_table(rows: dict[str, dict[str, float | Row]]) -> str:
-    """The paper's columns for named rows; beside them N, the share of failed answers, and the grid's ceiling
-    where a row has one. The rows of question types that stand in a row follow it.
-
-    Raises ValueError for a row whose vIoU@0.5 is above its vIoU@0.3: no answers score so.
-    """
+def format_table(rows: dict[str, Row]) -> str:
+    """The paper's columns for named rows, with N, the share of failed answers and the grid's ceiling; below a
+    row those of its question types. Raises ValueError for a row whose vIoU@0.5 is above its vIoU@0.3."""
     lines = {}
     for name, row in rows.items():
         lines[name] = row
@@ -271,30 +269,16 @@ def format_table(rows: dict[str, dict[str, float | Row]]) -> str:
     return "\n".join(table)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Records of answers (predictions.jsonl)
-
-
-def tube_of(prediction: dict | None, sample: Sample, config: Config, which: str = "pred") -> Tube | None:
-    """The tube that a record says, with the boxes of one list, "pred" or "think"; None for a failure. Raises
-    DataError as scale_of does."""
-    if prediction is None:
-        return None
-    answer = read_answer(prediction["completion"], config.text_format)
-    return tube_from_answer(answer, sample, config.text_format, scale_of(prediction, sample, config), which)
-
-
 def think_gain(predictions: list[dict], samples: list[Sample], config: Config) -> dict | None:
     """What the final boxes gain over the thinking boxes on the same spans, in vIoU of the protocol `native`.
 
-    predictions: as in score_predictions. Only answers that parse and have both lists count; None where none
-    has. Returns "N" of them; in percent "m_vIoU_think", "m_vIoU_pred", their difference "gain" and its
-    standard error (None for N = 1); and the shares of answers whose final boxes are "better", "worse" or
-    "equal".
+    Only answers that parse and have both lists count; None if there is none. Returns "N" of them; in percent
+    "m_vIoU_think", "m_vIoU_pred", their difference "gain" and its standard error (None for N = 1), and the
+    shares of answers whose final boxes are "better", "worse" or "equal".
     """
     by_id, vious = {sample.id: sample for sample in samples}, []
     for prediction in predictions:
-        answer = read_answer(prediction["completion"], config.text_format)
+        answer = parse_answer(prediction["completion"], config.think)
         if answer and answer.think:
             sample = by_id[prediction["id"]]
             tubes = (tube_of(prediction, sample, config, which) for which in ("think", "pred"))
@@ -316,23 +300,10 @@ def think_gain(predictions: list[dict], samples: list[Sample], config: Config) -
 
 
 def format_gain(gain: dict) -> str:
-    """think_gain's numbers as a line under the table."""
+    """think_gain's numbers as a line below the table."""
     error = "" if gain["standard_error"] is None else f" +- {gain['standard_error']:.2f} (standard error)"
     return (
         f"m_vIoU (native) of thinking boxes {gain['m_vIoU_think']:.1f}, of final boxes"
         f" {gain['m_vIoU_pred']:.1f}, gain {gain['gain']:+.2f}{error}; of {gain['N']} answers"
         f" {gain['better']:.1f}% gain, {gain['worse']:.1f}% lose, {gain['equal']:.1f}% stay"
-    )
-
-
-def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int]:
-    """(width, height) that the boxes of a prediction are measured in. Raises DataError."""
-    if config.coordinates != "resized":
-        return config.text_format.scale((0, 0), (sample.width, sample.height))
-    match prediction.get("scale"):
-        case [int(width), int(height)] if width > 0 and height > 0:
-            return width, height
-    raise DataError(
-        f'prediction {sample.id!r}: with coordinates: resized each needs "scale": [width, height], the'
-        " size in pixels of the frames that the model saw"
     )

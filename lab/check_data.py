@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config import Config, load_config
 from data import DROPS, count_sentences, format_report, load_samples, missing_videos
-from metrics import PROTOCOLS, format_table, grid_ceiling
+from metrics import format_table, grid_ceiling
 from prompts import format_answer, truth_answer
 from qwen.checkpoint import load_tokenizer
 from runtime.files import ModelError, few, run_script
@@ -62,7 +62,7 @@ def check_split(config: Config, annotations: str, decode: bool, tokenizer, facto
     print(f"{annotations}: {count_sentences(samples, report)}{differs}\n{format_report(report, True)}\n")
     if tokenizer:
         print(answer_lengths(config, samples, tokenizer, factor) + "\n")
-    ceilings = {name: grid_ceiling(samples, config.text_format, name) for name in PROTOCOLS}
+    ceilings = grid_ceiling(samples, config.text_format)
     print(f"best score in steps of {config.text_format.step_seconds:g} s\n{format_table(ceilings)}\n")
     present = [sample for sample in samples if os.path.isfile(sample.video)]
     bad = check_videos(config, present, factor, decode)

@@ -1,95 +1,109 @@
-"""Controls: the same questions about other frames, to see whether a model looks at the video.
+"""Ask a model about replaced frames (blank, shuffled, another video's): does it look at the video?
 
-    python evaluate.py RUN --control shuffled    the frames of the clip in a random order: what moves where,
-                                                 and when, is lost
-    python evaluate.py RUN --control blank       mid-grey frames: what is left is the sentence, and habit
-    python evaluate.py RUN --control other       the frames of another video of the split
+    python -m lab.controls RUN [blank shuffled other] [key=value ...]    a run of train.py; default: all three
+    python -m lab.controls CHECKPOINT CONFIG [blank shuffled other]      any Qwen-VL, as in evaluate.py
+    torchrun --nproc_per_node=8 -m lab.controls RUN                      the same answers from eight GPUs
 
-The pixels alone change. There are as many frames as before and of the same size, so that the prompt is the
-same to the last token, and the answers are scored against the same truth. Not in the paper.
+Only pixels change: there are as many frames as before, of the same size, so the prompt stays the same to the
+last token, and so does the truth. Answers go to predictions_blank.jsonl and so on, beside evaluate.py's, and
+are resumed in the same way. Not in the paper.
 """
 
+import sys
 from collections.abc import Iterable
 
 import numpy as np
 import torch
 
-from runtime.files import DataError
+from evaluate import decode_split, find_checkpoint, load_split, open_checkpoint, score_predictions
+from metrics import format_table
+from runtime import distributed
+from runtime.files import DataError, run_script
+from runtime.predictions import fingerprint_of, missing_samples, path_for_answers
 from samples import Sample
 from video.frames import resize
 from video.loader import FrameLoader
 
-CONTROLS = {  # name -> what is shown
-    "shuffled": "the frames of the clip in a random order",
-    "blank": "grey frames",
+CONTROLS = {  # name -> what is shown, and what is lost with it
+    "shuffled": "the frames of the clip in a random order",  # when and where something moves
+    "blank": "grey frames",  # all but the sentence, and habit
     "other": "the frames of another video",
 }
 GREY = 128  # of 255
 
 
-def shuffled(frames: torch.Tensor, seed: int, number: int) -> torch.Tensor:
-    """The frames (T, h, w, 3) in a random order, which depends on T, the seed and the sample's number."""
-    order = np.random.default_rng((seed, number)).permutation(len(frames))
-    return frames[torch.from_numpy(order)]
+def other_sample(split: list[Sample], number: int) -> Sample:
+    """The next sample of the split, after the last one the first, that is about another video. Raises
+    DataError if all are about one."""
+    for sample in split[number + 1 :] + split[:number]:
+        if sample.video != split[number].video:
+            return sample
+    raise DataError(f"control other: the split has no other video than {split[number].video}; leave it out")
 
 
-def blank(frames: torch.Tensor) -> torch.Tensor:
-    """Mid-grey frames of the same shape."""
-    return torch.full_like(frames, GREY)
-
-
-def fitted(frames: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Frames of another clip, uint8 (T', h', w', 3), in the given shape (T, h, w, 3): from the first to the
-    last, played faster or slower, and each resized."""
+def fit_frames(frames: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Frames of another clip, uint8 (T', h', w', 3), in the given shape (T, h, w, 3): played faster or slower
+    from the first to the last, and resized."""
     count, height, width, _ = shape
     frames = frames[torch.linspace(0, len(frames) - 1, count).round().long()]
     return frames if frames.shape == shape else resize(frames, (width, height))
 
 
-def other_sample(split: list[Sample], number: int) -> Sample:
-    """The next sample of the split, after the last one the first, that is about another video. Raises
-    DataError where all are about one."""
-    own = split[number].video
-    for k in range(number + 1, number + len(split)):
-        sample = split[k % len(split)]
-        if sample.video != own:
-            return sample
-    raise DataError(
-        f"--control other: the split has no other video than {own}; use --control blank or shuffled, or set"
-        " eval_annotations to a split with more videos"
-    )
+class ControlledLoader:
+    """A FrameLoader that replaces the frames. What it shows depends on the whole split, the seed and the
+    sample's number alone, so it is the same on any number of ranks and after a resume."""
 
-
-class Controlled:
-    """FrameLoader (clips.py) whose frames are a control's.
-
-    They depend on the split, the seed and the sample's number in the split alone: on any number of ranks,
-    and when an evaluation goes on, they are the same.
-    """
-
-    def __init__(self, clips: FrameLoader, control: str, split: list[Sample], seed: int):
-        """control: one of CONTROLS. split: the whole split, also beyond eval_limit, which changes no
-        answer."""
-        self.clips, self.control, self.split, self.seed = clips, control, split, seed
+    def __init__(self, loader: FrameLoader, control: str, split: list[Sample], seed: int):
+        self.loader, self.control, self.split, self.seed = loader, control, split, seed
         self.numbers = {sample.id: number for number, sample in enumerate(split)}
 
+    def sources(self, sample: Sample) -> list[Sample]:
+        """The sample, and for `other` the one whose frames stand in."""
+        other = [other_sample(self.split, self.numbers[sample.id])] if self.control == "other" else []
+        return [sample, *other]
+
     def prefetch(self, samples: Iterable[Sample]) -> None:
-        """As FrameLoader.ahead, for all that is needed for these."""
-        wanted = []
-        for sample in samples:
-            other = [other_sample(self.split, self.numbers[sample.id])] if self.control == "other" else []
-            wanted += [sample, *other]
-        self.clips.prefetch(wanted)
+        self.loader.prefetch([source for sample in samples for source in self.sources(sample)])
 
     def frames(self, sample: Sample) -> torch.Tensor | None:
-        """What is shown instead of the sample's frames, uint8 (T, h, w, 3) as they are. None (on_bad_video:
-        skip) where these cannot be read, or those of the other video."""
-        own, number = self.clips.frames(sample), self.numbers[sample.id]
-        if own is None:
+        """uint8 (T, h, w, 3), as many and as large as the sample's own. None (on_bad_video: skip) if these,
+        or those of the other video, cannot be read."""
+        own, *others = clips = [self.loader.frames(source) for source in self.sources(sample)]
+        if any(clip is None for clip in clips):
             return None
         if self.control == "shuffled":
-            return shuffled(own, self.seed, number)
-        if self.control == "blank":
-            return blank(own)
-        other = self.clips.frames(other_sample(self.split, number))
-        return None if other is None else fitted(other, own.shape)
+            order = np.random.default_rng((self.seed, self.numbers[sample.id])).permutation(len(own))
+            return own[torch.from_numpy(order)]
+        return fit_frames(others[0], own.shape) if others else torch.full_like(own, GREY)
+
+
+def main(arguments: list[str]) -> None:
+    settings = [word for word in arguments if "=" in word]
+    controls = [word for word in arguments if word in CONTROLS]
+    places = [word for word in arguments if word not in (*settings, *controls)]
+    if not places or places[0].startswith("-"):
+        sys.exit(__doc__.strip())
+    checkpoint, wanted, config = find_checkpoint(places, settings)
+    split, _ = load_split(config, config.eval_annotations)
+    samples, files, missing = split[: config.eval_limit or None], {}, []
+    for control in ("", *(controls or CONTROLS)):
+        fingerprint = fingerprint_of(checkpoint, config, control)
+        name = f"{wanted.stem}_{control}" if control else wanted.stem
+        path = path_for_answers(wanted.with_stem(name), fingerprint)
+        files[control] = path, fingerprint
+        missing += [sample for _, sample in missing_samples(path, samples, fingerprint)]
+    rows = {}
+    with open_checkpoint(checkpoint, config, missing) as (policy, loader):
+        for control, (path, fingerprint) in files.items():
+            shown = ControlledLoader(loader, control, split, config.seed) if control else loader
+            answers = decode_split(policy, samples, shown, config, path, fingerprint)
+            rows[CONTROLS.get(control, "the video")] = score_predictions(answers, samples, config)["native"]
+    if distributed.init()[0] == 0:
+        print(format_table(rows))
+    distributed.destroy()
+
+
+if __name__ == "__main__":
+    run_script(
+        lambda: main(sys.argv[1:]), "standard output", "free some space", "stopped; start again to resume"
+    )

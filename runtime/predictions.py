@@ -1,16 +1,13 @@
-"""Files of answers, such as predictions.jsonl: read, recognised, and put together from those of many ranks.
+"""Files of answers, such as predictions.jsonl: one JSON object a line, made by evaluate.answer_batch.
 
-A record is made by evaluate.prediction; its "fingerprint" says how the answer came about. While ranks decode,
-each adds to a file of its own beside the wanted one, predictions.rank0.jsonl for predictions.jsonl.
+The "fingerprint" of a line stands for all that the answer depends on, so that answers made in different ways
+are never mixed. While ranks decode, each appends to its own file, such as predictions.rank0.jsonl.
 """
 
 import dataclasses
-import errno
 import glob
 import hashlib
-import itertools
 import json
-import os
 from pathlib import Path
 
 from config import Config
@@ -22,7 +19,7 @@ from samples import Sample
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """Saved answers, at most one for each id. Raises DataError that names the file and the line."""
+    """Saved answers, each id once. Raises DataError that names the file and the line."""
     predictions = read_jsonl(path, "id", "completion")
     lines: dict[str, int] = {}
     for number, prediction in enumerate(predictions, 1):
@@ -35,71 +32,65 @@ def read_predictions(path: Path) -> list[dict]:
     return predictions
 
 
-def gather_answers(output: Path, samples: list[Sample], fingerprint: str) -> list[dict]:
-    """The records of the samples, in order, when all ranks are here; from then on they are in `output`, and
-    the ranks' files are gone."""
-    rank, _ = distributed.init()
+def rank_file(path: Path, rank: int) -> Path:
+    """The file to which a rank appends, without a last line that a kill has cut short. Makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+    if part.exists():
+        write_jsonl(read_jsonl(part, "id", skip_cut=True), part)
+    return part
+
+
+def rank_files(path: Path) -> list[Path]:
+    """The files that the ranks of this evaluation, or of one that was stopped, have left beside `path`."""
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}"))
+
+
+def saved_records(path: Path) -> list[dict]:
+    """All lines of a file of answers and of the ranks' files beside it. Raises DataError."""
+    paths = [path] * path.exists() + rank_files(path)
+    return [record for part in paths for record in read_jsonl(part, "id", "completion", skip_cut=True)]
+
+
+def saved_answers(path: Path, fingerprint: str) -> dict[str, dict]:
+    """id -> record, of the answers made in this way. A video that could not be read may be readable by now:
+    of two records of a sentence an "unreadable" one never counts."""
+    records = [record for record in saved_records(path) if record.get("fingerprint") == fingerprint]
+    records.sort(key=lambda record: "unreadable" not in record)
+    return {record["id"]: record for record in records}
+
+
+def missing_samples(path: Path, samples: list[Sample], fingerprint: str) -> list[tuple[int, Sample]]:
+    """The samples without an answer, each with its number. An unreadable video is tried again."""
+    done = {key for key, record in saved_answers(path, fingerprint).items() if "unreadable" not in record}
+    return [(n, sample) for n, sample in enumerate(samples) if sample.id not in done]
+
+
+def merge_rank_files(path: Path, samples: list[Sample], fingerprint: str) -> list[dict]:
+    """The records of the samples, in order, on every rank. Leaves them in `path`, and removes the ranks'
+    files. For all ranks to call, once all have written."""
+    done = saved_answers(path, fingerprint)
+    distributed.barrier()  # every rank has read the files before they go
+    records = [done.pop(sample.id) for sample in samples]
+    if distributed.init()[0] == 0 and rank_files(path):
+        write_jsonl([*records, *done.values()], path)  # the latter are beyond eval_limit
+        for part in rank_files(path):
+            part.unlink()
     distributed.barrier()
-    done = {r["id"]: r for r in saved_answers(output) if r.get("fingerprint") == fingerprint}
-    distributed.barrier()  # all ranks must have read before the parts go
-    if rank == 0 and rank_files(output):
-        order = {sample.id: n for n, sample in enumerate(samples)}
-        write_jsonl(sorted(done.values(), key=lambda r: order.get(r["id"], len(order))), output)
-        for path in rank_files(output):
-            path.unlink()
-    distributed.barrier()
-    return [done[sample.id] for sample in samples]
-
-
-def rank_files(output: Path) -> list[Path]:
-    """What the ranks of this run, or of one that was stopped, have put beside a file of answers."""
-    return sorted(output.parent.glob(f"{glob.escape(output.stem)}.rank*{output.suffix}"))
-
-
-def saved_answers(output: Path) -> list[dict]:
-    """The records in a file of answers and in the ranks' files beside it. Raises DataError."""
-    paths = [output] * output.exists() + rank_files(output)
-    records = [record for path in paths for record in read_jsonl(path, "id", "completion", skip_cut=True)]
-    if not all(isinstance(record["id"], str) for record in records):
-        raise DataError(f'{output}: not every "id" in it is a text; choose another --output')
     return records
 
 
-def answered(output: Path, fingerprint: str) -> dict[str, dict]:
-    """id -> record of what need not be decoded again; a video that could not be read may be there by now."""
-    records = [r for r in saved_answers(output) if r.get("fingerprint") == fingerprint]
-    return {record["id"]: record for record in records if "unreadable" not in record}
+def path_for_answers(wanted: Path, fingerprint: str) -> Path:
+    """`wanted`, or NAME.FINGERPRINT.jsonl beside it if `wanted` holds answers made in another way."""
+    own = all(record.get("fingerprint") == fingerprint for record in saved_records(wanted))
+    return wanted if own else wanted.with_stem(f"{wanted.stem}.{fingerprint}")
 
 
-def fingerprint_of(checkpoint: str, config: Config, control: str | None = None) -> str:
-    """A short mark of all that an answer depends on: the weights, the annotations, the settings, the files of
-    one's own rewards, and the control (controls.py), if it is one's answer."""
-    asked = hashlib.sha256(Path(config.eval_annotations).read_bytes()).hexdigest()
+def fingerprint_of(checkpoint: str, config: Config, control: str = "") -> str:
+    """Stands for all that an answer depends on: weights, annotations, settings, files of plug-in rewards, and
+    the control that replaced the frames (lab/controls.py)."""
+    annotations = hashlib.sha256(Path(config.eval_annotations).read_bytes()).hexdigest()
     names = ("dataset", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side", "precision")
-    settings = [getattr(config, name) for name in names]
-    more = [value for value in (plugin_fingerprints(config.rewards), control) if value]
-    text = json.dumps(
-        [weights_fingerprint(checkpoint), asked, settings, dataclasses.asdict(config.text_format), *more],
-        sort_keys=True,
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def place_for_answers(wanted: Path, fingerprint: str, others: bool) -> Path:
-    """Where to put answers: the wanted file, or with `others` the first of its numbered siblings, that does
-    not exist or holds answers made in the same way. Raises DataError or OSError where there is none."""
-    if wanted.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(wanted))
-    numbered = (wanted.with_stem(f"{wanted.stem}.{n}") for n in itertools.count(2))
-    for path in itertools.chain([wanted], numbered if others else []):
-        if all(record.get("fingerprint") == fingerprint for record in saved_answers(path)):
-            return path
-    raise DataError(f"{wanted}: holds answers made in another way; choose another --output")
-
-
-def check_output(path: Path) -> None:
-    """Make the folder of a file that is to be written. Raises OSError, before hours of decoding, where that
-    or the file cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    parts = [weights_fingerprint(checkpoint), annotations, [getattr(config, name) for name in names]]
+    parts += [dataclasses.asdict(config.text_format), plugin_fingerprints(config.rewards), control]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
