@@ -213,7 +213,7 @@ def main(arguments: list[str]) -> None:
     settings, places = ([w for w in words if ("=" in w) == wanted] for wanted in (True, False))
     if bool(options.predictions) != bool(options.data) or not places:
         parser.error("name a RUN, a CHECKPOINT and a CONFIG, or --predictions FILE --data CONFIG")
-    if options.predictions and (options.output or not set(places) <= set(options.data)):
+    if options.predictions and (options.output or not set(options.words) <= set(settings)):
         parser.error("--predictions takes neither a model nor --output")
     rank, _ = distributed.init()
     if options.predictions:

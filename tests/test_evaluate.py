@@ -1,4 +1,4 @@
-"""evaluate.py: saved answers, checkpoints and run folders to the paper's row; killed, resumed, on many ranks."""
+"""evaluate.py: from saved answers, checkpoints and runs to the paper's row; resumed, on many ranks."""
 
 import dataclasses
 import json
@@ -7,7 +7,6 @@ import statistics
 import time
 
 import pytest
-import torch
 import yaml
 
 import evaluate
@@ -258,7 +257,7 @@ def test_a_run_without_a_checkpoint_says_what_there_is(taught, tmp_path):
     for name in ("run/checkpoint_20", "run.1/checkpoint"):
         (tmp_path / name).mkdir(parents=True)
     shutil.copy(taught / "config.yaml", tmp_path / "run")
-    with pytest.raises(UserError, match=r"run has no checkpoint yet.*run/checkpoint_20, .*run\.1"):
+    with pytest.raises(UserError, match=r"run has no checkpoint yet.*run\.1, .*run/checkpoint_20"):
         evaluate.main([str(tmp_path / "run")])
     with pytest.raises(UserError, match=r"neither a run .* nor a checkpoint"):
         evaluate.main([str(tmp_path / "run.1")])
@@ -327,11 +326,13 @@ def test_a_toy_world_is_made_first(place, tmp_path, capsys, monkeypatch):
     assert (world / "test" / "0001.y4m").is_file()
 
 
-def test_answers_that_cannot_be_written(decoding, tmp_path, full_disk):
-    (tmp_path / "file").write_text("")
+def test_answers_that_cannot_be_written(decoding, tmp_path, full_disk, capsys):
     with pytest.raises(UserError, match="Is a directory"):
         evaluate.main([*decoding, "--output", str(tmp_path)])
-    with full_disk(), pytest.raises(OSError, match=r"answers\.rank0"):
+    with (
+        full_disk(),
+        pytest.raises(OSError, match=r"answers\.rank0"),
+    ):  # capsys, since a file would be full too
         evaluate.main([*decoding, "eval_limit=1", "--output", str(tmp_path / "answers")])
     assert (tmp_path / "answers.rank0").read_text() == "" and not (tmp_path / "answers").exists()
 

@@ -354,6 +354,7 @@ def test_summary():
         summarize([])
 
 
+@settings(max_examples=50)
 @given(st.lists(st.sampled_from([0, 0.1, 0.3, 0.30001, 0.5, 0.50001, 1]) | st.floats(0, 1), min_size=1))
 def test_no_row_has_more_above_a_half_than_above_three_tenths(vious):
     row = summarize([{"tIoU": 1.0, "vIoU": viou, "failures": 0} for viou in vious])
@@ -399,7 +400,7 @@ def test_rows_of_hcstvg():
     for name, protocol in PROTOCOLS.items():
         expected = summarize(list(map(protocol, tubes, samples)))
         best = summarize(list(map(protocol, ceiling_tubes(samples, FRAME), samples)))
-        assert best == grid_ceiling(samples, FRAME, name)
+        assert best == grid_ceiling(samples, FRAME)[name]
         ceiling = {"ceiling_m_tIoU": best["m_tIoU"], "ceiling_m_vIoU": best["m_vIoU"]}
         assert result[name] == expected | ceiling and set(result[name]) == set(expected) | set(ceiling)
     # Exact, half, none, exact: native (1 + 1/2 + 0 + 1) / 4, stcat (19/20 + 10/19 + 0 + 19/20) / 4
@@ -412,9 +413,8 @@ def test_every_answer_needs_its_sample():
     for answers, truths in [(tubes[:2], samples), (tubes, samples[:2])]:
         with pytest.raises(ValueError, match="argument"):
             score_answers(iter(answers), truths, FRAME)
-    for empty in (lambda: score_answers([], [], FRAME), lambda: grid_ceiling([], FRAME)):
-        with pytest.raises(ValueError, match="the split is empty"):
-            empty()
+    with pytest.raises(ValueError, match="the split is empty"):
+        score_answers([], [], FRAME)
 
 
 def test_table():
@@ -561,7 +561,7 @@ def tubes_and_samples(draw):
     return ((start, end), boxes), sample
 
 
-@settings(deadline=None)  # the slow version is slow, and the machine may be busy
+@settings(deadline=None, max_examples=50)
 @given(tubes_and_samples())
 def test_any_tube_against_the_slow_version(case):
     tube, sample = case
@@ -614,7 +614,8 @@ def test_round_trip(coordinates, time_unit):
         assert scores == {"tIoU": pytest.approx(ceiling), "vIoU": pytest.approx(ceiling), "failures": 0}
         samples.append(sample)
         ceilings.append(ceiling)
-    assert grid_ceiling(samples, text_format)["m_tIoU"] == pytest.approx(100 * sum(ceilings) / len(ceilings))
+    best = grid_ceiling(samples, text_format)["native"]
+    assert best["m_tIoU"] == pytest.approx(100 * sum(ceilings) / len(ceilings))
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
@@ -658,8 +659,6 @@ def test_viou_by_area_by_hand():
     assert [row["think"] for row in rows if row["N"]] == [25, 50, 25, 100]
     assert [row["pred"] for row in rows if row["N"]] == [50, 25, 75, 12.5]
     assert {row["pred"] for row in rows if not row["N"]} == {None}
-    with pytest.raises(ValueError, match="zip"):
-        viou_by_area(samples[:-1], scores)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -667,7 +666,7 @@ def test_viou_by_area_by_hand():
 
 
 def ceiling_samples():
-    """FrameLoader of 2 s with boxes on the text's grid: one in steady motion, one that jumps and has a hole,
+    """Clips of 2 s with boxes on the text's grid: one in steady motion, one that jumps and has a hole,
     ..."""
     moving = {f: (f / 100, 0.25, f / 100 + 0.5, 0.75) for f in range(7, 33)}
     jumping = {
@@ -708,7 +707,7 @@ def test_ceiling_against_the_slow_version(time_unit):
         assert result[name]["ceiling_m_tIoU"] == pytest.approx(tiou)
         assert result[name]["ceiling_m_vIoU"] == pytest.approx(viou)
         assert result[name]["m_tIoU"] == 0 and result[name]["failures"] == len(samples)
-        assert grid_ceiling(samples, text_format, name)["m_vIoU"] == pytest.approx(viou)
+        assert grid_ceiling(samples, text_format)[name]["m_vIoU"] == pytest.approx(viou)
 
 
 @pytest.mark.parametrize("sample", ceiling_samples()[:4])
