@@ -10,8 +10,8 @@ CONFIG may be several files, laid over one another as in train.py.
 
 A run's answers go to RUN/predictions.jsonl (of an earlier checkpoint to predictions_of_checkpoint_50.jsonl),
 those of CHECKPOINT CONFIG to a folder named after the config's output_dir and the checkpoint, or all to
---output FILE. Started again, evaluate.py decodes only what is missing. Answers made in another way (other
-weights, settings or annotations) stay as they are: the new ones then go to predictions.FINGERPRINT.jsonl.
+--output FILE. Started again, evaluate.py decodes only what is missing. If that file holds answers made in
+another way (other weights, settings or annotations), the new ones go to predictions.FINGERPRINT.jsonl.
 
 Below the row (metrics.py) it prints what the final boxes gain over the thinking boxes and, if it has decoded
 answers, what a video took (Table 9; set eval_batch=1 to answer one video at a time as the paper does).
@@ -37,8 +37,9 @@ from model import make_prompt, rollout
 from prompts import Answer, Items
 from qwen.checkpoint import Policy, load_policy
 from rewards import score
-from runtime import distributed, logs
+from runtime import distributed
 from runtime.files import DataError, run_script, write_jsonl
+from runtime.logs import peak_memory
 from runtime.plugins import RewardError, load_plugins
 from runtime.predictions import (
     fingerprint_of,
@@ -64,33 +65,27 @@ def answer_batch(
     batch: each sample with its number in the split, from which its random numbers are drawn. A sample whose
     video cannot be read (on_bad_video: skip) gets an empty answer, which is a failure. Raises RewardError.
     """
-    clips = [(number, sample, loader.frames(sample)) for number, sample in batch]
+    clips = {number: loader.frames(sample) for number, sample in batch}
     prompts = {
-        number: make_prompt(policy, sample, frames, config.text_format)
-        for number, sample, frames in clips
-        if frames is not None
+        number: make_prompt(policy, sample, clips[number], config.text_format)
+        for number, sample in batch
+        if clips[number] is not None
     }
     keys = [(config.seed, number) for number in prompts]
     answers = rollout(policy, [*prompts.values()], 1, config.max_new_tokens, config.eval_temperature, keys)
-    completions = {number: answer[0] for number, answer in zip(prompts, answers, strict=True)}
-    records = []
+    completions, records = dict(zip(prompts, answers, strict=True)), []
     for number, sample in batch:
-        record = {"id": sample.id, "sentence": sample.sentence}
-        if sample.question_type:
-            record["question_type"] = sample.question_type
         text, scale = "", config.text_format.scale(*[(sample.width, sample.height)] * 2)
+        outcome = {"unreadable": True}
         if number in prompts:
-            text, scale = completions[number].text, prompts[number].scale
+            (answer,), scale = completions[number], prompts[number].scale
+            text, outcome = answer.text, {"length": len(answer.ids), "truncated": answer.truncated}
+        record = {"id": sample.id, "sentence": sample.sentence}
+        record |= {"question_type": sample.question_type} if sample.question_type else {}
         truth = sample.truth(config.text_format.step_seconds)
         scored = score(text, truth, scale, config.rewards, config.think)
         record |= answer_record(text, scored.answer, truth, scale, config.think)
-        record["rewards"] = scored.rewards
-        if number in prompts:
-            answer = completions[number]
-            record |= {"length": len(answer.ids), "truncated": answer.truncated}
-        else:
-            record["unreadable"] = True
-        records.append(record)
+        records.append(record | {"rewards": scored.rewards} | outcome)
     return records
 
 
@@ -104,15 +99,10 @@ def answer_record(
         return items and [[step, [round(v, 4) for v in box]] for step, box in items]
 
     framed = answer and answer.in_frame(scale)
-    return {
-        "completion": text,
-        "truth": {
-            "span": list(truth.span),
-            "boxes": {str(step): list(box) for step, box in truth.boxes.items()},
-        },
-        "scale": list(scale),
-        "think": think,
-        "span": answer and list(answer.span),
+    boxes = {str(step): list(box) for step, box in truth.boxes.items()}
+    record = {"completion": text, "truth": {"span": list(truth.span), "boxes": boxes}}
+    record |= {"scale": list(scale), "think": think, "span": answer and list(answer.span)}
+    return record | {
         "think_boxes": framed and rounded(framed.think),
         "pred_boxes": framed and rounded(framed.pred),
     }
@@ -224,8 +214,6 @@ def main(arguments: list[str]) -> None:
         samples = load_split(config, config.eval_annotations)[0][: config.eval_limit or None]
         fingerprint = fingerprint_of(checkpoint, config)
         path = path_for_answers(options.output or wanted, fingerprint)
-        if options.output not in (None, path):
-            raise DataError(f"{options.output}: holds answers made in another way; choose another --output")
         missing = missing_samples(path, samples, fingerprint)
         with open_checkpoint(checkpoint, config, samples if missing else []) as (policy, loader):
             start = time.perf_counter()
@@ -251,20 +239,16 @@ def main(arguments: list[str]) -> None:
 
 
 def answers_from_file(path: Path, config: Config) -> tuple[list[Sample], list[dict]]:
-    """The samples of the held-out split, and the saved answers to them; says what is missing or left out."""
+    """The samples of the held-out split, and the saved answers to them."""
     split, report = load_split(config, config.eval_annotations)
     samples = split[: config.eval_limit or None]
     unasked = {sample.id for sample in split[len(samples) :]}
     unasked.update(*(report.get(reason, []) for reason in DROPS))
     saved = read_predictions(path)
     predictions = [prediction for prediction in saved if prediction["id"] not in unasked]
-    notes = {
-        "answers are to sentences that were dropped, or lie beyond eval_limit": len(saved) - len(predictions),
-        "sentences have no answer and count as failures": len(samples) - len(predictions),
-    }
-    for note, count in notes.items():
-        if count > 0 and distributed.init()[0] == 0:
-            print(f"{count} {note}", file=sys.stderr)
+    if distributed.init()[0] == 0:
+        more = f"{len(saved) - len(predictions)} others are to dropped sentences, or beyond eval_limit"
+        print(f"{len(predictions)} answers to {len(samples)} sentences; {more}", file=sys.stderr)
     return samples, predictions
 
 
@@ -351,30 +335,22 @@ def describe(predictions: list[dict], path: Path) -> str:
 
 
 def cost_of(decoded: list[dict], seconds: float, config: Config) -> dict | None:
-    """What a video takes (STVG-o1, Table 9), from the records that the ranks have decoded in so many seconds;
-    None for none. All ranks must call it.
-
-    Returns "answers"; "seconds" that one takes on one rank; its "tokens", end included; "batch", how many
-    were decoded together; "peak_memory" of the rank with the largest, in GB.
-    """
-    peak, (_, world_size) = distributed.all_reduce_max(logs.peak_memory()), distributed.init()
+    """What a video takes on one rank (STVG-o1, Table 9), from the records that the ranks have decoded in so
+    many seconds; None for none. All ranks must call it. "tokens" is a mean and counts the end; "batch" is how
+    many were decoded together; "peak_memory", in GB, is the largest of the ranks."""
+    peak, (_, world_size) = distributed.all_reduce_max(peak_memory()), distributed.init()
     lengths = [record["length"] for record in decoded if "length" in record]
     if not lengths:
         return None
     share = -(-len(lengths) // world_size)  # of a rank
-    return {
-        "answers": len(lengths),
-        "seconds": seconds / share,
-        "tokens": sum(lengths) / len(lengths),
-        "batch": min(config.eval_batch, share),
-        "peak_memory": peak,
-    }
+    cost = {"answers": len(lengths), "seconds": seconds / share, "tokens": sum(lengths) / len(lengths)}
+    return cost | {"batch": min(config.eval_batch, share), "peak_memory": peak}
 
 
 if __name__ == "__main__":
     run_script(
         lambda: main(sys.argv[1:]),
-        "standard output",
+        "the file of answers",
         "free some space, or choose another place with --output",
         "stopped: the answers so far are kept; start again to resume",
     )
