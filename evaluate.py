@@ -25,7 +25,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from tqdm import tqdm
@@ -40,7 +39,7 @@ from rewards import score
 from runtime import distributed
 from runtime.files import DataError, run_script, write_jsonl
 from runtime.logs import peak_memory
-from runtime.plugins import RewardError, load_plugins
+from runtime.plugins import load_plugins
 from runtime.predictions import (
     fingerprint_of,
     merge_rank_files,
@@ -48,6 +47,7 @@ from runtime.predictions import (
     path_for_answers,
     rank_file,
     read_predictions,
+    saved_answers,
 )
 from samples import Sample, Truth
 from toy import world as toy_world
@@ -122,32 +122,28 @@ def decode_split(
 
     fingerprint: of fingerprint_of; other records in `path` do not count. policy, loader: None if nothing is
     missing. Every rank appends each batch to its own file beside `path`, so that a kill costs one batch at
-    most. Raises RewardError on all ranks if a plug-in fails on one of them.
+    most. What a plug-in or a video raises on one rank is raised on all.
     """
     rank, world_size = distributed.init()
-    missing = missing_samples(path, samples, fingerprint)
-    distributed.barrier()  # every rank has read the files before one of them writes
+    missing = missing_samples(samples, merge_rank_files(path, samples, fingerprint))
     if rank == 0 and len(missing) < len(samples):
         print(f"{len(samples) - len(missing)} answers are in {path.parent}/ already", file=sys.stderr)
-    own, size, part, fault = missing[rank::world_size], config.eval_batch, rank_file(path, rank), ""
+    own, size, part = missing[rank::world_size], config.eval_batch, rank_file(path, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
     name = f"evaluate {path.stem}" + f" (rank 0 of {world_size})" * (world_size > 1)
-    with tqdm(total=len(own), desc=name, unit="answer", disable=rank > 0) as bar:
+    bar = tqdm(total=len(own), desc=name, unit="answer", disable=rank > 0)
+    with distributed.errors_on_all_ranks(), bar:
         for first in range(0, len(own), size):
             loader.prefetch([s for _, s in own[first : first + 2 * size + config.video_workers]])
-            try:
-                records = answer_batch(policy, own[first : first + size], loader, config)
-            except RewardError as error:
-                fault = str(error)
-                break
+            records = answer_batch(policy, own[first : first + size], loader, config)
             write_jsonl([record | {"fingerprint": fingerprint} for record in records], part, append=True)
             bar.update(len(records))
             if stop and stop.asked:
                 break
-    for message in filter(None, distributed.all_gather(fault)):
-        raise RewardError(message)
     if stop and stop.agreed():
         return None
-    return merge_rank_files(path, samples, fingerprint)
+    done = merge_rank_files(path, samples, fingerprint)
+    return [done[sample.id] for sample in samples]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -214,13 +210,16 @@ def main(arguments: list[str]) -> None:
         samples = load_split(config, config.eval_annotations)[0][: config.eval_limit or None]
         fingerprint = fingerprint_of(checkpoint, config)
         path = path_for_answers(options.output or wanted, fingerprint)
-        missing = missing_samples(path, samples, fingerprint)
+        missing = missing_samples(samples, saved_answers(path, fingerprint))
         with open_checkpoint(checkpoint, config, samples if missing else []) as (policy, loader):
             start = time.perf_counter()
             predictions = decode_split(policy, samples, loader, config, path, fingerprint)
             cost = cost_of([predictions[n] for n, _ in missing], time.perf_counter() - start, config)
         if rank == 0:
-            print(describe(predictions, path), file=sys.stderr)
+            failed = [prediction for prediction in predictions if not prediction["span"]]
+            cut = sum(prediction.get("truncated", False) for prediction in failed)
+            parsed = f"{len(failed)} of them do not parse, {cut} of these were cut off at max_new_tokens"
+            print(f"the answers are in {path}; {parsed}", file=sys.stderr)
     distributed.destroy()
     if rank:
         return
@@ -272,8 +271,7 @@ def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, 
         )
     if not checkpoint.is_dir():
         others = sorted(map(str, [*run.glob("*_[0-9]*/"), *run.parent.glob(f"{run.name}.[0-9]*/")]))
-        there = f" yet; there are {', '.join(others)}" if others else " yet"
-        raise ConfigError(f"{run} has no {checkpoint.name}{there}")
+        raise ConfigError(f"{run} has no {checkpoint.name} yet; there is {', '.join(others) or 'no other'}")
     name = "predictions" if checkpoint.name == "checkpoint" else f"predictions_of_{checkpoint.name}"
     return str(checkpoint), run / f"{name}.jsonl", load_config(run / "config.yaml", settings)
 
@@ -301,13 +299,11 @@ def open_checkpoint(
 
 def coordinates_note(policy: Policy, config: Config) -> str:
     """A line if the checkpoint's family was pre-trained to write boxes in other coordinates, else ""."""
-    family = policy.family
-    if config.toy or config.coordinates == family.coordinates:
+    learned, asked = policy.family.coordinates, config.coordinates
+    if config.toy or asked == learned:
         return ""
-    return (
-        f"note: {family.name} was pre-trained with coordinates: {family.coordinates}, and is asked for"
-        f" {config.coordinates}: training teaches it these, but ask an untrained one for its own\n"
-    )
+    remedy = f"training teaches it these; ask an untrained model for coordinates: {learned}"
+    return f"note: {policy.family.name} is pre-trained with {learned}, and asked for {asked}: {remedy}\n"
 
 
 def settings_note(checkpoint: str, config: Config) -> str:
@@ -319,19 +315,6 @@ def settings_note(checkpoint: str, config: Config) -> str:
         if trained.get(key, now) != now:
             note += f"note: {checkpoint} was trained with {key}: {trained[key]}, and is asked with {now}\n"
     return note
-
-
-def describe(predictions: list[dict], path: Path) -> str:
-    """What stands out in answers, and where they are."""
-    failed = [prediction for prediction in predictions if prediction["span"] is None]
-    parts = {
-        "do not parse": len(failed),
-        "were cut off at max_new_tokens": sum(prediction.get("truncated", False) for prediction in failed),
-        "are empty, since the videos cannot be read": sum("unreadable" in p for p in failed),
-    }
-    reward = np.mean([prediction["rewards"]["total"] for prediction in predictions])
-    found = "".join(f", {count} {what}" for what, count in parts.items() if count)
-    return f"mean reward {reward:.2f}{found}; the answers are in {path}"
 
 
 def cost_of(decoded: list[dict], seconds: float, config: Config) -> dict | None:

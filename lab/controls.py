@@ -19,7 +19,7 @@ from evaluate import decode_split, find_checkpoint, load_split, open_checkpoint,
 from metrics import format_table
 from runtime import distributed
 from runtime.files import DataError, run_script
-from runtime.predictions import fingerprint_of, missing_samples, path_for_answers
+from runtime.predictions import fingerprint_of, missing_samples, path_for_answers, saved_answers
 from samples import Sample
 from video.frames import resize
 from video.loader import FrameLoader
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
         name = f"{wanted.stem}_{control}" if control else wanted.stem
         path = path_for_answers(wanted.with_stem(name), fingerprint)
         files[control] = path, fingerprint
-        missing += [sample for _, sample in missing_samples(path, samples, fingerprint)]
+        missing += [sample for _, sample in missing_samples(samples, saved_answers(path, fingerprint))]
     rows = {}
     with open_checkpoint(checkpoint, config, missing) as (policy, loader):
         for control, (path, fingerprint) in files.items():

@@ -32,18 +32,14 @@ def read_predictions(path: Path) -> list[dict]:
     return predictions
 
 
-def rank_file(path: Path, rank: int) -> Path:
-    """The file to which a rank appends, without a last line that a kill has cut short. Makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
-    if part.exists():
-        write_jsonl(read_jsonl(part, "id", skip_cut=True), part)
-    return part
+def rank_file(path: Path, rank: int | str) -> Path:
+    """The file beside `path` to which a rank appends."""
+    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def rank_files(path: Path) -> list[Path]:
-    """The files that the ranks of this evaluation, or of one that was stopped, have left beside `path`."""
-    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*{path.suffix}"))
+    """Those that the ranks of this evaluation, or of one that was stopped, have left."""
+    return sorted(path.parent.glob(rank_file(Path(glob.escape(path.name)), "*").name))
 
 
 def saved_records(path: Path) -> list[dict]:
@@ -60,24 +56,24 @@ def saved_answers(path: Path, fingerprint: str) -> dict[str, dict]:
     return {record["id"]: record for record in records}
 
 
-def missing_samples(path: Path, samples: list[Sample], fingerprint: str) -> list[tuple[int, Sample]]:
-    """The samples without an answer, each with its number. An unreadable video is tried again."""
-    done = {key for key, record in saved_answers(path, fingerprint).items() if "unreadable" not in record}
-    return [(n, sample) for n, sample in enumerate(samples) if sample.id not in done]
+def missing_samples(samples: list[Sample], done: dict[str, dict]) -> list[tuple[int, Sample]]:
+    """The samples that `done` does not answer, each with its number. Unreadable videos are tried again."""
+    answered = {key for key, record in done.items() if "unreadable" not in record}
+    return [(n, sample) for n, sample in enumerate(samples) if sample.id not in answered]
 
 
-def merge_rank_files(path: Path, samples: list[Sample], fingerprint: str) -> list[dict]:
-    """The records of the samples, in order, on every rank. Leaves them in `path`, and removes the ranks'
-    files. For all ranks to call, once all have written."""
+def merge_rank_files(path: Path, samples: list[Sample], fingerprint: str) -> dict[str, dict]:
+    """saved_answers, which are then all in `path`, in the order of the samples. All ranks must call it."""
     done = saved_answers(path, fingerprint)
     distributed.barrier()  # every rank has read the files before they go
-    records = [done.pop(sample.id) for sample in samples]
     if distributed.init()[0] == 0 and rank_files(path):
-        write_jsonl([*records, *done.values()], path)  # the latter are beyond eval_limit
+        first = [done[sample.id] for sample in samples if sample.id in done]
+        asked = {sample.id for sample in samples}
+        write_jsonl(first + [record for key, record in done.items() if key not in asked], path)
         for part in rank_files(path):
             part.unlink()
     distributed.barrier()
-    return records
+    return done
 
 
 def path_for_answers(wanted: Path, fingerprint: str) -> Path:

@@ -271,10 +271,10 @@ def test_notes_about_what_a_checkpoint_was_taught(taught, place, world, capsys):
     settings = [f"videos={world}", "think=false", "max_new_tokens=8", "eval_limit=2"]
     evaluate.main([str(taught / "checkpoint"), place, *settings, "coordinates=original", "time_unit=frame"])
     err = capsys.readouterr().err
-    assert "pre-trained with coordinates: resized, and is asked for original" in err
+    assert "pre-trained with resized, and asked for original" in err
     assert "trained with time_unit: second, and is asked with frame" in err
     assert "trained with coordinates: norm1000, and is asked with original" in err
-    assert "trained with think" not in err and "2 do not parse, 2 were cut off at max_new_tokens" in err
+    assert "trained with think" not in err and "2 of them do not parse, 2 of these were cut off" in err
 
 
 def test_plugin_rewards(taught, tmp_path, capsys, monkeypatch):
@@ -421,7 +421,7 @@ def test_videos_that_cannot_be_read(decoding, tmp_path, world, capsys):
     scores, err = decode(capsys, arguments)
     row = scores["native"]
     assert row["N"] == 6 and row["failures"] >= 2 and scores["cost"]["answers"] == 4
-    assert "2 are empty, since the videos cannot be read" in err
+    assert err.count("skipped: ") == 2
     assert [r["id"] for r in read(output) if r.get("unreadable")] == ["1.y4m", "4.y4m"]
     # Another rank's file from then still says so when the video is there again.
     shutil.copy(output, tmp_path / "skip.rank7.jsonl")

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
-from config import load_config
 from data import load_samples
 from lab import closed_models
 from lab.closed_models import build_csv_prompt, convert, parse_csv_answer
@@ -19,34 +18,14 @@ from toy import world as toy_world
 ANSWER = Answer(5, 7, None, ((5, (0.1, 0.2, 0.3, 0.4)), (6, (0.15, 0.2, 0.35, 0.4)), (7, (0.2, 0, 1, 1))))
 ROWS = "5, 0.1, 0.2, 0.3, 0.4\n6, 0.15, 0.2, 0.35, 0.4\n7, 0.2, 0, 1, 1"
 PLAIN = "5 - 7\ntimestamp, x1, y1, x2, y2\n" + ROWS
-INTERVALS = [
-    "**Interval:** [5.0, 7.9] seconds",
-    "5 sec \u2013 7 sec",
-    "5\u20117",
-    "5 \u2192 7",
-    "START: 5, END: 7",
-]
-INTERVALS += [
-    "between 5 and 7 seconds",
-    "start=5 end=7",
-    "00:05 - 00:07",
-    "00:00:05.2 to 00:00:07.9",
-    "0:05-0:07",
-]
-INTERVALS += [
-    "5 - 7 (in a video of 0 - 20 s)",
-    "5s to 7s of the 20",
-    "2, 3 and 4 people appear. 5 - 7",
-    "9 - 11\n5 - 7",
-]
-SPELLINGS = ["({}, {}, {}, {}, {})", "[{}, {}, {}, {}, {}],", "{}, {}, {}, {}, {},", "{}s, {}, {}, {}, {}"]
-SPELLINGS += ["00:0{}, {}, {}, {}, {}", "{}, [{}, {}, {}, {}]", '"{}", "{}", "{}", "{}", "{}"']
-SPELLINGS += [
-    "- {}, {}, {}, {}, {}",
-    "* {}.0, {}, {}, {}, {}",
-    "| {} | {} | {} | {} | {} |",
-    "{},{}\t{};{},{}",
-]
+# Ways to write them, divided by a slash.
+INTERVALS = "5\u20117 / 5 \u2192 7 / 5 sec \u2013 7 sec / START: 5, END: 7 / start=5 end=7 / 9 - 11\n5 - 7"
+INTERVALS += " / **Interval:** [5.0, 7.9] seconds / 00:05 - 00:07 / 0:05-0:07 / 00:00:05.2 to 00:00:07.9"
+INTERVALS += " / 5 - 7 (in a video of 0 - 20 s) / 5s to 7s of the 20 / 2, 3 and 4 people appear. 5 - 7"
+INTERVALS += " / between 5 and 7 seconds"
+SPELLINGS = "({}, {}, {}, {}, {}) / [{}, {}, {}, {}, {}], / {}, {}, {}, {}, {}, / {}s, {}, {}, {}, {}"
+SPELLINGS += ' / "{}", "{}", "{}", "{}", "{}" / - {}, {}, {}, {}, {} / * {}.0, {}, {}, {}, {}'
+SPELLINGS += " / 00:0{}, {}, {}, {}, {} / {}, [{}, {}, {}, {}] / | {} | {} | {} | {} | {} | / {},{}\t{};{},{}"
 
 
 @pytest.mark.parametrize(
@@ -59,10 +38,10 @@ SPELLINGS += [
         PLAIN + "\n8, 9 - 10",
         "<think>maybe 2 - 4\n2, 0.5, 0.5, 1, 1</think>\n" + PLAIN,
         "Frames 1-10 show a man.\nTwo people (1, 2 visible)\n" + PLAIN,
-        *(f"{interval}\n{ROWS}" for interval in INTERVALS),
+        *(f"{interval}\n{ROWS}" for interval in INTERVALS.split(" / ")),
         *(
             "5 - 7\n" + "\n".join(spelling.format(*row.split(", ")) for row in ROWS.splitlines())
-            for spelling in SPELLINGS
+            for spelling in SPELLINGS.split(" / ")
         ),
     ],
 )
@@ -156,8 +135,5 @@ def test_from_question_to_score(tmp_path, write_config, capsys, monkeypatch):
     assert row["m_vIoU"] == pytest.approx(row["ceiling_m_vIoU"] * 5 / 7, abs=5)
     with pytest.raises(UserError, match="think: false"):
         closed_models.main(["convert", f"{tmp_path}/answers.jsonl", place, "think=true"])
-
-
-def test_the_configuration_is_what_converted_answers_need():
-    config = load_config("configs/closed_model.yaml")
-    assert (config.time_unit, config.think, config.coordinates) == ("second", False, "norm1000")
+    closed_models.main(["convert", f"{tmp_path}/answers.jsonl", "configs/closed_model.yaml"])
+    assert capsys.readouterr().out == captured.out

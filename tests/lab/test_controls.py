@@ -25,9 +25,9 @@ def samples(world):
 def test_frames_of_another_clip_are_fitted():
     """In time and in size; of the same shape nothing is done to them."""
     frames = torch.randint(0, 256, (7, 28, 28, 3), dtype=torch.uint8)
-    assert torch.equal(controls.fit_frames(frames, frames.shape), frames)
-    assert torch.equal(controls.fit_frames(frames, torch.Size((4, 28, 28, 3))), frames[[0, 2, 4, 6]])
-    assert torch.equal(controls.fit_frames(frames[:1], torch.Size((2, 28, 28, 3))), frames[[0, 0]])
+    for count, kept in ((7, range(7)), (4, [0, 2, 4, 6]), (1, [0])):
+        fitted = controls.fit_frames(frames, torch.Size((count, 28, 28, 3)))
+        assert torch.equal(fitted, frames[list(kept)])
     plain = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(7, 28, 28, 3)
     fitted = controls.fit_frames(plain, torch.Size((13, 56, 14, 3)))
     assert torch.equal(fitted[::2], plain[:, :1, :1].expand(7, 56, 14, 3))
@@ -35,9 +35,7 @@ def test_frames_of_another_clip_are_fitted():
 
 def test_another_video_is_another(samples):
     """The next one, round and round: also where several sentences are about one."""
-    assert [controls.other_sample(samples, n).id for n in range(6)] == [
-        f"{(n + 1) % 6}.y4m" for n in range(6)
-    ]
+    assert controls.other_sample(samples, 5).id == "0.y4m"
     videos = [0, 0, 1, 1, 1, 0]
     shared = [dataclasses.replace(s, video=f"{v}.mp4") for s, v in zip(samples, videos, strict=True)]
     others = [controls.other_sample(shared, n).id for n in range(6)]
@@ -78,10 +76,8 @@ def test_controls_of_a_run(taught, tmp_path, world, capsys):
     for n in range(6):
         shutil.copy(world / f"{(n + 1) % 6}.y4m", swapped / f"{n}.y4m")
     controls.main([str(run), "eval_limit=1", "other"])
-    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
-        "the video",
-        controls.CONTROLS["other"],
-    ]
+    _, real, other = capsys.readouterr().out.splitlines()
+    assert real.startswith("the video") and other.startswith(controls.CONTROLS["other"])
     controls.main([str(run)])
     table = capsys.readouterr().out
     controls.main([str(run), *controls.CONTROLS])
@@ -92,6 +88,6 @@ def test_controls_of_a_run(taught, tmp_path, world, capsys):
     texts = {name: [record["completion"] for record in records] for name, records in answers.items()}
     assert texts["predictions_other"] == texts.pop("swapped")
     assert len(set(map(tuple, texts.values()))) == 4
-    for name in texts:
+    for records in answers.values():
         for key in ("id", "sentence", "truth", "scale"):
-            assert [r[key] for r in answers[name]] == [r[key] for r in answers["predictions"]]
+            assert [r[key] for r in records] == [r[key] for r in answers["predictions"]]
