@@ -103,11 +103,8 @@ def test_failures():
 def test_either_list():
     answer = Answer(0, 0, ((0, (0, 0, 500, 1000)),), ((0, (500, 0, 1000, 1000)),))
     sample = make_sample(0, 10)
-    scores = [
-        native_scores(tube_from_answer(answer, sample, FRAME, NORM, which), sample)
-        for which in ("think", "pred")
-    ]
-    assert [score["vIoU"] for score in scores] == [1.0, 0.0]
+    for which, viou in (("think", 1), ("pred", 0)):
+        assert native_scores(tube_from_answer(answer, sample, FRAME, NORM, which), sample)["vIoU"] == viou
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -221,15 +218,6 @@ def test_failed_and_empty_answers(protocol, question_type):
     assert protocol(((100, 100), {}), sample) == {"tIoU": 0, "vIoU": 0, "failures": 0}
     no_boxes = protocol(((20, 40), {}), sample)
     assert no_boxes["tIoU"] >= 0.95 and no_boxes["vIoU"] == 0 and no_boxes["failures"] == 0
-
-
-@pytest.mark.parametrize("protocol", PROTOCOLS.values())
-def test_an_answer_past_the_end_of_the_clip(protocol):
-    """Steps 8 .. 99999 are frames 80 .. 99, and score as 8 .. 9 do."""
-    sample = make_sample(70, 95, question_type="declarative")
-    long, short = (tube(make_answer(8, end, {8: LEFT_TEXT}), sample) for end in (99999, 9))
-    assert long == short and protocol(long, sample) == protocol(short, sample)
-    assert protocol(long, sample)["tIoU"] == 15 / 30
 
 
 def test_perfect_spans_under_stcat():
@@ -436,9 +424,8 @@ def slow_scores(name, predicted, boxes, sample):
                 fifths.setdefault(int((sample.begin_frame + f) * (5 / sample.fps)), f)
         seen = [fifths[fifth] for fifth in sorted(fifths)]
         if len(seen) > 200:
-            seen = [
-                f for k, f in enumerate(seen) if k in {int(Fraction(len(seen), 200) * j) for j in range(200)}
-            ]
+            kept = {int(Fraction(len(seen), 200) * j) for j in range(200)}
+            seen = [f for k, f in enumerate(seen) if k in kept]
     judged = (predicted | truth) & set(seen) - (annotated - set(sample.boxes))
     hits = judged & predicted & truth & set(boxes)
     total = sum(slow_iou(boxes[f], tuple(map(Fraction, sample.boxes[f]))) for f in hits)
@@ -486,15 +473,10 @@ def tubes_and_samples(draw):
     stop = draw(st.integers(first + 1, min(num_frames, first + 40)))
     shifts = draw(st.lists(st.none() | st.integers(0, 50), min_size=stop - first, max_size=stop - first))
     truth = {first + k: (x / 100, 0.0, x / 100 + 0.5, 1.0) for k, x in enumerate(shifts) if x is not None}
-    sample = make_sample(
-        first,
-        stop,
-        num_frames=num_frames,
-        fps=fps,
-        begin_frame=draw(st.sampled_from([0, 1, 37, 479])),
-        boxes=truth or {first: LEFT},
-        question_type=draw(st.sampled_from([None, *QUESTION_TYPES])),
-    )
+    about = {"num_frames": num_frames, "fps": fps, "boxes": truth or {first: LEFT}}
+    about |= {"begin_frame": draw(st.sampled_from([0, 1, 37, 479]))}
+    about |= {"question_type": draw(st.sampled_from([None, *QUESTION_TYPES]))}
+    sample = make_sample(first, stop, **about)
     start = draw(st.integers(max(0, first - 20), min(num_frames, stop + 5)))
     end = draw(st.integers(start, min(num_frames, start + 50)))
     skipped = draw(st.integers(1, 5))
@@ -531,9 +513,8 @@ def ceiling_samples():
     """Clips of 2 s with boxes on the text's grid: one in steady motion, one that jumps and has a hole,
     ..."""
     moving = {f: (f / 100, 0.25, f / 100 + 0.5, 0.75) for f in range(7, 33)}
-    jumping = {
-        f: ((f * 37 % 50) / 100, 0.0, 0.5 + (f * 37 % 50) / 100, 1.0) for f in range(12, 40) if f != 20
-    }
+    jumps = {f: f * 37 % 50 / 100 for f in range(12, 40) if f != 20}
+    jumping = {f: (x, 0.0, 0.5 + x, 1.0) for f, x in jumps.items()}
     return [
         make_sample(7, 33, num_frames=40, boxes=moving),
         make_sample(12, 40, num_frames=40, boxes=jumping, question_type="declarative"),

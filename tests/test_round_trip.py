@@ -7,6 +7,7 @@ What must come out is worked out here a second time: from the boxes and the nati
 import itertools
 import json
 
+import numpy as np
 import pytest
 from shown import shown_prompt
 
@@ -14,7 +15,6 @@ from data import load_samples
 from metrics import native_scores, tube_from_answer
 from prompts import COORDINATES, TIME_UNITS, TextFormat, format_answer, parse_answer, truth_answer
 from qwen.checkpoint import load_policy
-from toy import pretrain
 from toy import world as toy_world
 
 SIDES = {"qwen2_vl": (196, 112), "qwen2_5_vl": (196, 112), "qwen3_vl": (192, 128)}  # of 200 x 112
@@ -25,7 +25,7 @@ def samples(tmp_path_factory):
     """Two films of 6 s at 8 frames a second and 200 x 112 pixels: a box that moves and grows, from frame 11
     to 39, and one of two frames between the steps."""
     folder = tmp_path_factory.mktemp("films")
-    still = toy_world.render(toy_world.draw_objects(pretrain.np.random.default_rng(0)), 8)  # (48, 56, 56, 3)
+    still = toy_world.render(toy_world.draw_objects(np.random.default_rng(0)), 8)  # (48, 56, 56, 3)
     frames = still.repeat(2, 1).repeat(4, 2)[:, :, :200]
     records = {}
     for name, first, count in (("long.y4m", 11, 29), ("short.y4m", 13, 2)):
@@ -48,19 +48,15 @@ def best(sample, seconds, scale):
     """(tIoU, vIoU) of the best answer in steps of so many seconds and integers of that scale."""
     per = round(seconds * 8)  # native frames in a step
     truth = range(sample.first_frame, sample.stop_frame)
-    steps = [f // per for f in range(0, 48, per) if f in truth] or [truth[0] // per]
-    said = {}
+    steps = [f for f in range(0, 48, per) if f in truth] or [truth[0] // per * per]  # by their first frames
+    said, total = {}, 0.0
     for step in steps:
-        frame = min(truth, key=lambda f: (abs(f - step * per), f))  # its own, or the nearest one with a box
-        box = sample.boxes[frame]
-        said[step * per] = [round(v * s) / s for v, s in zip(box, (*scale, *scale), strict=True)]
-    answered = range(steps[0] * per, min((steps[-1] + 1) * per, 48))
-    total = 0.0
+        frame = min(truth, key=lambda f: (abs(f - step), f))  # its own, or the nearest one with a box
+        said[step] = [round(v * s) / s for v, s in zip(sample.boxes[frame], scale * 2, strict=True)]
+    answered = range(steps[0], min(steps[-1] + per, 48))
     for f in set(answered) & set(truth):
-        left = f // per * per
-        right, share = left + per, (f - left) / per
-        if right not in said:
-            right = left  # held
+        left, share = f // per * per, f % per / per
+        right = left + per if left + per in said else left  # held
         box = [a + share * (b - a) for a, b in zip(said[left], said[right], strict=True)]
         total += overlap(box, sample.boxes[f])
     union = len(set(answered) | set(truth))
