@@ -467,5 +467,5 @@ def test_a_plugin_that_fails_on_one_rank_ends_all(decoding, tmp_path, monkeypatc
     """The other rank does not wait for answers that never come."""
     monkeypatch.chdir(tmp_path)
     text = "import os\ndef worse(answer, truth):\n    return float(os.environ['RANK'] == '0' or 'nan')\n"
-    (tmp_path / "mine.py").write_text(text)
-    on_ranks(2, failing, [*decoding, "rewards.mine.py:worse=1"], timeout=60)
+    (tmp_path / "worse.py").write_text(text)
+    on_ranks(2, failing, [*decoding, "rewards.worse.py:worse=1"], timeout=60)
