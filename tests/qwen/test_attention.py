@@ -1,12 +1,12 @@
-"""attention.py against softmax written out, one token at a time; and sampling with it: in blocks of any size,
-with rows that leave or stay, as one compiled piece, without a word from the GPU between two checks."""
+"""qwen/attention.py against softmax written out, one token at a time; and the decode loop around it: finished
+rows leave, a token is one compiled piece, and nothing waits for the GPU between two compactions."""
 
 import types
 from dataclasses import replace
 
 import pytest
 import torch
-from test_model import KEYS, ids_of, make_prompts, with_many_ends
+from one_by_one import KEYS, ids_of, make_prompts, with_many_ends
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
@@ -133,6 +133,38 @@ def test_without_a_prefix_it_is_the_usual_attention(rows):
 # Sampling
 
 
+@pytest.fixture
+def compact_every(monkeypatch):
+    return lambda tokens: monkeypatch.setattr(model, "COMPACT_EVERY", tokens)
+
+
+def test_compaction_changes_no_answer(policy, compact_every):
+    policy, prompts = with_many_ends(policy), make_prompts(policy)
+    expected = ids_of(rollout(policy, prompts, 5, 16, 1.0, KEYS))
+    assert len({len(ids) for group in expected for ids in group}) > 4
+    for tokens in (1, 5, 99):
+        compact_every(tokens)
+        assert ids_of(rollout(policy, prompts, 5, 16, 1.0, KEYS)) == expected
+
+
+def test_finished_rows_leave(qwen2_5, compact_every):
+    """How many rows the model computes for each token: as many as answers that had not ended, filled up to
+    the same number for each prompt."""
+    compact_every(1)
+    policy, prompts, rows = with_many_ends(qwen2_5), make_prompts(qwen2_5), []
+    policy.model.lm_head.register_forward_hook(lambda _, inputs, out: rows.append(len(out)))
+    answers = ids_of(rollout(policy, prompts, 5, 16, 1.0, KEYS))
+    expected = [3, 15]  # the first token, of each prompt; who ends there is noticed after the second
+    for t in range(2, 16):
+        going = [sum(len(ids) > t for ids in group) for group in answers]
+        expected.append(sum(n > 0 for n in going) * max(going))
+    assert rows == [n for n in expected if n] and rows[-1] < 15
+    rows.clear()
+    policy = replace(policy, eos_ids=list(range(len(policy.tokenizer))))  # all end with their first token
+    assert all(len(ids) == 1 for group in ids_of(rollout(policy, prompts, 2, 16, 1.0, KEYS)) for ids in group)
+    assert rows == [3, 6]
+
+
 class Heard(TorchDispatchMode):
     """The names of all operations."""
 
@@ -145,65 +177,22 @@ class Heard(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_blocks_and_static_shapes_change_no_answer(policy):
-    policy, prompts = with_many_ends(policy), make_prompts(policy)
-    expected = ids_of(rollout(policy, prompts, 5, 16, 1.0, KEYS, block=1))
-    assert len({len(ids) for group in expected for ids in group}) > 4
-    for block, static in ((2, False), (5, False), (16, False), (1, True), (3, True), (99, True)):
-        assert ids_of(rollout(policy, prompts, 5, 16, 1.0, KEYS, block=block, static=static)) == expected
-
-
-def test_rows_leave_or_stay(qwen2_5):
-    """How many rows the model computes for each token: at most as many as answers that had not ended before
-    the block, filled up to the same number for each prompt."""
-    policy, prompts = with_many_ends(qwen2_5), make_prompts(qwen2_5)
-    rows = []
-    policy.model.lm_head.register_forward_hook(lambda _, inputs, out: rows.append(len(out)))
-    answers = ids_of(rollout(policy, prompts, 5, 16, 1.0, KEYS, block=1))
-    expected = [3]  # the first token: of each prompt
-    for t in range(1, 16):
-        going = [sum(len(ids) > t for ids in group) for group in answers]
-        # Whoever ends at the first token is noticed after the second.
-        full = t == 1
-        expected.append(15 if full else sum(n > 0 for n in going) * max(going))
-    while expected[-1] == 0:
-        expected.pop()
-    assert rows == expected and rows[-1] < 15
-    rows.clear()
-    rollout(policy, prompts, 5, 16, 1.0, KEYS, block=4, static=True)
-    assert set(rows[1:]) == {15}
-
-
-def test_nobody_samples_on_when_all_have_ended(qwen2_5):
-    """All answers end with their first token; it is seen after the second."""
-    policy, prompts = replace(qwen2_5, eos_ids=list(range(len(qwen2_5.tokenizer)))), make_prompts(qwen2_5)
-    for static in (False, True):
-        rows = []
-        hook = policy.model.lm_head.register_forward_hook(lambda *_, rows=rows: rows.append(len(_[2])))
-        answers = rollout(policy, prompts, 2, 16, 1.0, KEYS, block=1, static=static)
-        hook.remove()
-        assert rows == [3, 6] and all(len(ids) == 1 for group in ids_of(answers) for ids in group)
-
-
-def test_nothing_is_asked_of_the_device_between_checks(qwen2_5):
+def test_nothing_is_asked_of_the_device_between_compactions(qwen2_5):
     """A number or a size that the host needs (_local_scalar_dense, nonzero) would make it wait for the GPU at
     each token."""
-    waits = {}
-    for block, tokens in ((8, 10), (8, 16), (8, 18), (100, 40)):
-        policy = replace(qwen2_5, eos_ids=[])
-        prompts = make_prompts(policy)
-        encoded = prefill(policy, prompts)
+    policy, waits = replace(qwen2_5, eos_ids=[]), []
+    caches = prefill(policy, make_prompts(policy))
+    for tokens in (10, 16, 18):  # a compaction after 9 tokens, and after 17
         with Heard() as heard:
-            rollout(policy, prompts, 2, tokens, 1.0, KEYS, encoded, block=block, static=True)
-        waits[block, tokens] = sum(
-            name.startswith(("_local_scalar_dense", "nonzero", "is_nonzero")) for name in heard.names
-        )
-    assert waits[8, 10] == waits[8, 16] == waits[8, 18] - 1 == waits[100, 40] + 1  # one for each check
+            rollout(policy, make_prompts(policy), 2, tokens, 1.0, KEYS, caches)
+        asked = ("_local_scalar_dense", "nonzero", "is_nonzero")
+        waits.append(sum(name.startswith(asked) for name in heard.names))
+    assert waits[0] == waits[1] < waits[2]
 
 
-def test_a_token_is_one_compiled_piece(qwen2_5, monkeypatch):
-    """torch.compile takes the work of a token whole (fullgraph), and once for all tokens: its shapes do not
-    change. (With a backend that runs the graph as it is; a GPU's would record it.)"""
+def test_a_token_is_one_compiled_piece(qwen2_5, monkeypatch, compact_every):
+    """torch.compile takes the work of a token whole (fullgraph), and once for all tokens between compactions:
+    no shape changes. (With a backend that runs the graph as it is; a GPU's would record it.)"""
     policy, prompts, compiled = with_many_ends(qwen2_5), make_prompts(qwen2_5), []
     expected = ids_of(rollout(policy, prompts, 3, 20, 1.0, KEYS))
 
@@ -214,5 +203,6 @@ def test_a_token_is_one_compiled_piece(qwen2_5, monkeypatch):
     torch._dynamo.reset()
     step = torch.compile(model._next_logits, backend=backend, fullgraph=True, dynamic=False)
     monkeypatch.setattr(model, "_next_logits", step)
-    assert ids_of(rollout(policy, prompts, 3, 20, 1.0, KEYS, static=True)) == expected
+    compact_every(99)
+    assert ids_of(rollout(policy, prompts, 3, 20, 1.0, KEYS)) == expected
     assert len(compiled) == 1
