@@ -126,10 +126,8 @@ class Workers:
         if code == -signal.SIGALRM:
             what = f"not decoded within {self.timeout:g} s; raise video_timeout on a slow machine,"
         elif code < 0:
-            name = signal.Signals(-code).name
-            what = (
-                f"the decoder crashed ({name}; SIGKILL can mean that memory is short: lower video_workers);"
-            )
+            memory = "; is memory short? lower video_workers" if code == -signal.SIGKILL else ""
+            what = f"the decoder crashed ({signal.Signals(-code).name}){memory};"
         else:
             what = f"the process that decodes it ended with code {code};"
         return VideoError(f"{path}: {what} {REENCODE}, or remove its annotation")

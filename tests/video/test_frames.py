@@ -1,5 +1,4 @@
-"""video.py: which frames are read, and what becomes of them, against hand-made files, PyAV's reading of films
-that it made, and HF's own output."""
+"""video/frames.py: which frames are read, and what becomes of them, against hand-made files, PyAV and HF."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from films import cut, decode, numbers, write_film, write_sound
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samples import Sample, TimeGrid
@@ -27,10 +26,6 @@ from video.frames import (
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Files whose frames say which they are
 
 
 def write_y4m(path, count, fps="20:1", step=5, size=(32, 16)):
@@ -87,10 +82,6 @@ def write_mov(path, levels, milliseconds, hidden=0, late=0, size=(32, 16)):
     return str(path)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Choosing frames
-
-
 def test_frames_at_two_per_second(tmp_path):
     path = write_y4m(tmp_path / "a.y4m", count=40)  # 2 s at 20 fps
     frames = read_frames(path, [0.0, 0.5, 1.0, 1.5])
@@ -141,33 +132,21 @@ def test_last_frame_is_held_for_half_a_second(tmp_path):
         read_frames(path, [0.0, 0.6], begin=2.6)
 
 
-@pytest.mark.parametrize("times", [[], [-0.5, 0.0], [0.5, 0.0]])
-def test_times_that_make_no_sense(tmp_path, times):
-    with pytest.raises(ValueError, match="at least one"):
-        read_frames(write_y4m(tmp_path / "a.y4m", count=3), times)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("empty.mp4", b"", "0 bytes that cannot be opened"),
-        ("garbage.mkv", b"hello, I am no video", "20 bytes that cannot be opened"),
-        ("header.y4m", b"YUV4MPEG2 W32 H16 F20:1 Ip A1:1 C420jpeg\n", "cannot be opened"),
-        ("missing.mp4", None, "no such video file"),
-    ],
-)
-def test_unusable_files_are_named(tmp_path, name, content, said):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(VideoError, match=said) as caught:
-        read_frames(str(path), [0.0])
-    assert str(caught.value).startswith(f"{path}: ")
-
-
-def test_folder_is_no_video(tmp_path):
-    with pytest.raises(VideoError, match="no such video file"):
-        read_frames(str(tmp_path), [0.0])
+def test_unusable_files_are_named(tmp_path):
+    contents = {
+        "empty.mp4": b"",
+        "garbage.mkv": b"no video",
+        "header.y4m": b"YUV4MPEG2 W32 H16 F20:1 Ip C420jpeg\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            VideoError, match=f"{name}: {len(content)} bytes that cannot be opened as a video"
+        ):
+            read_frames(str(tmp_path / name), [0.0])
+    for path in (tmp_path / "missing.mp4", tmp_path):
+        with pytest.raises(VideoError, match=f"{path.name}: no such video file"):
+            read_frames(str(path), [0.0])
 
 
 def test_damaged_inside(tmp_path):
@@ -191,49 +170,30 @@ def test_hidden_frames_are_left_out(tmp_path):
     assert (header.frames, header.hidden) == (4, 3) and header.seconds == pytest.approx(0.8, abs=0.06)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Films of all kinds, against PyAV
-
-CLOSED = {"g": 250, "x264_params": "scenecut=0"}
-NTSC = "30000/1001"
 GAPS = [0, 40, 80, 400, 410, 420, 900, 1500, 1533, 1566, 1600, 2000, 2001, 2002, 2500]  # ms
 FILMS = {
     "3fps.mp4": {"count": 40, "fps": 3},
     "15fps.mkv": {"count": 60, "fps": 15},
     "film.mp4": {"count": 100, "fps": "24000/1001"},
-    "ntsc.mp4": {"count": 100, "fps": NTSC},
-    "60fps.mp4": {"count": 150, "fps": 60},
+    "ntsc.mp4": {"count": 100, "fps": "30000/1001"},
     "variable.mp4": {"count": len(GAPS), "milliseconds": GAPS, "bf": 0},
     "variable.mkv": {"count": len(GAPS), "milliseconds": GAPS, "bf": 2},
     "portrait.mp4": {"count": 40, "size": (90, 160)},
     "odd.mp4": {"count": 40, "size": (427, 241)},
     "one.mp4": {"count": 1},
-    "long.mp4": {"count": 300, "preset": "veryfast", "bf": 3, **CLOSED},
-    "open.mp4": {
-        "count": 200,
-        "preset": "veryfast",
-        "bf": 4,
-        "x264_params": "scenecut=0:keyint=30:open-gop=1",
-    },
+    "long.mp4": {"count": 300, "bf": 3, "g": 250, "x264_params": "scenecut=0"},
+    "open.mp4": {"count": 200, "bf": 4, "x264_params": "scenecut=0:keyint=30:open-gop=1"},
     "hevc.mp4": {
         "count": 160,
         "codec": "libx265",
-        "preset": "veryfast",
         "x265_params": "keyint=50:open-gop=1:scenecut=0:bframes=4:log-level=none",
     },
     "mpeg4.mp4": {"count": 120, "codec": "mpeg4", "g": 50, "bf": 2},
     "only.mp4": {"count": 220, "bf": 0, "x264_params": "scenecut=0:keyint=infinite"},
 }
-CUTS = [  # of these films, cut at these seconds as "ffmpeg -ss X -c copy" does
-    ("long.mp4", 5.5),
-    ("long.mp4", 4.37),
-    ("long.mp4", 9.0),
-    ("only.mp4", 4.37),
-    ("only.mp4", 0.01),
-    ("open.mp4", 3.5),
-    ("mpeg4.mp4", 2.5),
-    ("hevc.mp4", 2.0),
-]
+# These films, cut at these seconds as "ffmpeg -ss X -c copy" does.
+CUTS = [("long.mp4", 5.5), ("long.mp4", 9.0), ("only.mp4", 4.37), ("only.mp4", 0.01)]
+CUTS += [("open.mp4", 3.5), ("mpeg4.mp4", 2.5), ("hevc.mp4", 2.0)]
 
 
 @pytest.fixture(scope="session")
@@ -253,22 +213,18 @@ def film(tmp_path_factory):
     return get
 
 
-def shown_at(path, times):
-    """The numbers on screen at these times, by PyAV's time stamps."""
-    begins, shown = decode(path)
-    return [shown[max(i for i, begin in enumerate(begins) if begin <= time + 1e-4)] for time in times]
-
-
 @pytest.mark.parametrize(("name", "seconds"), [(name, None) for name in FILMS] + CUTS)
-@pytest.mark.parametrize("step", [0.5, 0.0777])
-def test_the_right_frames(film, name, seconds, step):
+def test_the_right_frames(film, name, seconds):
+    """At any times those that are on screen by PyAV's time stamps."""
     path = film(name, seconds)
     header = probe(path)
-    times = np.arange(0, header.seconds, step).tolist()
-    frames = read_frames(path, times)
-    assert numbers(frames) == shown_at(path, times)
-    assert frames.shape[1:3] == (header.height, header.width) == FILMS[name].get("size", (160, 90))[::-1]
     begins, shown = decode(path)
+    for step in (0.5, 0.0777):
+        times = np.arange(0, header.seconds, step).tolist()
+        frames = read_frames(path, times)
+        last = [max(i for i, begin in enumerate(begins) if begin <= time + 1e-4) for time in times]
+        assert numbers(frames) == [shown[i] for i in last]
+        assert frames.shape[1:3] == (header.height, header.width) == FILMS[name].get("size", (160, 90))[::-1]
     assert header.frames == len(shown) and bool(header.hidden) == (seconds is not None)
     if name == "variable.mp4":
         assert begins == pytest.approx([gap / 1000 for gap in GAPS], abs=1e-3)
@@ -309,39 +265,25 @@ def damage(path, new, begin, stop, change=lambda content: b"\xa5" * len(content)
 
 def test_films_that_cannot_be_read(film, tmp_path):
     whole = write_film(tmp_path / "fast.mp4", 300, movflags="faststart")
-    sound = write_sound(tmp_path / "sound.m4a")
+    closed, inside = "cannot be opened as a video", "a frame cannot be decoded"
     bad = {
-        damage(whole, tmp_path / "half.mp4", 0.5, 1, lambda _: b""): "cannot be opened as a video",
-        damage(
-            film("long.mp4"), tmp_path / "no_moov.mp4", 0.5, 1, lambda _: b""
-        ): "cannot be opened as a vid",
-        damage(film("ntsc.mp4"), tmp_path / "middle.mp4", 0.2, 0.6): "a frame cannot be decoded",
-        sound: "cannot be opened as a video",
+        damage(whole, tmp_path / "half.mp4", 0.5, 1, lambda _: b""): closed,
+        damage(film("long.mp4"), tmp_path / "no_moov.mp4", 0.5, 1, lambda _: b""): closed,
+        damage(film("ntsc.mp4"), tmp_path / "middle.mp4", 0.2, 0.6): inside,
+        write_sound(tmp_path / "sound.m4a"): closed,
         # What is not decodable, but listed: every number after it would be that of an earlier frame.
-        cut(film("long.mp4"), tmp_path / "late.mp4", packets=20): "begins between two key frames",
-        cut(film("15fps.mkv"), tmp_path / "late.mkv", packets=20): "begins between two key frames",
+        cut(film("long.mp4"), tmp_path / "late.mp4", packets=20): "does not begin with a key frame",
+        cut(film("15fps.mkv"), tmp_path / "late.mkv", packets=20): "does not begin with a key frame",
         # The first of the shown frames need others that were cut off.
-        cut(film("hevc.mp4"), tmp_path / "lead.mp4", 1.6): "a frame cannot be decoded",
+        cut(film("hevc.mp4"), tmp_path / "lead.mp4", 1.6): inside,
         write_film(tmp_path / "no_times.avi", 40, codec="mpeg4", bf=2): "no usable timestamps",
     }
     for path, said in bad.items():
-        for read in (probe, lambda path: read_frames(path, [0.0, 1.0, 2.5])):
-            if read is probe and said == "a frame cannot be decoded":
-                continue  # a damage further on
+        # probe decodes no more than the first frame
+        for read in (lambda path: read_frames(path, [0.0, 1.0, 2.5]), *([probe] if said != inside else [])):
             with pytest.raises(VideoError, match=said) as caught:
                 read(path)
             assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
-
-
-def test_a_codec_that_decord_does_not_know(tmp_path):
-    try:
-        path = write_film(tmp_path / "a.mp4", 10, codec="libsvtav1", svtav1_params="preset=12")
-    except ValueError:  # av.codec.codec.UnknownCodecError
-        pytest.skip("this PyAV has no AV1 encoder")
-    with pytest.raises(
-        VideoError, match=r"a\.mp4: .* bytes that cannot be opened as a video \(.* unknown codec"
-    ):
-        read_frames(path, [0.0])
 
 
 def test_a_film_that_ends_early(tmp_path, film):
@@ -354,32 +296,17 @@ def test_a_film_that_ends_early(tmp_path, film):
     assert len(frames) == sum(time <= header.seconds + 0.5 for time in times) < 20
     expected = [min(3 * step, header.frames - 1) for step in range(len(frames))]
     assert numbers(frames)[:-4] == expected[:-4]  # the very last ones may be damaged
-    with pytest.raises(VideoError, match=r"half\.mkv: lasts .* s, but its annotation says 4\.00 s"):
+    with pytest.raises(VideoError, match=r"half\.mkv: lasts .* its annotation says 4\.00 s"):
         check_header(make_sample(path, 60, 15.0, 160, 90), header)
     sample = make_sample(path, round(header.frames / 0.8), 15.0, 160, 90)  # less is missing
-    assert check_header(sample, header) == (sample.num_frames / 15 > header.seconds + 0.5)
+    assert check_header(sample, header) == header.seconds + 0.5
     assert len(clip_frames(sample, 5.0, 160, 28)) >= header.frames // 3
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The file against its annotation
-
-
 def make_sample(path, num_frames, fps, width=32, height=16, begin_frame=0, file_frames=None):
-    return Sample(
-        id="a",
-        video=path,
-        sentence="it moves",
-        width=width,
-        height=height,
-        num_frames=num_frames,
-        fps=fps,
-        begin_frame=begin_frame,
-        file_frames=num_frames if file_frames is None else file_frames,
-        first_frame=0,
-        stop_frame=1,
-        boxes={0: (0.0, 0.0, 1.0, 1.0)},
-    )
+    clip = {"num_frames": num_frames, "fps": fps, "begin_frame": begin_frame}
+    clip |= {"file_frames": file_frames or num_frames, "first_frame": 0, "stop_frame": 1}
+    return Sample("a", path, "it moves", width, height, **clip, boxes={0: (0.0, 0.0, 1.0, 1.0)})
 
 
 def test_a_clip_is_read_from_its_beginning(tmp_path):
@@ -393,10 +320,8 @@ def test_a_clip_is_read_from_its_beginning(tmp_path):
 @pytest.mark.parametrize(("width", "height"), [(3200, 16), (32, 15), (16, 32)])
 def test_a_file_of_another_size_is_refused(tmp_path, width, height):
     path = write_y4m(tmp_path / "a.y4m", count=4)
-    with pytest.raises(VideoError) as caught:
+    with pytest.raises(VideoError, match=rf"a\.y4m: .* 32 x 16, but .* {width} x {height}; correct the size"):
         read_clip(make_sample(path, 4, 20.0, width, height), [0.0])
-    said = f"{path}: its frames are 32 x 16, but its annotation says {width} x {height}; correct width and"
-    assert str(caught.value).startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -426,23 +351,18 @@ def test_a_file_of_another_duration_is_refused(frames, file_frames, fps, good, b
     header = Header(frames, frames / 4, 32, 16, 0)
     sample = make_sample("a.y4m", file_frames - 2 * begin, fps, begin_frame=begin, file_frames=file_frames)
     if good:
-        end = (file_frames - begin) / fps
-        assert check_header(sample, header) == (end > frames / 4 + 0.5)
+        assert check_header(sample, header) == frames / 4 + 0.5 - begin / fps  # the last frame is held
         return
-    with pytest.raises(VideoError) as caught:
+    said = rf"lasts {frames / 4:.2f} s \({frames} frames, 4 a second\), .* {file_frames / fps:.2f} s; correct"
+    with pytest.raises(VideoError, match=said):
         check_header(sample, header)
-    said = (
-        f"a.y4m: lasts {frames / 4:.2f} s, but its annotation says {file_frames / fps:.2f} s (img_num / fps);"
-    )
-    assert str(caught.value).startswith(f"{said} correct img_num (VidSTG: frame_count) and fps in the record")
-    assert f"the file has {frames} frames, 4 a second" in str(caught.value)
 
 
 def test_read_clip_checks_the_file(tmp_path):
     path = write_y4m(tmp_path / "a.y4m", 24, "4:1", step=1)
-    with pytest.raises(VideoError, match=r"lasts 6\.00 s, but its annotation says 1\.20 s"):
+    with pytest.raises(VideoError, match=r"lasts 6\.00 s .* annotation says 1\.20 s"):
         read_clip(make_sample(path, 24, 20.0), [0.0])
-    with pytest.raises(VideoError, match=r"lasts 6\.00 s, but its annotation says 3\.00 s"):
+    with pytest.raises(VideoError, match=r"lasts 6\.00 s .* annotation says 3\.00 s"):
         read_clip(make_sample(path, 4, 4.0, begin_frame=2, file_frames=12), [0.0])
 
 
@@ -451,12 +371,10 @@ def test_a_clip_of_a_file_that_lacks_its_end(tmp_path):
     sample = make_sample(path, 30, 4.0)
     times = [step / 2 for step in range(15)]
     assert y4m_indices(read_clip(sample, times)) == [*range(0, 24, 2), 23, 23]
-    assert check_header(sample, probe(path))
-    # A clip of the same file that is all there, one of which a part is, one that ends in the held frame, one
-    # that is not there.
-    for begin, count, short in ((4, 16, False), (8, 60, True), (16, 10, False), (26, 4, True)):
-        part = replace(sample, begin_frame=begin, num_frames=count)
-        assert check_header(part, probe(path)) == short and len(read_clip(part, [0.0])) == 1
+    # Seconds to show of clips that begin elsewhere, the held frame included.
+    for begin, seconds in ((0, 6.5), (4, 5.5), (26, 0.0)):
+        part = replace(sample, begin_frame=begin, num_frames=4)
+        assert check_header(part, probe(path)) == seconds and len(read_clip(part, [0.0])) == 1
     beyond = replace(sample, begin_frame=27, num_frames=10)
     for check in (lambda: check_header(beyond, probe(path)), lambda: read_clip(beyond, [0.0])):
         with pytest.raises(VideoError, match=r"a\.y4m: ends at 6\.00 s, but the frame at 6\.75 s is needed"):
@@ -479,10 +397,6 @@ def test_frames_of_a_clip_as_the_model_sees_them(tmp_path, fps):
     assert numbers(frames) == expected
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Size
-
-
 @pytest.mark.parametrize(
     ("width", "height", "max_side", "factor", "expected"),
     [
@@ -503,6 +417,7 @@ def test_frame_size_by_hand(width, height, max_side, factor, expected):
     assert frame_size(width, height, max_side, factor) == expected
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(32, 2000), st.sampled_from([28, 32]))
 def test_frame_size_properties(width, height, max_side, factor):
     shown = frame_size(width, height, max_side, factor)
@@ -514,16 +429,9 @@ def test_frame_size_properties(width, height, max_side, factor):
         assert abs(side - exact) <= factor / 2 + 1e-6 or side in (factor, max_side // factor * factor)
 
 
-@pytest.mark.parametrize(("max_side", "factor"), [(27, 28), (31, 32), (1, 28)])
-def test_a_max_side_below_one_token_is_refused(max_side, factor):
-    with pytest.raises(
-        VideoError, match=f"max_side: {max_side} is less than the {factor} .* write max_side: {factor} or"
-    ):
-        frame_size(640, 480, max_side, factor)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Pixels
+def test_a_max_side_below_one_token_is_refused():
+    with pytest.raises(VideoError, match=r"max_side: 31 is less than .* write 32 or more"):
+        frame_size(640, 480, 31, 32)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
@@ -573,9 +481,3 @@ def test_resize_keeps_what_it_can():
     assert same.dtype == torch.uint8 and (same.numpy() == frames).all()
     grey = resize(np.full((1, 90, 160, 3), 77, dtype=np.uint8), (84, 56))
     assert grey.shape == (1, 56, 84, 3) and (grey == 77).all()
-
-
-@pytest.mark.parametrize("shape", [(0, 28, 28, 3), (2, 28, 27, 3), (2, 14, 28, 3)])
-def test_patchify_refuses_what_does_not_divide(shape):
-    with pytest.raises(ValueError, match="multiples of 28"):
-        patchify(torch.zeros(shape, dtype=torch.uint8), 14, 2, 2, [0.5] * 3, [0.5] * 3)
