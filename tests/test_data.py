@@ -53,21 +53,15 @@ def load_one(tmp_path, **changes):
     return samples[0], report
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What records mean
-
-
 def test_first_dialect(tmp_path):
     (sample,), report = load(tmp_path, V1)
-    assert sample.id == "12_AbCdEfGhIjK.mp4"
-    assert sample.video == "videos/12_AbCdEfGhIjK.mp4"
+    assert (sample.id, sample.video) == ("12_AbCdEfGhIjK.mp4", "videos/12_AbCdEfGhIjK.mp4")
     assert sample.sentence == "The man in the  Hat sits down."
     assert (sample.width, sample.height, sample.num_frames, sample.fps) == (640, 360, 500, 25.0)
     frames = (sample.begin_frame, sample.first_frame, sample.stop_frame)
     assert frames == (0, 50, 52)  # st_frame counts from 1
     assert sample.boxes == {50: (0.25, 0.25, 0.75, 0.75), 51: (0.0, 0.0, 1.0, 1.0)}
-    assert sample.question_type is None
-    assert report == {}
+    assert sample.question_type is None and report == {}
 
 
 def test_second_dialect_and_a_mixture_in_the_order_of_the_file(tmp_path):
@@ -88,7 +82,6 @@ def test_what_is_read(tmp_path):
     assert (sample.first_frame, sample.stop_frame, report) == (50, 52, {})
 
 
-# ----------------------------------------------------------------------------------------------------------
 # The truth in steps. 25 fps, d = 0.5 s: steps 0, 1, 2, 3, 4, 5 show frames 0, 12, 25, 37, 50, 62.
 
 
@@ -108,21 +101,13 @@ def test_truth_takes_the_boxes_of_the_sampled_frames(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("st_frame", "count", "span"),
-    [
-        (14, 49, (2, 4)),
-        (1, 500, (0, 39)),
-        (500, 1, (39, 39)),
-        (1, 1, (0, 0)),
-        (14, 12, (1, 1)),
-        (27, 3, (2, 2)),
-    ],
+    ("st_frame", "count", "first", "last"),
+    [(14, 49, 2, 4), (1, 500, 0, 39), (500, 1, 39, 39), (1, 1, 0, 0), (14, 12, 1, 1), (27, 3, 2, 2)],
 )
-def test_truth_span(tmp_path, st_frame, count, span):
+def test_truth_span(tmp_path, st_frame, count, first, last):
     """Frames 13 .. 61 hold the sampled frames 25, 37, 50; where there is none, the step the event lies in."""
     truth = load_one(tmp_path, st_frame=st_frame, bbox=track(count))[0].truth(0.5)
-    assert truth.span == span
-    assert set(truth.boxes) == set(range(span[0], span[1] + 1))
+    assert truth.span == (first, last) and set(truth.boxes) == set(range(first, last + 1))
 
 
 def test_event_shorter_than_a_step_keeps_its_nearest_box(tmp_path):
@@ -130,10 +115,6 @@ def test_event_shorter_than_a_step_keeps_its_nearest_box(tmp_path):
     truth = sample.truth(0.5)
     assert truth.boxes == {1: (0.0, 0.0, 0.1, 0.1)}
     assert truth_answer(truth, (1000, 1000)).pred == ((1, (0, 0, 100, 100)),)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Quirks: repaired and counted
 
 
 @pytest.mark.parametrize(
@@ -178,10 +159,6 @@ def test_report_is_a_table(tmp_path):
     assert clipped.split() == ["5", *CLIPPED.split(), "0.mp4,", "1.mp4,", "2.mp4,", "..."]
     assert cut.split() == ["1", *CUT.split(), "z.mp4"]
     assert format_report({}) == "nothing to repair"
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Errors: file, record and value are named
 
 
 BOXES = [[0, 0, 9], 5, [0, 0, 9, "9"], [0, 0, 9, True], [0, 0, 9, float("nan")], [0, 0, 9, 10**400]]

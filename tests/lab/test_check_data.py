@@ -84,12 +84,12 @@ def test_drops_and_official_counts(config, tmp_path, capsys, monkeypatch):
     path = tmp_path / "val_annotations.json"
     path.write_text(json.dumps([record] * 10))
     monkeypatch.setattr(check_data, "check_videos", lambda *_: Counter())
-    settings = ["dataset=vidstg", f"vidor={tmp_path}", f"eval_annotations={path}", "train_annotations="]
-    check_data.main([config, *settings, f"model={tmp_path}/none"])
+    settings = ["dataset=vidstg", f"vidor={tmp_path}", f"eval_annotations={path}", "on_bad_video=skip"]
+    check_data.main([config, *settings, "train_annotations=", f"model={tmp_path}/none"])
     lines = lines_of(capsys)
     assert "does not load" in lines[0] and "model=FOLDER" in lines[0]
     assert lines[1].endswith("10 sentences (10 declarative, 0 interrogative) of 20, the others dropped")
     assert lines[3].split()[:-10] == ["10", *NO_BOX.split()] and lines[3].endswith(", 9/questions/0")  # all
     monkeypatch.setitem(check_data.OFFICIAL, path.name, 21)  # almost
-    check_data.main([config, *settings])
+    check_data.main([config, *settings, "train_annotations="])
     assert lines_of(capsys)[0].endswith("dropped; the official file has 21")
