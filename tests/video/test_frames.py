@@ -213,19 +213,16 @@ def test_the_right_frames(film, name, seconds):
 
 
 def test_the_middle_of_a_film(film):
-    frames = read_frames(film("open.mp4"), [0.0, 0.5, 1.0], begin=3.1)
-    assert numbers(frames) == [93, 108, 123]
+    assert numbers(read_frames(film("open.mp4"), [0.0, 0.5, 1.0], begin=3.1)) == [93, 108, 123]
     assert numbers(read_frames(film("long.mp4", 5.5), [0.0, 0.1], begin=1.0)) == [195, 198]
 
 
 def test_a_film_that_stands_upright(tmp_path):
     """Stored on its side, with a note to turn it: PyAV does not turn it, decord does."""
-    path = str(tmp_path / "turned.mp4")
-    write_film(path, 20, rotation=90)
+    path = write_film(tmp_path / "turned.mp4", 20, rotation=90)
     frames = read_frames(path, [0.0, 0.1, 0.5])
     assert frames.shape == (3, 160, 90, 3) and probe(path).width == 90
-    turned = [numbers(np.rot90(frames, quarter, axes=(1, 2))) for quarter in (1, 3)]
-    assert [0, 3, 15] in turned
+    assert [0, 3, 15] in [numbers(np.rot90(frames, quarter, axes=(1, 2))) for quarter in (1, 3)]
 
 
 def test_frames_are_resized_one_by_one_as_together(film):
@@ -274,8 +271,7 @@ def test_a_film_that_ends_early(tmp_path, film):
     times = [step / 5 for step in range(20)]
     frames = read_frames(path, times)
     assert len(frames) == sum(time <= header.seconds + 0.5 for time in times) < 20
-    expected = [min(3 * step, header.frames - 1) for step in range(len(frames))]
-    assert numbers(frames)[:-4] == expected[:-4]  # the very last ones may be damaged
+    assert numbers(frames)[:-4] == [3 * step for step in range(len(frames) - 4)]  # the last may be damaged
     with pytest.raises(VideoError, match=r"half\.mkv: lasts .* its annotation says 4\.00 s"):
         check_header(make_sample(path, 60, 15.0, 160, 90), header)
     sample = make_sample(path, round(header.frames / 0.8), 15.0, 160, 90)  # less is missing
@@ -314,14 +310,11 @@ def test_a_file_of_another_size_is_refused(tmp_path, width, height):
         (24, 29, 4.0, True),  # shorter, at the annotated rate: its end is missing
         (24, 32, 4.0, True),  # three quarters of it are there
         (24, 33, 4.0, False),
-        (24, 31, 4.1, True),
         (24, 31, 4.25, False),  # 4 instead of 4.25 frames a second is another rate
         (24, 35, 5.0, True),  # 7 s: another rate, but the duration agrees
-        (24, 36, 5.0, False),
         (24, 20, 4.0, True),  # 1 s less
         (24, 19, 4.0, False),  # longer than annotated: another file
         (160, 168, 4.0, True),  # 40 s: 5 % are 2 s
-        (160, 153, 4.0, True),
         (160, 150, 4.0, False),
     ],
 )
@@ -359,8 +352,7 @@ def test_frames_of_a_clip_as_the_model_sees_them(tmp_path, fps):
     path = write_film(tmp_path / "a.mp4", 60)
     frames = clip_frames(make_sample(path, 60, 30.0, 160, 90), fps, 112, 28)
     assert frames.dtype == np.uint8 and frames.shape[1:] == (56, 112, 3)  # 90 * 112 / 160 = 63 -> 2 * 28
-    expected = [int(30 * step / fps) for step in range(int(2 * fps))]
-    assert numbers(frames) == expected
+    assert numbers(frames) == [int(30 * step / fps) for step in range(int(2 * fps))]
 
 
 @pytest.mark.parametrize(
@@ -385,10 +377,9 @@ def test_frame_size_by_hand(width, height, max_side, factor, expected):
 def test_frame_size_properties(width, height, max_side, factor):
     shown = frame_size(width, height, max_side, factor)
     assert shown == frame_size(height, width, max_side, factor)[::-1]
-    shrink = min(1, max_side / max(width, height))
     for side, original in zip(shown, (width, height), strict=True):
         assert side % factor == 0 and factor <= side <= max_side
-        exact = original * shrink
+        exact = original * min(1, max_side / max(width, height))
         assert abs(side - exact) <= factor / 2 + 1e-6 or side in (factor, max_side // factor * factor)
 
 

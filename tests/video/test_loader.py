@@ -19,8 +19,6 @@ from samples import Sample
 from video.frames import VideoError, clip_frames, probe
 from video.loader import FrameLoader, Workers
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 def make_sample(path, num_frames=60, begin_frame=0):
     """fps is 30; at 2 frames a second frames 0, 15, 30, 45 of a clip are shown."""
@@ -108,7 +106,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_processes_end_with_a_killed_script(tmp_path):
     """run() returns when no process holds the output. The folder's modules with our names are not taken."""
     (tmp_path / "samples.py").write_text("raise RuntimeError")
-    command, environment = [sys.executable, "-P", "-c", SCRIPT], {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-P", "-c", SCRIPT]
     done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, timeout=120)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"(3, 2)\n")
 
@@ -128,8 +127,7 @@ def test_with_and_without_processes(processes, workers, films, tmp_path):
 
 def test_pictures_that_the_decoder_guessed_are_reported(workers, tmp_path, capsys):
     """A few bytes of a film are zero. Depending on which, libav gives up, or guesses and only says so."""
-    content = Path(write_film(tmp_path / "whole.mp4", 60)).read_bytes()
-    loader = make_loader(workers)
+    content, loader = Path(write_film(tmp_path / "whole.mp4", 60)).read_bytes(), make_loader(workers)
     for k in range(20, 90, 5):
         path, at = tmp_path / f"{k}.mp4", len(content) * k // 100
         path.write_bytes(content[:at] + bytes(12) + content[at + 12 :])
@@ -149,43 +147,36 @@ def decoded(monkeypatch):
     """The samples whose clips are decoded."""
     asked = []
 
-    def count(sample, *arguments):
+    def count(sample, *more):
         asked.append(sample)
-        return clip_frames(sample, *arguments)
+        return clip_frames(sample, *more)
 
     monkeypatch.setattr("video.loader.clip_frames", count)
     return asked
 
 
-def test_a_bad_clip_is_not_tried_again(decoded, tmp_path, capsys):
-    """With on_bad_video: skip it is asked for every epoch; each time could take video_timeout seconds."""
-    (tmp_path / "bad.mp4").write_bytes(b"no video")
-    loader, sample = make_loader(on_bad_video="skip"), make_sample(tmp_path / "bad.mp4")
-    for window in ([sample], []):
-        loader.prefetch(window)
-        assert loader.frames(sample) is None
-    assert len(decoded) == 1 and capsys.readouterr().err.count("skipped: ") == 1
-
-
-def test_sentences_about_one_clip_share_its_frames(decoded, films):
+def test_a_clip_is_decoded_once(decoded, films, tmp_path, capsys):
+    """Sentences share its frames. A bad one is not tried again: it may take video_timeout seconds."""
     loader, first = make_loader(), make_sample(films[0])
     second, part = replace(first, sentence="it stands", id="b"), make_sample(films[0], 30, begin_frame=15)
     loader.prefetch([first, second])
     assert torch.equal(loader.frames(first), loader.frames(second)) and len(decoded) == 1
     assert numbers(loader.frames(part)) == numbers(loader.frames(part)) == [15, 30] and len(decoded) == 3
-    loader.prefetch([second])  # the same clip stays, what was not asked for ahead was forgotten
-    assert numbers(loader.frames(first)) == [0, 15, 30, 45] and len(decoded) == 3
-    loader.prefetch([])
-    assert numbers(loader.frames(first)) == [0, 15, 30, 45] and len(decoded) == 4
+    for window, count in (([second], 3), ([], 4)):  # what is prefetched stays
+        loader.prefetch(window)
+        assert numbers(loader.frames(first)) == [0, 15, 30, 45] and len(decoded) == count
     assert not any(sample.boxes for sample in decoded)  # never sent along
+    loader, bad = make_loader(on_bad_video="skip"), make_sample(tmp_path / "bad.mp4")
+    assert loader.frames(bad) is loader.frames(bad) is None and len(decoded) == 5
+    assert capsys.readouterr().err.count("skipped: ") == 1
 
 
 def test_prefetch_decodes_ahead_and_forgets(workers, films, monkeypatch):
     loader, samples = make_loader(workers), [make_sample(path) for path in films]
     gate, reached = threading.Event(), threading.Event()
     workers.threads.submit(gate.wait)  # until then nothing begins
-    loader.prefetch(samples[:2])
-    loader.prefetch(samples[1:2])
+    for window in (samples[:2], samples[1:2]):
+        loader.prefetch(window)
     gate.set()
     workers.threads.submit(reached.set)  # after all that was begun
     assert reached.wait(60)
@@ -207,7 +198,7 @@ def test_a_cached_clip_is_not_decoded_again(films, tmp_path, decoded, monkeypatc
         assert torch.equal(frames, torch.from_numpy(clip_frames(sample, 2.0, 112, 28)))
         return len(decoded) - before
 
-    assert decodes(sample) == 1 and decodes(replace(sample, sentence="another", id="b", stop_frame=9)) == 0
+    assert decodes(sample) == 1 and decodes(replace(sample, sentence="another", id="b")) == 0
     (entry,) = folder.iterdir()
     good = entry.read_bytes()
     for damaged in (b"", good[:60], good[:-1], bytes(len(good))):
@@ -217,11 +208,10 @@ def test_a_cached_clip_is_not_decoded_again(films, tmp_path, decoded, monkeypatc
     assert decodes(replace(sample, video="film.mp4")) == 0  # the same from anywhere
     assert decodes(replace(sample, begin_frame=10, num_frames=50)) == 1 == decodes(make_sample(path, 50))
     assert decodes(replace(sample, video=films[0])) == 1
-    os.utime(path, ns=(0, 12345))
-    assert decodes(sample) == 1
-    path.write_bytes(path.read_bytes() + bytes(8))
-    os.utime(path, ns=(0, 12345))
-    assert decodes(sample) == 1
+    for more in (b"", bytes(8)):  # another time, another size
+        path.write_bytes(path.read_bytes() + more)
+        os.utime(path, ns=(0, 12345))
+        assert decodes(sample) == 1
     with pytest.raises(VideoError):  # a wrong size is not excused by the right one's entry
         decodes(replace(sample, width=90))
 
