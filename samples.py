@@ -16,7 +16,7 @@ QUESTION_TYPES = ("declarative", "interrogative")  # VidSTG's captions and quest
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """The one place that goes between steps, seconds and native frames. All indices are 0-based."""
+    """Convert between steps, seconds and native frames. All indices are 0-based."""
 
     num_frames: int  # native frames of the clip
     fps: float  # native frames per second
@@ -37,8 +37,8 @@ class TimeGrid:
         return min(math.ceil(step * self.step_seconds * self.fps - 1e-6), self.num_frames)
 
     def steps_of(self, first: int, stop: int) -> tuple[int, int]:
-        """First and last step (inclusive) whose sampled frames lie in native frames [first, stop); where
-        there is none, the event lies inside one step and that step is the answer."""
+        """First and last step (inclusive) whose sampled frames lie in the native frames [first, stop). If no
+        sampled frame does, the event lies inside one step, and it is that step."""
         inside = [i for i in range(self.num_steps) if first <= self.sampled_frame(i) < stop]
         if not inside:
             inside = [min(int(first / self.fps / self.step_seconds + 1e-6), self.num_steps - 1)]
@@ -47,27 +47,27 @@ class TimeGrid:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is asked for, in steps."""
+    """The true answer, in steps."""
 
     span: tuple[int, int]  # first and last step, inclusive
     boxes: dict[int, Box]  # step -> box in [0, 1]; a step of the span may have none
 
     def before(self, num_steps: int) -> "Truth | None":
-        """The part in steps below num_steps: all there is to find in a video that ends early. None where no
-        box is left."""
+        """The part in steps below num_steps, which is what a video that ends early shows. None if no box is
+        left."""
         boxes = {step: box for step, box in self.boxes.items() if step < num_steps}
         return Truth((self.span[0], min(self.span[1], num_steps - 1)), boxes) if boxes else None
 
 
 class Track(Mapping[int, Box]):
-    """Boxes of consecutive native frames, frame -> box in [0, 1]; frames without one are not in it.
+    """Boxes of consecutive native frames, frame -> box in [0, 1]; a frame without a box is no key.
 
-    It reads like a dict, but is a view of an array: VidSTG's sentences share 20 million boxes, which as
-    tuples of floats would take 6 GB.
+    It reads like a dict, but is a view of an array: VidSTG's sentences share 20 million boxes, which would
+    take 6 GB as tuples of floats.
     """
 
     def __init__(self, first: int, boxes: np.ndarray):
-        """boxes: (frames, 4) float64, that of frame `first` in the first row; NaN where there is none."""
+        """boxes: (frames, 4) float64; the first row is frame `first`; NaN where there is no box."""
         self.first, self.array = first, boxes
         self.there = ~np.isnan(boxes[:, 0])  # (frames,)
 
@@ -107,10 +107,10 @@ class Sample:
         return TimeGrid(self.num_frames, self.fps, step_seconds)
 
     def truth(self, step_seconds: float) -> Truth:
-        """The truth in steps: those whose sampled frame lies in it (at least one), with those frames' boxes.
+        """The steps whose sampled frame lies in the truth (at least one step), with those frames' boxes.
 
-        Where none of the sampled frames has a box (an event shorter than a step), the annotated box nearest
-        in time to the first step stands in.
+        If no sampled frame has a box (an event shorter than a step), the first step gets the annotated box
+        nearest to it in time.
         """
         grid = self.grid(step_seconds)
         start, end = grid.steps_of(self.first_frame, self.stop_frame)

@@ -40,7 +40,7 @@ from video.frames import REENCODE, VideoError, clip_frames, frame_size
 # libav repairs damaged pictures by guessing, and only says so on stderr. (Missing references are no sign of
 # damage: films that begin with an open group of pictures lack them.)
 GUESSED = re.compile(r"error while decoding|concealing|damaged|error at MB|corrupt|invalid NAL", re.I)
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 CACHE_VERSION = 1  # raise it when clip_frames computes other numbers: old entries are not used then
 
 
