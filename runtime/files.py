@@ -149,20 +149,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
 
 
-def positive(where: str, record: dict, name: str) -> float:
-    value = get(where, record, name)
-    if not is_number(value) or value <= 0:
-        raise DataError(f"{where}: {name} {short(value)} is not a number above 0")
-    return float(value)
-
-
-def positive_integer(where: str, record: dict, name: str) -> int:
-    value = get(where, record, name)
-    if not is_number(value) or value < 1 or value != int(value):
-        raise DataError(f"{where}: {name} {short(value)} is not an integer of at least 1")
-    return int(value)
-
-
 def short(value: object) -> str:
     """A value as an error message quotes it."""
     text = json.dumps(value)
