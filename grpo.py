@@ -1,27 +1,28 @@
-"""Group Relative Policy Optimisation on plain tensors (STVG-o1, section 3.3): what a group's rewards say
-about each answer, and the loss that makes the better ones likelier. Knows no model, no text, no video.
+"""Group Relative Policy Optimisation (GRPO) on plain tensors (STVG-o1, section 3.3).
 
-Shapes: G answers (completions) of one prompt; B rows (a group, or any part or union of groups) of C tokens.
+Advantages say how much better each answer is than its group; the loss makes the better answers likelier.
+Nothing here knows a model, a text or a video.
 
-The paper gives Eq. 11 and Eq. 12 and leaves the rest open; we do as its stack, verl, does:
+Shapes: G completions of one prompt; B rows (completions of one or more prompts) of C tokens.
+
+The paper gives Eq. 11 and Eq. 12. What it leaves open is done as in verl, the framework that the authors
+used:
 
 - standard deviation of the group: the sample's (n - 1), plus 1e-6;
-- importance ratio: the paper writes one per answer, verl and we take one per token;
-- clipping: 1 ± clip_eps on both sides (verl: 0.2). verl's second clip for negative advantages, at ratio 3, is
-  not in Eq. 12 and is left out; with one update per batch the ratio is 1 and nothing is clipped anyway;
-- KL: estimator k3 in the loss, log-ratio clamped to ±20 (verl also cuts the estimate at 10, and with it the
-  gradient of the tokens that have drifted furthest; we do not). verl's Qwen2.5-VL example has kl_beta 0.01;
+- importance ratio: one per token (the paper writes one per answer);
+- clipping: 1 +- clip_eps on both sides (verl: 0.2). verl's second clip, at ratio 3 for negative advantages,
+is
+  not in Eq. 12 and is left out;
+- KL: estimator k3, in the loss, with the log-ratio clamped to +-20. verl also clamps the estimate at 10,
+which
+  stops the gradient of the tokens that have drifted furthest; we do not;
 - aggregation: "token-mean", every token of the global batch weighs the same.
 
-Why is my loss 0? Because GRPO's loss is no measure of progress. With one update per batch the old policy is
-the policy, every ratio is 1, and the loss is -sum(A * length) / normalizer + kl_beta * KL ("sequence-mean":
-without the length). The advantages of a group sum to zero. So without the KL (kl_beta = 0, or a policy that
-is still the reference, where k3 is exactly 0) the loss is zero for every batch under "sequence-mean", and
-for answers of equal length under the other two: exactly where the advantages cancel in floating point (as
-±1 do), up to rounding otherwise. Answers of unequal length make it some number of either sign. The gradient
-is not zero: it is -A / normalizer for the log-prob of each token ("sequence-mean": also divided by the
-answer's length). A group whose rewards are all equal has zero advantages: only the KL is left,
-in the loss and in the gradient.
+Why is my loss 0? GRPO's loss does not measure progress. With one update per batch every ratio is 1, and the
+loss is -sum(A * length) / normalizer + kl_beta * KL. The advantages of a group sum to zero, so without KL and
+with answers of equal length (or with "sequence-mean") the loss is 0. Its gradient is not: it is -A /
+normalizer for the log-prob of each token. A group whose rewards are all equal has no advantages; only the KL
+is left then.
 """
 
 import torch
@@ -35,14 +36,14 @@ MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far beyond anything sensible, and finite 
 def group_advantages(rewards: Tensor, scale_rewards: bool = True) -> Tensor:
     """How much better each answer is than its group (Eq. 11).
 
-    rewards: (G,) totals of the G answers of one prompt. Returns (G,) float64: (reward - mean) / (std + 1e-6),
-    or reward - mean with scale_rewards False. Equal rewards, and a group of one, give exact zeros.
-    Raises ValueError for anything but a non-empty row of finite numbers.
+    rewards: (G,) totals of the G answers to one prompt. Returns (G,) float64: (reward - mean) / (std + 1e-6),
+    or reward - mean without scale_rewards. Equal rewards, and a group of one, give exact zeros. Raises
+    ValueError unless there is at least one reward and all are finite.
     """
     rewards = rewards.detach().double()
     if rewards.dim() != 1 or len(rewards) == 0 or not rewards.isfinite().all():
         raise ValueError(f"rewards: one finite number for each answer is needed, not {rewards.tolist()}")
-    centred = rewards - rewards[0]  # makes equal rewards exact zeros, whatever their mean rounds to
+    centred = rewards - rewards[0]  # equal rewards become exact zeros, whatever their mean rounds to
     advantages = centred - centred.mean()
     if not scale_rewards or len(rewards) == 1:
         return advantages
@@ -50,24 +51,25 @@ def group_advantages(rewards: Tensor, scale_rewards: bool = True) -> Tensor:
 
 
 def clamped_log_ratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
-    """log(p / q) within ±20. Clamping comes before exp: behind it, 0 * inf would be a NaN in the gradient."""
+    """log(p / q), clamped to +-20. The clamp comes before exp: after it, 0 * inf would make the gradient
+    NaN."""
     return (logprobs - other_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) for each sampled token, >= 0: k3 of joschu.net/blog/kl-approx.html
+    """Estimate KL(policy || reference) at each sampled token, >= 0: k3 of joschu.net/blog/kl-approx.html
 
-    logprobs, ref_logprobs: the same shape, of the tokens that the policy sampled. Returns that shape.
+    logprobs, ref_logprobs: of the sampled tokens, in one shape, which the result has too.
     """
     log_ratio = clamped_log_ratio(ref_logprobs, logprobs)
     k3 = torch.expm1(log_ratio) - log_ratio  # exp(x) - 1 - x, without its rounding error near 0
-    return k3.clamp(min=0.0)  # by mathematics it is; expm1 may be off by one unit in the last place
+    return k3.clamp(min=0.0)  # expm1 may be off by one unit in the last place
 
 
 def loss_normalizer(mask: Tensor, aggregation: str, max_tokens: int | None = None) -> float:
-    """What the loss of these rows is divided by. It adds up: over micro-batches, and over ranks.
+    """What the loss is divided by; sum it over micro-batches and ranks.
 
-    mask: (B, C), true on completion tokens. max_tokens: the constant length of "constant" (max_new_tokens).
+    mask: (B, C), true on completion tokens. max_tokens: the length that "constant" assumes (max_new_tokens).
     """
     if aggregation == "token-mean":
         return float(mask.bool().sum())
@@ -81,7 +83,7 @@ def loss_normalizer(mask: Tensor, aggregation: str, max_tokens: int | None = Non
 
 
 def masked_mean(values: Tensor, mask: Tensor, aggregation: str, normalizer: float) -> Tensor:
-    """(B, C) values -> the part that these rows contribute to the mean over the global batch, a scalar."""
+    """(B, C) values -> a scalar: what these rows contribute to the mean over the global batch."""
     rows = (values * mask).sum(dim=1)  # (B,)
     if aggregation == "sequence-mean":
         rows = rows / mask.sum(dim=1).clamp(min=1)  # each answer counts the same, whatever its length
@@ -102,22 +104,21 @@ def policy_loss(
     normalizer: float,
     aggregation: str = "token-mean",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to minimise: minus the clipped objective, plus kl_beta times the KL (Eq. 12).
+    """The loss: minus the clipped objective, plus kl_beta times the KL (Eq. 12).
 
     logprobs      (B, C) of the sampled tokens under the policy, with gradient
-    old_logprobs  (B, C) under the policy that sampled them; with one update per batch logprobs itself
-    ref_logprobs  (B, C) under the frozen reference, or None where kl_beta is 0
-    advantages    (B,)   of the answers, one for all tokens of a row
-    mask          (B, C) true on completion tokens (the end token is one); what stands elsewhere has no
-                  effect, not even an infinity
-    normalizer    the sum of loss_normalizer over the whole global batch. The losses (and gradients) of the
-                  micro-batches then add up to those of the batch, however it was cut. Where gradients are
-                  averaged over ranks, as DDP and FSDP do, multiply the loss by the number of ranks.
+    old_logprobs  (B, C) under the policy that sampled them; with one update per batch, logprobs itself
+    ref_logprobs  (B, C) under the frozen reference, or None if kl_beta is 0
+    advantages    (B,)   one for all tokens of a row
+    mask          (B, C) true on completion tokens, the end token included; values elsewhere have no effect
+    normalizer    the sum of loss_normalizer over the global batch, so that the losses (and gradients) of
+                  micro-batches add up to those of the batch. If gradients are averaged over ranks, as DDP and
+                  FSDP do, multiply the loss by the number of ranks.
 
-    Returns the scalar loss and detached metrics. "policy_loss", "kl", "ratio_mean" and "clip_frac" (share of
-    tokens where clipping took hold) went through the same mean as the loss and add up in the same way; under
-    "constant" they are therefore per constant length. "ratio_max" does not add up: take the largest.
-    Raises ValueError for shapes that do not agree, kl_beta without a reference, and an empty batch.
+    Returns the scalar loss and detached metrics: "policy_loss", "kl", "ratio_mean", "clip_frac" (share of
+    tokens where clipping took hold) and "nll" (-logprobs), which add up as the loss does ("constant": per
+    constant length), and "ratio_max", of which the largest counts. Raises ValueError for shapes that do not
+    agree, for kl_beta without a reference, and for an empty batch.
     """
     _check_shapes(logprobs, old_logprobs, ref_logprobs, advantages, mask)
     if kl_beta and ref_logprobs is None:
@@ -139,20 +140,20 @@ def policy_loss(
     values = {
         "policy_loss": -objective,
         "kl": kl,
-        "nll": -logprobs,
         "ratio_mean": ratio,
         "clip_frac": (clipped * advantages < ratio * advantages).to(ratio.dtype),
     }
     means = {name: masked_mean(value, mask, aggregation, normalizer) for name, value in values.items()}
     loss = means["policy_loss"] + kl_beta * means["kl"]  # Eq. 12
     metrics = {name: mean.detach() for name, mean in means.items()}
+    metrics["nll"] = -logprobs.detach().sum() / normalizer
     return loss, metrics | {"ratio_max": ratio.detach().where(mask, 0.0).max()}
 
 
 def _check_shapes(
     logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor | None, advantages: Tensor, mask: Tensor
 ) -> None:
-    """Broadcasting would make a loss of almost any shapes; none but these means something."""
+    """Raise ValueError for other shapes, of which broadcasting would silently make some loss."""
     wanted = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "mask": mask}
     for name, tensor in wanted.items():
         if tensor is not None and tensor.shape != logprobs.shape:

@@ -31,7 +31,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from config import Config, ConfigError, load_config
@@ -54,11 +53,10 @@ from qwen.checkpoint import Policy, freeze, load_trainable
 from qwen.lora import without_adapters
 from rewards import score
 from runtime import checkpoints, distributed
-from runtime.files import UserError, read_jsonl, run_script
-from runtime.logs import check_trackers, clock
-from runtime.plugins import load_plugins
+from runtime.files import UserError, run_script
+from runtime.logs import clock
 from runtime.predictions import fingerprint_of
-from runtime.run import Run, Stopped, check_batches, describe, open_run, write_json
+from runtime.run import Run, Stopped, check_start, describe, open_run
 from samples import Sample, Truth
 from video.loader import FrameLoader, open_loader
 
@@ -236,14 +234,10 @@ def update(
 
 
 def sft_config(config: Config) -> Config:
-    """The settings under which `update` maximises the mean log-probability of the true answers' tokens."""
-    sft = {
-        "steps": config.sft.steps,
-        "batch_size": config.sft.batch_size,
-        "learning_rate": config.sft.learning_rate,
-    }
+    """The settings under which `update` raises the mean log-probability of the true answers' tokens."""
+    own = {key: getattr(config.sft, key) for key in ("steps", "batch_size", "learning_rate")}
     same = {"warmup_steps": 0, "kl_beta": 0.0, "temperature": 1.0, "updates_per_batch": 1}
-    return dataclasses.replace(config, **sft, **same, loss_aggregation="token-mean")
+    return dataclasses.replace(config, **own, **same, loss_aggregation="token-mean")
 
 
 def true_completion(policy: Policy, prompt: Prompt, truth: Truth, config: Config) -> Completion:
@@ -261,11 +255,12 @@ def rollout_records(
     groups = zip(batch, truths, prompts, completions, scores, advantages, strict=True)
     for (_, sample), truth, prompt, *group in groups:
         for g, (completion, scored, advantage) in enumerate(zip(*group, strict=True)):
-            record = {"step": step + 1, "id": sample.id, "generation": g}
-            record |= answer_record(completion.text, scored.answer, truth, prompt.scale, config.think)
-            record |= {"rewards": scored.rewards, "advantage": float(advantage)}
-            record |= {"length": len(completion.ids), "truncated": completion.truncated}
-            records.append(record)
+            records.append(
+                {"step": step + 1, "id": sample.id, "generation": g}
+                | answer_record(completion.text, scored.answer, truth, prompt.scale, config.think)
+                | {"rewards": scored.rewards, "advantage": float(advantage)}
+                | {"length": len(completion.ids), "truncated": completion.truncated}
+            )
     return records
 
 
@@ -283,10 +278,8 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"{word}: no such option; settings are written key=value")
     files = [word for word in arguments if "=" not in word] or [str(ROOT / "configs/toy.yaml")]
     config = load_config(files, [word for word in arguments if "=" in word])
-    check_trackers(config)
-    load_plugins(config.rewards)
-    rank, world_size = distributed.init()
-    check_batches(config, world_size)
+    rank, _ = distributed.init()
+    check_start(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     samples, _ = load_split(config, config.train_annotations)
@@ -303,7 +296,7 @@ def main(arguments: list[str]) -> None:
     ):
         learn(run, samples, held_out)
         if rank == 0:
-            report(run.folder, time.time() - started)
+            report(run, time.time() - started)
     distributed.destroy()
 
 
@@ -345,27 +338,23 @@ def evaluate_split(run: Run, samples: list[Sample], when: str) -> None:
     run.log_eval(score_predictions(predictions, samples, config)["native"], when)
 
 
-def report(run: Path, seconds: float) -> None:
-    """Print the scores before and after; write summary.json and pictures."""
-    lines = read_jsonl(run / "metrics.jsonl")
-    evaluations = [m for m in lines if m["phase"] == "eval"]
-    keys = evaluations[-1].keys() - {"phase", "step"}
-    before, after = ({k: v for k, v in m.items() if k in keys} for m in (evaluations[0], evaluations[-1]))
-    rewards = [m["reward"] for m in lines if m["phase"] == "grpo"]
-    few = max(1, len(rewards) // 10)  # a single step's mean is noise
-    first, last = (float(np.mean(part)) if part else None for part in (rewards[:few], rewards[-few:]))
-    reward = {"first": first, "last": last}
-    write_json({"before": before, "after": after, "reward": reward, "seconds": seconds}, run / "summary.json")
-    print(format_table({"before": before, "after": after}))
-    if rewards:
-        print(f"mean sampled reward, first and last {few} of {len(rewards)} steps: {first:.2f} -> {last:.2f}")
-    print(f"{seconds:.0f} s; everything is in {run}/")
+def report(run: Run, seconds: float) -> None:
+    """Print the scores before and after, and where everything is; draw the pictures."""
+    summary = run.write_summary(seconds)
+    print(format_table({"before": summary["before"], "after": summary["after"]}))
+    if summary["reward"]["first"] is not None:
+        print(
+            "mean sampled reward, first and last tenth of the steps: {first:.2f} -> {last:.2f}".format(
+                **summary["reward"]
+            )
+        )
+    print(f"{seconds:.0f} s; everything is in {run.folder}/")
     try:
         from lab.pictures import draw_run  # the only arrow from here to lab/
 
-        print("pictures:", *draw_run(run))
+        print("pictures:", *draw_run(run.folder))
     except ImportError:
-        print(f"for pictures: pip install -r requirements-dev.txt && python -m lab.pictures {run}")
+        print(f"for pictures: pip install -r requirements-dev.txt && python -m lab.pictures {run.folder}")
     except (OSError, UserError) as error:  # a full disk, annotations that are gone; all else is done
         print(f"no pictures: {error}")
 

@@ -24,7 +24,8 @@ from runtime.checkpoints import Progress
 from runtime.files import read_jsonl, write_jsonl, write_whole
 from runtime.fingerprints import fingerprints, settings_of
 from runtime.logs import DRIFT_STEPS, Log, clock, drifts_apart, peak_memory, summarize
-from runtime.plugins import plugin_fingerprints
+from runtime.plugins import load_plugins, plugin_fingerprints
+from runtime.trackers import check_trackers
 from samples import Sample
 from video.frames import VideoError
 from video.loader import FrameLoader
@@ -172,6 +173,20 @@ class Run:
         name = name or (f"checkpoint_{step}" if step else f"checkpoint_sft_{sft}")
         checkpoints.save(self.folder / name, self.policy, self.optimizer, self.progress, self.fingerprints)
         checkpoints.prune(self.folder, self.config.keep_checkpoints, spare=[self.sft_checkpoint])
+
+    def write_summary(self, seconds: float) -> dict:
+        """Write summary.json: scores before and after, and the mean reward of the first and last tenth of the
+        steps (None without steps). Returns it."""
+        lines = read_jsonl(self.folder / "metrics.jsonl")
+        first, *_, last = [m for m in lines if m["phase"] == "eval"]
+        before, after = ({key: m[key] for key in last if key not in ("phase", "step")} for m in (first, last))
+        rewards = [m["reward"] for m in lines if m["phase"] == "grpo"]
+        tenth = max(1, len(rewards) // 10)  # the mean of a single step is noise
+        parts = {"first": rewards[:tenth], "last": rewards[-tenth:]}
+        reward = {name: float(np.mean(part)) if part else None for name, part in parts.items()}
+        summary = {"before": before, "after": after, "reward": reward, "seconds": seconds}
+        write_json(summary, self.folder / "summary.json")
+        return summary
 
     def progress_text(self) -> str:
         if self.progress.sft_step and not self.progress.step:
@@ -348,16 +363,15 @@ def describe(config: Config, policy, train_samples: list[Sample], eval_samples: 
     )
 
 
-def check_batches(config: Config, world_size: int) -> None:
-    """Raise ConfigError unless the prompts of a step divide among the ranks: a group lives on one rank."""
-    sizes = {
-        "batch_size": (config.batch_size, config.steps),
-        "sft.batch_size": (config.sft.batch_size, config.sft.steps),
-    }
-    for key, (size, steps) in sizes.items():
-        if steps and size % world_size:
-            below = size // world_size * world_size
+def check_start(config: Config) -> None:
+    """Find what would end the run later: load plug-ins and trackers; a group lives on one rank, so the
+    prompts of a step must divide among the ranks. Raises UserError."""
+    check_trackers(config)
+    load_plugins(config.rewards)
+    _, world_size = distributed.init()
+    for key, part in {"batch_size": config, "sft.batch_size": config.sft}.items():
+        if part.steps and part.batch_size % world_size:
+            below = part.batch_size // world_size * world_size
             nearest = f"{below} or {below + world_size}" if below else str(world_size)
-            raise ConfigError(
-                f"{key}: {size} prompts do not divide among {world_size} ranks; {nearest} would"
-            )
+            prompts = f"{part.batch_size} prompts do not divide among {world_size} ranks"
+            raise ConfigError(f"{key}: {prompts}; {nearest} would")

@@ -16,6 +16,7 @@ import pytest
 import tiny_runs
 import torch
 import yaml
+from hypothesis import settings
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -30,6 +31,9 @@ from toy import pretrain
 from toy import world as toy_world
 
 torch.set_num_threads(1)
+settings.register_profile("default", max_examples=50, deadline=None)
+settings.register_profile("slow", max_examples=1000, deadline=None)  # pytest --hypothesis-profile=slow
+settings.load_profile("default")
 
 TEXT = {
     "hidden_size": 48,

@@ -339,6 +339,7 @@ def test_metrics_by_hand():
         "ratio_mean": (1.5 + 1 + 1 + 0.5) / 4,
         "clip_frac": 2 / 4,
         "ratio_max": 1.5,
+        "nll": -(math.log(1.5) + math.log(0.5)) / 4,
     }
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected)
     assert loss.item() == pytest.approx(expected["policy_loss"] + 0.05 * kl)

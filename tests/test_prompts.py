@@ -1,13 +1,11 @@
-"""The answer language: grammar, time grid, coordinate systems, and the prompt that describes them."""
+"""The answer's grammar, the coordinates of its boxes, and the prompt that describes them."""
 
 import itertools
-import math
 import re
 import time
-from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prompts import (
@@ -18,12 +16,10 @@ from prompts import (
     format_answer,
     from_text_box,
     parse_answer,
-    parse_csv_answer,
-    read_answer,
     to_text_box,
     truth_answer,
 )
-from samples import TimeGrid, Truth
+from samples import Truth
 
 PAPER = (  # Fig. 2
     "<time> 5 - 7 </time>"
@@ -182,14 +178,12 @@ edits = st.lists(
 )
 
 
-@settings(max_examples=300)
 @given(edits, st.booleans(), st.booleans())
 def test_edited_answers_parse_as_the_slow_parser_says(changes, has_think, think):
     text = edit(PAPER if has_think else re.sub("<think_bbox>.*</think_bbox>", "", PAPER), changes)
     assert parse_answer(text, think) == slow_parse(text, think)
 
 
-@settings(max_examples=300)
 @given(st.text() | st.lists(st.sampled_from(TOKENS), max_size=60).map("".join), st.booleans())
 def test_no_text_raises(text, think):
     assert parse_answer(text, think) == slow_parse(text, think)
@@ -212,30 +206,19 @@ HOSTILE = {
 }
 
 
-HOSTILE_CSV = {
-    "numbers": lambda n: "5, " * (n // 3),
-    "intervals": lambda n: "5 - " * (n // 4),
-    "digit by digit": lambda n: "5 " * (n // 2),
-    "rows": lambda n: "1 - 2\n" + "5, 0.1, 0.2, 0.3, 0.4\n" * (n // 22),
-}
-
-
-@pytest.mark.parametrize("parse", [parse_answer, parse_csv_answer])
-@pytest.mark.parametrize("hostile", [*HOSTILE.values(), *HOSTILE_CSV.values()], ids=[*HOSTILE, *HOSTILE_CSV])
-def test_time_is_linear_in_the_text(hostile, parse):
-    """Twice the text takes twice the time (4 times would be quadratic); limits allow for a busy machine."""
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE.keys())
+def test_time_is_linear_in_the_text(hostile):
+    """Twice the text takes twice the CPU time; quadratic would be four times."""
 
     def seconds(length):
         text, times = hostile(length), []
         for _ in range(3):
-            start = time.perf_counter()
-            parse(text)
-            times.append(time.perf_counter() - start)
+            start = time.process_time()
+            parse_answer(text)
+            times.append(time.process_time() - start)
         return min(times)
 
-    half, whole = seconds(500_000), seconds(1_000_000)
-    assert whole < 3 * half + 0.1
-    assert whole < 1.0
+    assert seconds(400_000) < 3 * seconds(200_000) + 0.05
 
 
 @pytest.mark.parametrize(
@@ -282,13 +265,7 @@ def test_scales():
     [
         ({"coordinates": "pixels"}, "coordinates: 'pixels'.*norm1000, resized, original"),
         ({"time_unit": "minute"}, "time_unit: 'minute'.*frame, second"),
-        ({"fps": 0}, "fps: 0"),
-        ({"fps": float("nan")}, "fps: nan"),
-        ({"fps": 0.5, "time_unit": "second"}, "fps: 0.5.*time_unit: frame"),
-        (
-            {"fps": 2.5, "time_unit": "second"},
-            "fps: 2.5 .* a whole number .*, such as fps: 2, or time_unit: ",
-        ),
+        ({"fps": 2.5, "time_unit": "second"}, "fps: 2.5 .* a whole number .*time_unit: frame"),
         ({"fps": float("inf"), "time_unit": "second"}, "fps: inf .* a whole number"),
     ],
 )
@@ -300,52 +277,6 @@ def test_wrong_text_formats_are_named(wrong, name):
 def test_step_seconds():
     assert TextFormat(fps=2).step_seconds == 0.5
     assert TextFormat(fps=2, time_unit="second").step_seconds == 1.0
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The time grid against its definition, in exact fractions and by looking at every frame
-
-RATES = [(Fraction(r), float(Fraction(r))) for r in ("10", "12.5", "15", "24", "25", "29.97", "30", "60")]
-RATES += [(Fraction(30000, 1001), 30000 / 1001), (Fraction(24000, 1001), 23.976023976023978)]
-STEPS = [Fraction(1, 2), Fraction(1), Fraction(1, 3), Fraction(1, 5), Fraction(2)]
-
-
-@pytest.mark.parametrize("rate, fps", RATES, ids=lambda value: f"{float(value):g}")
-@pytest.mark.parametrize("step", STEPS, ids=str)
-@pytest.mark.parametrize("num_frames", [1, 7, 30, 301])
-def test_grid_against_its_definition(rate, fps, step, num_frames):
-    grid = TimeGrid(num_frames, fps, float(step))
-    frames = range(num_frames)
-    begins = [i * step for i in range(10 * num_frames) if i * step < num_frames / rate]
-    assert grid.num_steps == len(begins)
-    for i, begin in enumerate(begins):
-        assert grid.sampled_frame(i) == max(f for f in frames if f / rate <= begin)
-        assert grid.first_frame(i) == min((f for f in frames if f / rate >= begin), default=num_frames)
-    cells = [range(grid.first_frame(i), grid.first_frame(i + 1)) for i in range(grid.num_steps)]
-    assert [f for cell in cells for f in cell] == list(frames)  # every frame is in exactly one step
-
-
-@settings(max_examples=200)
-@given(st.sampled_from(RATES), st.sampled_from(STEPS), st.integers(1, 200), st.data())
-def test_steps_of_a_span_against_their_definition(rate, step, num_frames, data):
-    exact, fps = rate
-    first = data.draw(st.integers(0, num_frames - 1))
-    stop = data.draw(st.integers(first + 1, num_frames))
-    begins = [i * step for i in range(10 * num_frames) if i * step < num_frames / exact]
-    shown = [max(f for f in range(num_frames) if f / exact <= begin) for begin in begins]
-    inside = [i for i, frame in enumerate(shown) if first <= frame < stop]
-    if not inside:  # between two samples: the last step that has begun
-        inside = [max(i for i, begin in enumerate(begins) if begin <= first / exact)]
-    assert TimeGrid(num_frames, fps, float(step)).steps_of(first, stop) == (inside[0], inside[-1])
-
-
-def test_grid_by_hand():
-    grid = TimeGrid(100, 25.0, 0.5)  # 4 s; steps begin at frames 0, 12.5, 25, ...
-    assert grid.num_steps == 8
-    assert [grid.sampled_frame(i) for i in range(8)] == [0, 12, 25, 37, 50, 62, 75, 87]
-    assert [grid.first_frame(i) for i in range(9)] == [0, 13, 25, 38, 50, 63, 75, 88, 100]
-    assert grid.steps_of(12, 51) == (1, 4)
-    assert grid.steps_of(13, 25) == (1, 1)  # no sampled frame inside
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -400,135 +331,6 @@ def test_the_prompt_says_what_the_numbers_mean(text_format):
 def test_prompts_of_one_video_differ_in_the_sentence_alone():
     one, two = (build_prompt(sentence, 40, (1000, 1000), TextFormat()) for sentence in ("A.", "B."))
     assert one[:-2] == two[:-2]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What closed models are asked for (Fig. 8)
-
-CSV = TextFormat("relative", "second", think=False, answer_format="csv")
-CSV_ANSWER = Answer(5, 7, None, ((5, (0.1, 0.2, 0.3, 0.4)), (6, (0.15, 0.2, 0.35, 0.4)), (7, (0.2, 0, 1, 1))))
-PLAIN = "5 - 7\ntimestamp, x1, y1, x2, y2\n5, 0.1, 0.2, 0.3, 0.4\n6, 0.15, 0.2, 0.35, 0.4\n7, 0.2, 0, 1, 1"
-
-
-ROWS = PLAIN.split("\n", 2)[2]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        PLAIN,
-        PLAIN.replace(", ", ","),
-        PLAIN.replace(", ", "\t"),
-        PLAIN.replace("\n", "\r\n"),
-        "```csv\n" + PLAIN + "\n```",
-        "Sure! The event runs from 5s to 7s.\n\n" + ROWS + "\n\nLet me know, 1, 2, 3, 4.",
-        PLAIN + "\n7.5, 0.9, 0.9, 1, 1",  # of two boxes in one second the first counts
-        PLAIN + "\n8, 9 - 10",
-        "<think>maybe 2 - 4\n2, 0.5, 0.5, 1, 1</think>\n" + PLAIN,
-        "Frames 1-10 show a man.\nTwo people (1, 2 visible)\n" + PLAIN,
-        "2, 3 and 4 people appear. 5 - 7\n" + ROWS,
-        *(
-            f"{interval}\n{ROWS}"
-            for interval in (
-                "**Interval:** [5.0, 7.9] seconds",
-                "5 sec \u2013 7 sec",
-                "5\u20117",
-                "5 \u2192 7",
-                "between 5 and 7 seconds",
-                "START: 5, END: 7",
-                "start=5 end=7",
-                "00:05 - 00:07",
-                "0:05-0:07",
-                "00:00:05.2 to 00:00:07.9",
-            )
-        ),
-        *(
-            "5 - 7\n" + "\n".join(spell(*row.split(", ")) for row in ROWS.splitlines())
-            for spell in (
-                "({}, {}, {}, {}, {})".format,
-                "[{}, {}, {}, {}, {}],".format,
-                "{}, {}, {}, {}, {},".format,
-                "{}s, {}, {}, {}, {}".format,
-                "00:0{}, {}, {}, {}, {}".format,
-                "{}, [{}, {}, {}, {}]".format,
-                '"{}", "{}", "{}", "{}", "{}"'.format,
-                "- {}, {}, {}, {}, {}".format,
-                "* {}.0, {}, {}, {}, {}".format,
-                "| {} | {} | {} | {} | {} |".format,
-            )
-        ),
-        PLAIN.replace("0.1,", ".1,"),
-    ],
-)
-def test_csv_answers(text):
-    assert parse_csv_answer(text) == CSV_ANSWER
-    assert read_answer(text, CSV) == CSV_ANSWER
-
-
-def test_csv_boxes_that_leave_the_frame_are_kept():
-    answer = parse_csv_answer("5 - 5\n5, -0.01, 0.2, 1.02, 0.4")
-    assert answer.pred == ((5, (-0.01, 0.2, 1.02, 0.4)),)
-    assert from_text_box(answer.pred[0][1], (1, 1)) == (0, 0.2, 1, 0.4)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "The dog runs.",
-        PLAIN.split("\n", 1)[1],  # no interval
-        "5 - 7",  # no box
-        PLAIN.split("\n", 1)[1] + "\n5 - 7",  # the interval comes first
-        PLAIN.replace(", 0.", ", 0.0e"),
-        "5 - 7\n-5, 0.1, 0.2, 0.3, 0.4",
-        "5 - 7\n5, 0.1, 0.2, 0.3",
-        "5 - 7\n5, 0.1, 0.2, 0.3, 0.4, 0.9",
-        "<think>" + PLAIN + "</think>",
-        PAPER,
-    ],
-)
-def test_texts_that_are_no_csv_answers(text):
-    assert parse_csv_answer(text) is None
-
-
-@settings(max_examples=300)
-@given(
-    st.text() | st.lists(st.sampled_from([*TOKENS, "\n", "5, .1", "0.5", "s to "]), max_size=60).map("".join)
-)
-def test_no_text_makes_csv_raise(text):
-    answer = parse_csv_answer(text)
-    if answer is not None:
-        assert all(math.isfinite(v) for _, box in answer.pred for v in box)
-
-
-def test_the_csv_prompt_asks_for_what_is_read():
-    prompt = build_prompt("a dog runs.", 20, (1, 1), CSV)
-    for words in ("START - END", "whole seconds", "timestamp, x1, y1, x2, y2", "at most 30", "from 0 to 1"):
-        assert words in prompt
-    assert prompt.endswith("\nEvent: a dog runs.")
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"answer_format": "json"}, "answer_format: 'json' is not one of boxes, csv"),
-        (
-            {"answer_format": "csv"},
-            "csv needs coordinates: relative, time_unit: second and think: false, not",
-        ),
-        ({"coordinates": "relative"}, "coordinates: 'relative' is not one of norm1000, resized, original"),
-    ],
-)
-def test_formats_that_contradict_themselves(changes, said):
-    with pytest.raises(ValueError, match=said):
-        TextFormat(**changes)
-
-
-def test_truth_before_the_end_of_a_video():
-    truth = Truth((3, 6), {4: (0, 0, 1, 1), 6: (0, 0, 0.5, 0.5)})
-    assert truth.before(7) == truth.before(99) == truth
-    assert truth.before(5) == Truth((3, 4), {4: (0, 0, 1, 1)})
-    assert truth.before(4) is None and truth.before(0) is None
 
 
 @pytest.mark.parametrize(
