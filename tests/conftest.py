@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from qwen.checkpoint import load_policy
-from toy import pretrain
-from toy import world as toy_world
+from toy.pretrain import tiny_tokenizer
+from toy.world import NATIVE_FPS, draw_objects, hcstvg_record, make_world, render, write_y4m
 
 torch.set_num_threads(1)
 settings.register_profile("default", max_examples=50, deadline=None)
@@ -86,7 +86,7 @@ FAMILIES = {
 def save_checkpoint(family, folder):
     """A checkpoint folder of one family: random weights, so large that the logits differ by O(1)."""
     config_class, model_class, vision, text = FAMILIES[family]
-    tokenizer = pretrain.tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     marks = {
         "image_token_id": "<|image_pad|>",
         "video_token_id": "<|video_pad|>",
@@ -141,11 +141,19 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     records = {}
     for n in range(6):
-        objects = toy_world.draw_objects(np.random.default_rng((7, n)))
-        frames = toy_world.render(objects, toy_world.NATIVE_FPS)
-        toy_world.write_y4m(folder / f"{n}.y4m", frames, toy_world.NATIVE_FPS)
-        records[f"{n}.y4m"] = toy_world.hcstvg_record(objects[0])
+        objects = draw_objects(np.random.default_rng((7, n)))
+        frames = render(objects, NATIVE_FPS)
+        write_y4m(folder / f"{n}.y4m", frames, NATIVE_FPS)
+        records[f"{n}.y4m"] = hcstvg_record(objects[0])
     (folder / "all.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_world(tmp_path_factory):
+    """The folder of the whole toy world, as train.py makes it. To be read only."""
+    folder = tmp_path_factory.mktemp("toy_world")
+    make_world(folder)
     return folder
 
 
