@@ -237,7 +237,7 @@ def sft_config(config: Config) -> Config:
     """The settings under which `update` raises the mean log-probability of the true answers' tokens."""
     own = {key: getattr(config.sft, key) for key in ("steps", "batch_size", "learning_rate")}
     same = {"warmup_steps": 0, "kl_beta": 0.0, "temperature": 1.0, "updates_per_batch": 1}
-    return dataclasses.replace(config, **own, **same, loss_aggregation="token-mean")
+    return dataclasses.replace(config, **own, **same, reuse_prompts=False, loss_aggregation="token-mean")
 
 
 def true_completion(policy: Policy, prompt: Prompt, truth: Truth, config: Config) -> Completion:
