@@ -23,9 +23,8 @@ from runtime import checkpoints, distributed
 from runtime.checkpoints import Progress
 from runtime.files import read_jsonl, write_jsonl, write_whole
 from runtime.fingerprints import fingerprints, settings_of
-from runtime.logs import DRIFT_STEPS, Log, clock, drifts_apart, peak_memory, summarize
+from runtime.logs import DRIFT_STEPS, Log, check_trackers, clock, drifts_apart, peak_memory, summarize
 from runtime.plugins import load_plugins, plugin_fingerprints
-from runtime.trackers import check_trackers
 from samples import Sample
 from video.frames import VideoError
 from video.loader import FrameLoader
