@@ -71,11 +71,9 @@ class Run:
         last = f"checkpoint_sft_{config.steps}" if phase == "sft" else "checkpoint"
         self.optimizer = optimizer
         batch_of = functools.partial(global_batch, samples, config.batch_size, seed=config.seed)
-        with tqdm(
-            total=config.steps, initial=done, desc=phase.upper(), unit="step", disable=not self.log
-        ) as bar:
-            self.bar = bar
+        with tqdm(total=config.steps, initial=done, desc=phase.upper(), disable=not self.log) as self.bar:
             for step in range(done, config.steps):
+                self.batch = []
                 due = phase == "grpo" and step and config.eval_every and step % config.eval_every == 0
                 if due and self.evaluated != step:
                     evaluate("step")
@@ -86,7 +84,7 @@ class Run:
                 yield step, batch
                 counter = {"sft_step" if phase == "sft" else "step": step + 1}
                 self.progress = dataclasses.replace(self.progress, **counter)
-                bar.update()
+                self.bar.update()
                 if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
                     self.save()
                 if self.stop.agreed():
@@ -122,10 +120,7 @@ class Run:
         """Write one line of metrics.jsonl, and the answers of all ranks to rollouts.jsonl. records: of this
         rank's answers; diagnostics: rewards.Score.diagnostics of each."""
         with clock("wait"):
-            records, diagnostics = (
-                distributed.all_gather_list(records),
-                distributed.all_gather_list(diagnostics),
-            )
+            records, diagnostics = map(distributed.all_gather_list, (records, diagnostics))
         metrics = summarize(records, diagnostics, self.config.num_generations) | metrics
         metrics |= step_cost(metrics.pop("tokens"))
         if not self.log:
@@ -233,18 +228,16 @@ def step_cost(tokens: float) -> dict:
 def open_run(config: Config, policy, loader: FrameLoader, samples: list[Sample]) -> Iterator[Run]:
     """Create output_dir, or with resume: auto roll it back to its last checkpoint. samples: of both splits.
 
-    A signal, and a loss that is not finite, end the run with a checkpoint of the last good weights. Raises
-    ConfigError, and changes nothing, where another run stands or works there.
+    A signal, and a loss or reward that is not finite, end the run with a checkpoint of the last good weights.
+    Raises ConfigError, and changes nothing, where another run stands or works there.
     """
-    folder, identity = Path(config.output_dir), fingerprints(config, samples)
+    rank, _ = distributed.init()
+    folder, identity, log = Path(config.output_dir), fingerprints(config, samples), None
     with contextlib.ExitStack() as stack:
         checkpoint, progress = _open_folder(config, folder, identity, stack)
         stop = stack.enter_context(distributed.Stop())
-        log = (
-            stack.enter_context(contextlib.closing(Log(folder, config)))
-            if distributed.init()[0] == 0
-            else None
-        )
+        if rank == 0:
+            log = stack.enter_context(contextlib.closing(Log(folder, config)))
         run = Run(config, folder, policy, loader, identity, checkpoint, progress, stop, log)
         if progress.step:
             lines = read_jsonl(folder / "metrics.jsonl")
@@ -253,63 +246,59 @@ def open_run(config: Config, policy, loader: FrameLoader, samples: list[Sample])
             run.evaluated = max(m["step"] for m in lines if m["phase"] == "eval")
         try:
             yield run
-        except Stopped:
-            if run.optimizer and (run.progress.sft_step or run.progress.step):
-                run.save()
-            if log:
-                print(f"stopped after {run.progress_text()}; resume with: the same command and resume=auto")
-        except FloatingPointError as error:
-            ids = ", ".join(sample.id for sample in run.batch)
-            kept = ""
+        except (Stopped, FloatingPointError) as error:
+            stopped = isinstance(error, Stopped)
+            trained = run.optimizer and (run.progress.sft_step or run.progress.step)
             # A second update of the same batch fails with weights that the first one has changed.
-            if (run.progress.sft_step or run.progress.step) and config.updates_per_batch == 1:
+            saved = trained and (stopped or config.updates_per_batch == 1)
+            if saved:
                 run.save()
-                kept = "; the weights from before it are kept, and resume=auto repeats it"
-            raise FloatingPointError(
-                f"after {run.progress_text()}: {error}. The batch was {ids}{kept}"
-            ) from error
+            if not stopped:
+                batch = f". The batch was {', '.join(s.id for s in run.batch)}" if run.batch else ""
+                kept = "; the weights from before it are saved, and resume=auto repeats it" if saved else ""
+                raise FloatingPointError(f"after {run.progress_text()}: {error}{batch}{kept}") from error
+            if rank == 0:
+                print(f"stopped after {run.progress_text()}; resume with: the same command and resume=auto")
 
 
 def _open_folder(
     config: Config, run: Path, identity: dict, stack: contextlib.ExitStack
 ) -> tuple[Path | None, Progress]:
-    """The checkpoint to resume from, if there is one, and the progress; the folder is locked until `stack`
-    closes."""
-    rank, _ = distributed.init()
-    found, progress = None, Progress()
+    """Open output_dir, and lock it until `stack` closes. Returns the checkpoint to resume from, if there is
+    one, and its progress."""
     exists = distributed.broadcast((run / "config.yaml").is_file(), 0)  # rank 0 may soon make it
-    resuming = config.resume == "auto" and exists
+    resuming, found, progress = config.resume == "auto" and exists, None, Progress()
     if resuming:
         found = checkpoints.last_checkpoint(run)
-    if found:
-        checkpoints.refuse_other(found, config, identity)
-        progress = found.progress
-    elif (
-        resuming
-    ):  # it ended before its first checkpoint, and starts again in its place; or it is another run
-        resuming = settings_of(load_config(run / "config.yaml")) == identity["settings"]
+        if found:
+            checkpoints.refuse_other(found, config, identity)
+            progress = found.progress
+        else:  # the same run, ended before its first checkpoint, starts again; another one is moved aside
+            resuming = settings_of(load_config(run / "config.yaml")) == identity["settings"]
+    rank, _ = distributed.init()
     if rank == 0:
         if exists:
             _lock(run, stack)
         if resuming:
             checkpoints.cut_back(run, progress)  # which may refuse, too
             checkpoints.tidy(run)
-            answers = run / "predictions.jsonl"
-            ended = found and found.folder.with_suffix("").name == "checkpoint"
-            if ended and progress.step < config.steps and answers.exists():  # it gets more steps now
-                answers.replace(run / f"predictions_{progress.step}.jsonl")
-            if progress.step < config.steps:
-                (run / "summary.json").unlink(missing_ok=True)  # of an earlier end
+            if progress.step < config.steps:  # what an earlier end has left
+                (run / "summary.json").unlink(missing_ok=True)
+                if (
+                    found
+                    and found.folder.with_suffix("").name == "checkpoint"
+                    and (run / "predictions.jsonl").exists()
+                ):
+                    (run / "predictions.jsonl").replace(run / f"predictions_{progress.step}.jsonl")
             save_config(config, run / "config.yaml")
         else:
             _create_folder(config, run)
             _lock(run, stack)
-        if found:
-            print(f"resuming from {found.folder.with_suffix('')}")
-        elif config.resume == "auto":
-            print(f"no checkpoint in {run}: starting at step 0")
+        if config.resume == "auto":
+            name = found and found.folder.with_suffix("")
+            print(f"resuming from {name}" if found else f"no checkpoint in {run}: starting at step 0")
     distributed.barrier()
-    return found and found.folder.with_suffix(""), progress  # tidy has taken NAME.old back
+    return found and found.folder.with_suffix(""), progress  # tidy has renamed NAME.old to NAME
 
 
 def _create_folder(config: Config, run: Path) -> None:
@@ -351,14 +340,12 @@ def describe(config: Config, policy, train_samples: list[Sample], eval_samples: 
     count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     answers = config.batch_size * config.num_generations
     epochs = config.steps * config.batch_size / len(train_samples)
-    share = f" ({trained / 1e6:.2f} M of them trained)" if trained < count else ""
-    per_rank = f", {config.batch_size // ranks} prompts on each of {ranks} ranks" if ranks > 1 else ""
+    trained = f" ({trained / 1e6:.2f} M of them trained)" if trained < count else ""
     return (
-        f"{config.model}: {count / 1e6:.2f} M parameters{share} on {policy.device},"
+        f"{config.model}: {count / 1e6:.2f} M parameters{trained} on {ranks} x {policy.device},"
         f" {config.precision}, {torch.get_num_threads()} thread(s)\n"
-        f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps"
-        f" of {config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs"
-        f"{per_rank}"
+        f"{len(train_samples)} sentences to train on, {len(eval_samples)} held out; {config.steps} steps of"
+        f" {config.batch_size} prompts x {config.num_generations} = {answers} answers, {epochs:.1f} epochs"
     )
 
 
