@@ -118,14 +118,11 @@ class Config:
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # how many of these to keep; the best by m_vIoU (eval_every) is kept too
     resume: str = "never"  # never | auto: resume from the last checkpoint in output_dir, if there is one
-    answer_format: str = "boxes"
-    decode_block: int = 8
-    static_shapes: bool = False
     log_to: list = field(default_factory=list)  # of tensorboard, wandb: beside metrics.jsonl
 
     @property
     def text_format(self) -> TextFormat:
-        return TextFormat(self.coordinates, self.time_unit, self.think, self.fps, self.answer_format)
+        return TextFormat(self.coordinates, self.time_unit, self.think, self.fps)
 
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}  # precision -> its name in torch
