@@ -2,13 +2,12 @@
 
 The weights and what they compute are those of transformers. Two things are done our way, because the obvious
 way is wrong or slow:
-  * rope_positions computes the 3-D rotary positions, which are passed to every call;
+  * the 3-D rotary positions are our own (qwen/inputs.py), and passed to every call;
   * prefill computes a prompt once, vision tower included. Its G completions are sampled and scored as
     continuations of its keys and values (qwen/attention.py).
 """
 
 import types
-import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from prompts import TextFormat, build_prompt
 from qwen.attention import KV, NO_MASK, AnswerAttention, DecodeAttention, PromptAttention
-from qwen.checkpoint import VIDEO_BLOCK, Policy, render_chat
+from qwen.checkpoint import Policy
+from qwen.inputs import VIDEO_BLOCK, render_chat, rope_positions, video_text, warn_outside_budget
 from runtime.files import ModelError
 from samples import Sample
 
@@ -46,10 +46,9 @@ class Prompt:
 
 
 def make_prompt(policy: Policy, sample: Sample, frames: torch.Tensor, text_format: TextFormat) -> Prompt:
-    """Build the prompt of a sample: for sampling and scoring, in training and evaluation. Raises ModelError.
+    """Build the prompt of a sample, for sampling and scoring alike. Raises ModelError.
 
-    frames: (T, h, w, 3) uint8 of its clip (video/loader.py), text_format.fps a second. Where the file ends
-    early there are fewer than annotated, and the prompt names fewer steps.
+    frames: (T, h, w, 3) uint8 of its clip, text_format.fps a second; fewer where the file ends early.
     """
     scale = text_format.scale((frames.shape[2], frames.shape[1]), (sample.width, sample.height))
     text = build_prompt(sample.sentence, text_format.num_steps(len(frames)), scale, text_format)
@@ -67,71 +66,11 @@ def encode_prompt(
     if "<|" in text:
         raise ModelError(f"the text {text!r} holds '<|', which begins Qwen's special tokens: remove it")
     h, w = (side // policy.size_factor for side in frames.shape[1:3])
-    _warn_outside_budget(policy, *frames.shape[:3])
-    video, temporal = _video_text(policy, len(frames), h * w, fps)
+    warn_outside_budget(policy, *frames.shape[:3])
+    video, temporal = video_text(policy, len(frames), h * w, fps)
     chat = render_chat(policy.tokenizer, text).replace(VIDEO_BLOCK, video)
     ids = torch.tensor(policy.tokenizer(chat, add_special_tokens=False)["input_ids"])
     return Prompt(ids, rope_positions(ids, policy.video_id, temporal, h, w), frames, scale)
-
-
-def _video_text(policy: Policy, count: int, size: int, fps: float) -> tuple[str, list[torch.Tensor]]:
-    """Return the text of `count` frames, with `size` visual tokens for each temporal patch, and the temporal
-    positions of each of its blocks: (t,)."""
-    step = policy.temporal_patch_size
-    t, pads = -(-count // step), "<|video_pad|>" * size
-    if policy.family.timed != "text":
-        rate = 1.0
-        if policy.family.timed == "seconds":
-            rate = policy.model.config.vision_config.tokens_per_second * (step / fps)
-        positions = (torch.arange(t) * rate).floor()  # in float before the floor
-        return VIDEO_BLOCK.replace("<|video_pad|>", pads * t), [positions]
-    # Qwen3-VL: a block for each temporal patch, after the mean time of its frames, in place of the one block.
-    # So do transformers 4.57, the release of the weights, and vLLM. transformers 5.23 puts the blocks inside
-    # the one block's <|vision_start|> and <|vision_end|>, two tokens more (vllm #46817).
-    spans = [(i, min(i + step, count) - 1) for i in range(0, count, step)]  # a copy has its frame's time
-    times = [(first / fps + last / fps) / 2 for first, last in spans]
-    blocks = [f"<{time:.1f} seconds>{VIDEO_BLOCK.replace('<|video_pad|>', pads)}" for time in times]
-    return "".join(blocks), [torch.zeros(1)] * t
-
-
-def _warn_outside_budget(policy: Policy, count: int, height: int, width: int) -> None:
-    """Warn, once for each size of frames, that the checkpoint was not trained on such videos. No error: the
-    paper chooses the size (section 4), and a long clip of VidSTG exceeds the budget of Qwen3-VL."""
-    (low, high), unit = policy.pixel_budget, policy.family.budget_per
-    padded = count + -count % policy.temporal_patch_size
-    pixels = height * width * (padded if unit == "video" else 1)
-    if not low <= pixels <= high:
-        change = "raise max_side" if pixels < low else "lower max_side" + " or fps" * (unit == "video")
-        # Without the number of frames it is one text for all clips of a size, which Python shows once.
-        warnings.warn(
-            f"frames of {width} x {height}: {'fewer' if pixels < low else 'more'} pixels a {unit} than the"
-            f" {low:,} to {high:,} that this checkpoint was trained on; {change}, or let it learn them",
-            stacklevel=3,
-        )
-
-
-def rope_positions(
-    ids: torch.Tensor, video_id: int, temporal: list[torch.Tensor], h: int, w: int
-) -> torch.Tensor:
-    """Compute the 3-D rotary positions (3, P) of a prompt whose video tokens form len(temporal) blocks of
-    t x h x w. temporal: (t,) positions of each block's slices.
-
-    Text counts up by one on all three axes. A block starts at the text's position and spreads over time,
-    height and width. The text after it continues at the *largest* of its positions + 1, as in the training of
-    the weights. transformers >= 5.3 leaves out the time axis there and decodes at yet other positions, so its
-    own positions are never used.
-    """
-    positions, start, k = torch.empty(3, len(ids), dtype=torch.long), 0, 0
-    for times in temporal:
-        video = k + int((ids[k:] == video_id).int().argmax())  # text up to the block, then the block
-        positions[:, k:video] = start + torch.arange(video - k)
-        start += video - k
-        grid = torch.meshgrid(times.long(), torch.arange(h), torch.arange(w), indexing="ij")
-        k = video + len(times) * h * w
-        positions[:, video:k] = start + torch.stack(grid).flatten(1)
-        start = int(positions[:, video:k].max()) + 1
-    positions[:, k:] = start + torch.arange(len(ids) - k)
-    return positions
 
 
 def with_video_features(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
@@ -156,8 +95,7 @@ def with_video_features(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
 
 
 def _visual_inputs(policy: Policy, prompts: list[Prompt]) -> dict:
-    """Return the model's arguments for the videos: all patches in one row and each grid (t, h, w), or the
-    features of each."""
+    """Return the model's arguments for the videos: all patches in one row and the grids, or the features."""
     if all(prompt.features is not None for prompt in prompts):
         levels = zip(*(prompt.features.to(policy.device) for prompt in prompts), strict=True)
         pooled, *deep = levels  # each of B tensors (n, H)
@@ -386,32 +324,23 @@ def completion_logprobs(
     caches: of the prompts, if this policy has prefilled them; with gradients, if they are to be trained on.
     chunk: so many tokens at a time have a table of logits, in the backward pass too.
     """
-    logprobs = policy.run(_packed_logprobs, policy, packed, temperature, caches, chunk)
+
+    def packed_logprobs(model: torch.nn.Module) -> torch.Tensor:  # (M,)
+        read = caches or _prefill(model, policy, packed.prompts)
+        attention = AnswerAttention([cache.kv for cache in read], packed.lengths)
+        hidden = _hidden_states(model, packed.ids, packed.positions, attention)
+        hidden = torch.cat([torch.stack([cache.last_hidden for cache in read]), hidden])  # (B + M, H)
+        forbidden = torch.tensor(policy.forbidden_ids, device=hidden.device)
+
+        def chunk_logprobs(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            logits = _policy_logits(model.lm_head(hidden), temperature, forbidden)  # (chunk, V)
+            return -F.cross_entropy(logits, target, reduction="none")
+
+        ids = packed.ids.to(hidden.device)
+        chunks = zip(hidden[packed.source].split(chunk), ids.split(chunk), strict=True)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(chunk_logprobs, *c, use_reentrant=False) for c in chunks])
+        return torch.cat([chunk_logprobs(*c) for c in chunks])
+
+    logprobs = policy.run(packed_logprobs)
     return torch.zeros(packed.mask.shape, device=logprobs.device).masked_scatter(packed.mask, logprobs)
-
-
-def _packed_logprobs(
-    model: torch.nn.Module,
-    policy: Policy,
-    packed: PackedCompletions,
-    temperature: float,
-    caches: list[PromptCache] | None,
-    chunk: int,
-) -> torch.Tensor:
-    """The same as (M,), within policy.run."""
-    caches = caches or _prefill(model, policy, packed.prompts)
-    attention = AnswerAttention([cache.kv for cache in caches], packed.lengths)
-    hidden = _hidden_states(model, packed.ids, packed.positions, attention)
-    hidden = torch.cat([torch.stack([cache.last_hidden for cache in caches]), hidden])[
-        packed.source
-    ]  # (M, H)
-    forbidden = torch.tensor(policy.forbidden_ids, device=hidden.device)
-
-    def chunk_logprobs(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        logits = _policy_logits(model.lm_head(hidden), temperature, forbidden)  # (chunk, V)
-        return -F.cross_entropy(logits, target, reduction="none")
-
-    chunks = zip(hidden.split(chunk), packed.ids.to(hidden.device).split(chunk), strict=True)
-    if torch.is_grad_enabled():
-        return torch.cat([checkpoint(chunk_logprobs, *c, use_reentrant=False) for c in chunks])
-    return torch.cat([chunk_logprobs(*c) for c in chunks])

@@ -1,15 +1,14 @@
-"""Attention of a prompt and the answers to it, in which the prompt is computed, and kept, once.
+"""Attention in which a prompt is computed, and kept, once for all its answers.
 
-The answers to one prompt see the prompt and themselves, never one another: a token of an answer attends to
-the prompt's keys and to those of its own answer, so nothing of a prompt is computed for each of them. There
-are three passes through the model, each with an object that does its attention:
+A token of an answer attends to the prompt's keys and to those of its own answer, never to other answers.
+There are three passes through the model, each with an object that does its attention:
 
-    PromptAttention    B prompts, one after the other in one row: keeps the keys and values of each
-    AnswerAttention    whole answers, one after the other in one row: to be scored
-    DecodeAttention    one more token of each answer: sampling
+    PromptAttention    B prompts, one after the other in one row; keeps the keys and values of each
+    AnswerAttention    whole answers, one after the other in one row, to be scored
+    DecodeAttention    the next token of each answer, to be sampled
 
-`model.model(..., shared_prefix=OBJECT)` hands it down to every layer of the language model, whose
-attention function this is by the name of IMPLEMENTATION. Without one the model behaves as it always does.
+`model.model(..., shared_prefix=OBJECT)` hands it down to every layer of the language model, whose attention
+function is registered as IMPLEMENTATION. Without one the model behaves as it always does.
 """
 
 import torch
@@ -21,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 IMPLEMENTATION = "shared_prefix"  # for from_pretrained(attn_implementation=...)
-# Transformers takes a mask of four dimensions as it is. None is needed; without this it would make one.
+# transformers takes a mask of four dimensions as it is. None is needed, but it would make one.
 NO_MASK = torch.empty(1, 1, 1, 1)
 
 FEWER_HEADS = ("cpu",)  # elsewhere no fast kernel takes a mask and fewer heads of keys than of queries
@@ -49,14 +48,12 @@ class PromptAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self._layers.setdefault(layer, (key, value))  # not again when checkpointing recomputes the layer
         prompts = zip(*(x.split(self.lengths, 2) for x in (query, key, value)), strict=True)
-        out = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-            for q, k, v in prompts
-        ]
+        causal = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        out = [F.scaled_dot_product_attention(*qkv, **causal) for qkv in prompts]
         return torch.cat(out, 2).transpose(1, 2)  # (1, N, A, d)
 
     def prefixes(self) -> list[list[KV]]:
-        """Of each prompt, the keys and values of all layers."""
+        """Return each prompt's keys and values in all layers."""
         layers = [self._layers[n] for n in range(len(self._layers))]
         cut = [zip(k.split(self.lengths, 2), v.split(self.lengths, 2), strict=True) for k, v in layers]
         return [list(layers) for layers in zip(*cut, strict=True)]
@@ -65,10 +62,9 @@ class PromptAttention:
 class AnswerAttention:
     """Each answer attends to its prompt and to itself.
 
-    prefixes: of each of the B prompts, as PromptAttention gives them. lengths: of each prompt, those of the
-    answers to it; they stand one after the other in the row. Answers to one prompt are padded to the longest
-    of them for the attention alone, which also copies the prompt's keys and values for each of them; what
-    stands after an answer's end is never seen by it.
+    prefixes: of each of the B prompts, from PromptAttention. lengths: of the answers to each, which stand one
+    after the other in the row. For the attention alone, answers to one prompt are padded to the longest, and
+    the prompt's keys and values are copied for each.
     """
 
     def __init__(self, prefixes: list[list[KV]], lengths: list[list[int]]):
@@ -100,13 +96,11 @@ class AnswerAttention:
 
 
 class DecodeAttention:
-    """The next token of each of G answers to each of B prompts attends to its prompt and to what its answer
-    has so far. The B * G rows stand prompt by prompt.
+    """The next token of each of G answers to each of B prompts attends to its prompt and its own answer. The
+    B * G rows stand prompt by prompt; a prompt's keys meet the queries of all its answers in one product.
 
-    A prompt's keys are multiplied with the queries of all its answers at once. There is room for max_tokens
-    of each answer; `width` of them are computed with, as many as `widen` says. Between two calls of `widen`
-    or `keep` no tensor changes its shape, and all that changes from token to token is data: a GPU can record
-    the work of one token and replay it.
+    There is room for max_tokens of each answer, of which the first `width` are computed with. Between two
+    calls of `widen` or `keep` no tensor changes its shape, so a GPU can record a token's work and replay it.
     """
 
     def __init__(self, prefixes: list[list[KV]], num_generations: int, max_tokens: int):
@@ -131,19 +125,19 @@ class DecodeAttention:
         self.future = _bias(self._places <= self.step)  # (width,)
 
     def advance(self) -> None:
-        """The token at hand is done."""
+        """End the token at hand."""
         self.step += 1
         self.future = _bias(self._places <= self.step)
 
     def keep(self, prompts: Tensor, answers: Tensor) -> None:
-        """Go on with these of the prompts, (B',) indices, and these of the answers to them, (B', G')."""
+        """Keep these prompts, (B',) indices, and these answers to them, (B', G')."""
         self.padding = self.padding[prompts]
         self.prompts = [[x[prompts] for x in layer] for layer in self.prompts]
         self.answers = [[x[prompts[:, None], answers] for x in layer] for layer in self.answers]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query: (B * G, A, 1, d). In fp32: scores rounded to bf16, as a product of bf16 is, would make it
-        another policy than the one that is scored, by fused kernels that add up in fp32."""
+        """query: (B * G, A, 1, d). In fp32, as the fused kernels that score: a product of bf16 is rounded to
+        bf16, which would sample from another policy."""
         B, G, K, _, d = self.answers[layer][0].shape
         for kept, new in zip(self.answers[layer], (key, value), strict=True):
             kept.index_copy_(3, self.step, new.view(B, G, K, 1, d))

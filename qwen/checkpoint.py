@@ -25,6 +25,7 @@ from transformers.utils import cached_file, logging
 
 from config import DTYPES, Config, ConfigError
 from qwen.attention import IMPLEMENTATION
+from qwen.inputs import VIDEO_BLOCK, render_chat
 from qwen.lora import SETTINGS, add_adapters, base_of, import_peft, save_adapters
 from qwen.speed import speed_up
 from runtime import distributed
@@ -62,7 +63,6 @@ FAMILIES = {  # by the model_type of config.json
 # Never sampled, never scored: in a completion they would ask the vision tower for features of nothing.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 EXAMPLE = "Qwen/Qwen2.5-VL-7B-Instruct"  # of a checkpoint, in error messages
-VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 TOKEN_IDS = {  # by their names in config.json
     "vision_start_token_id": "<|vision_start|>",
     "video_token_id": "<|video_pad|>",
@@ -313,14 +313,6 @@ def check_files(config: PreTrainedConfig, tokenizer, video: dict) -> None:
             f"its chat template gives {chat!r}, not {VIDEO_BLOCK}, the text and '<|im_start|>assistant\\n';"
             " use the template of an Instruct checkpoint"
         )
-
-
-def render_chat(tokenizer, text: str) -> str:
-    """Render what the user says about a video, up to where the answer begins, with one <|video_pad|>."""
-    content = [{"type": "video", "video": ""}, {"type": "text", "text": text}]
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
 
 
 def _run(self, function: Callable, *arguments):
