@@ -51,7 +51,7 @@ from runtime.predictions import (
 )
 from samples import Sample, Truth
 from toy import world as toy_world
-from video.loader import FrameLoader, open_loader
+from video.loader import FrameLoader
 
 # ----------------------------------------------------------------------------------------------------------
 # From a model to answers
@@ -293,7 +293,7 @@ def open_checkpoint(
     policy = load_policy(checkpoint, getattr(torch, DTYPES[config.precision]), distributed.device())
     if distributed.init()[0] == 0:
         print(coordinates_note(policy, config) + settings_note(checkpoint, config), end="", file=sys.stderr)
-    with contextlib.closing(open_loader(config, policy.size_factor)) as loader:
+    with contextlib.closing(FrameLoader(config, policy.size_factor)) as loader:
         yield policy, loader
 
 

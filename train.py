@@ -58,7 +58,7 @@ from runtime.logs import clock
 from runtime.predictions import fingerprint_of
 from runtime.run import Run, Stopped, check_start, describe, open_run
 from samples import Sample, Truth
-from video.loader import FrameLoader, open_loader
+from video.loader import FrameLoader
 
 ROOT = Path(__file__).parent
 
@@ -291,7 +291,7 @@ def main(arguments: list[str]) -> None:
         print(describe(config, policy, samples, held_out))
         print(coordinates_note(policy, config), end="")
     with (
-        contextlib.closing(open_loader(config, policy.size_factor)) as loader,
+        contextlib.closing(FrameLoader(config, policy.size_factor)) as loader,
         open_run(config, policy, loader, samples + held_out) as run,
     ):
         learn(run, samples, held_out)

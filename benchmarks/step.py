@@ -81,7 +81,7 @@ from runtime.files import UserError
 from samples import Sample
 from toy.pretrain import tiny_tokenizer
 from toy.world import write_y4m
-from video.loader import FrameLoader, open_loader
+from video.loader import FrameLoader
 
 FPS, GRID = 2, 6  # of the frames shown: a second; merged patches a side, 36 visual tokens for two frames
 NAMED = ("completion", "dtype", "threads", "checkpointing", "keep", "freeze_vision", "steps")
@@ -161,7 +161,7 @@ def work_of(options: argparse.Namespace, visual: int, folder: Path) -> Work:
         reuse_prompts=options.keep,
         freeze_vision=options.freeze_vision,
     )
-    return Work(config, sample, open_loader(config, side // GRID))
+    return Work(config, sample, FrameLoader(config, side // GRID))
 
 
 class Parts:

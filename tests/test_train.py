@@ -26,7 +26,7 @@ from rewards import TERMS, WEIGHTS, score
 from runtime.files import UserError
 from runtime.run import global_batch
 from video.frames import VideoError
-from video.loader import open_loader
+from video.loader import FrameLoader
 
 ROOT = Path(__file__).parent.parent
 
@@ -439,7 +439,7 @@ def test_skipping_a_video_changes_no_other_answer(tmp_path, grpo_config, world, 
     for folder in (world, spoilt):
         config = load_config(path, [f"videos={folder}"])
         policy = load_policy(config.model)
-        loader, batch = open_loader(config, policy.size_factor), list(enumerate(samples_of(config)))
+        loader, batch = FrameLoader(config, policy.size_factor), list(enumerate(samples_of(config)))
         batch, _, prompts = train.make_prompts(policy, batch, loader, config)
         _, completions = train.sample(policy, prompts, [(0, 0, k) for k, _ in batch], config)
         answers.append({k: [c.ids for c in g] for (k, _), g in zip(batch, completions, strict=True)})
@@ -459,7 +459,7 @@ def test_a_video_that_ends_early(qwen2_5, tmp_path, write_config, world, capsys)
     sample, whole = samples_of(config)[0], (world / "0.y4m").read_bytes()
     (tmp_path / "0.y4m").write_bytes(whole[: len(whole) * 20 // 24 + 60])  # and a piece of the header
     late = replace(sample, first_frame=18, stop_frame=24, boxes=dict.fromkeys(range(18, 24), (0, 0, 1, 1)))
-    loader = open_loader(config, qwen2_5.size_factor)
+    loader = FrameLoader(config, qwen2_5.size_factor)
     _, (truth,), (prompt,) = train.make_prompts(qwen2_5, [(0, late)], loader, config)
     assert truth.span == (18, 22) and set(truth.boxes) == set(range(18, 23))  # the last is held for 0.5 s
     assert len(prompt.frames) == 23 and "23 steps of 0.25 s" in qwen2_5.tokenizer.decode(prompt.ids)

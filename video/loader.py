@@ -1,6 +1,6 @@
 """The frames of samples: decoded ahead of the model in worker processes, and cached on disk.
 
-    loader = open_loader(config, policy.size_factor)
+    loader = FrameLoader(config, policy.size_factor)
     loader.prefetch(samples_of_the_next_steps)  # returns at once
     frames = loader.frames(sample)  # waits until they are there
     loader.close()
@@ -293,8 +293,6 @@ class FrameLoader:
         what = (CACHE_VERSION, os.path.abspath(sample.video), state, clip, self.config.fps, size)
         return hashlib.sha256(repr(what).encode()).hexdigest()[:40]
 
-
-open_loader = FrameLoader
 
 if __name__ == "__main__":
     serve(Connection(int(sys.argv[1])))

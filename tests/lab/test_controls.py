@@ -14,7 +14,7 @@ from config import load_config
 from data import load_samples
 from lab import controls
 from runtime.files import DataError
-from video.loader import open_loader
+from video.loader import FrameLoader
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_another_video_is_another(samples):
 def test_frames_depend_on_the_sample_alone(write_config, tmp_path, samples, control):
     """Whichever samples are asked for, in whatever order, as on another rank. Number and size stay."""
     config = load_config(write_config(tmp_path))
-    with contextlib.closing(open_loader(config, 28)) as loader:
+    with contextlib.closing(FrameLoader(config, 28)) as loader:
         real = [loader.frames(sample).clone() for sample in samples]
         whole, part = (controls.ControlledLoader(loader, control, samples, seed=5) for _ in range(2))
         whole.prefetch(samples)

@@ -34,7 +34,7 @@ from qwen.attention import IMPLEMENTATION, NO_MASK, AnswerAttention, PromptAtten
 from qwen.checkpoint import FAMILIES, speed_up
 from runtime import distributed
 from runtime.files import ModelError
-from video.loader import open_loader
+from video.loader import FrameLoader
 
 ROOT = Path(__file__).parent.parent.parent
 GIB = memory.GIB
@@ -157,7 +157,7 @@ def measured(config, shorten=lambda ids, g: ids):
     """The lengths, and the peaks of a rollout and of training in bytes: of a step of train.reinforce with one
     sample for all prompts, the second time, when AdamW has its moments."""
     policy, samples = checkpoint.load_trainable(config), load_split(config, config.train_annotations)[0][:1]
-    clips = open_loader(config, policy.size_factor)
+    clips = FrameLoader(config, policy.size_factor)
     if config.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
     policy.model.train()
