@@ -1,276 +1,163 @@
-"""The contact sheet of answers: held-out sentences from the worst to the best, as one picture of their frames
-with the boxes in the colours of STVG-o1, Fig. 3. How it reads answers and frames serves report.py as well.
-Nothing is learned from a picture, so a video that cannot be read ends none: its frames are grey."""
+"""Answers on the frames of their clips, and the contact sheet of them (a part of lab.pictures)."""
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # used directly: no window, no global state as with pyplot
-from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
-from config import Config, load_config
-from data import load_samples
-from lab.bench import is_number
-from lab.page import COLOURS, LIGHT
-from metrics import native_scores, scale_of, tube_from_answer
-from prompts import Answer, parse_answer
-from rewards import is_valid, score
-from runtime.files import DataError, short
-from runtime.predictions import read_predictions
-from samples import Box, Sample, Truth
-from video.frames import VideoError, read_clip, resize
+from config import Config
+from prompts import parse_answer
+from rewards import is_valid
+from samples import Box, Sample
+from video.frames import VideoError, read_clip
 
-# ----------------------------------------------------------------------------------------------------------
-# Boxes on frames
-
-
-def overlay(frame: np.ndarray, boxes: dict[str, Box], side: int) -> np.ndarray:
-    """A frame brought to a longer side of about `side` pixels, with outlines of the boxes.
-
-    frame: uint8 (H, W, 3). boxes: key of COLOURS -> box in [0, 1]; one without an inside is not drawn. The
-    frame is lightened, so that outlines show on any colour. They are 2 pixels wide and lie inside one another
-    (truth, think, pred), so that equal boxes are all seen. Returns uint8 (h, w, 3).
-    """
-    image = (255 - (255 - fit(frame, side)) * LIGHT).astype(np.uint8)
-    height, width = image.shape[:2]
-    ys, xs = np.mgrid[:height, :width]
-    for first, (name, colour) in zip((-2, 0, 2), COLOURS.items(), strict=True):
-        if name in boxes and is_valid(boxes[name]):
-            left, top, right, bottom = (round(v * (width, height)[k % 2]) for k, v in enumerate(boxes[name]))
-            # How far inside the box a pixel lies: 0 on its border, negative outside, (h, w).
-            depth = np.minimum.reduce([xs - left, right - 1 - xs, ys - top, bottom - 1 - ys])
-            first = min(first, depth.max() - 1)  # a box with no room for its line gets it further out
-            image[(depth >= first) & (depth < first + 2)] = colour
-    return image
-
-
-def fit(frame: np.ndarray, side: int) -> np.ndarray:
-    """A frame whose longer side is about `side` pixels. Small ones are enlarged by a whole factor, pixel by
-    pixel, so that they stay sharp."""
-    longest = max(frame.shape[:2])
-    if longest <= side:
-        factor = round(side / longest)
-        return frame.repeat(factor, axis=0).repeat(factor, axis=1)
-    height, width = (max(1, round(n * side / longest)) for n in frame.shape[:2])
-    return resize(frame[None], (width, height))[0].numpy()
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The contact sheet. All sizes are in pixels of the picture
-
+STEPS, SIDE = 12, 168  # frames shown of a clip, at most; pixels of a frame's longer side
+COLOURS = {"truth": "#009628", "think": "#1e5aff", "pred": "#e11414"}  # STVG-o1, Fig. 3
+GROWTH = {"truth": 2.5, "think": 0, "pred": -2.5}  # outlines inside one another: equal boxes are all seen
+LIGHT = 0.6  # contrast that is left of a frame, so that outlines show on any colour
+PALE = "#e2e2e2"  # a bar outside its span
 DPI = 100
-SAMPLES = 8  # sentences shown
-STEPS = 12  # frames shown of a clip, at most
-SIDE, WIDE = 168, 1900  # longer side of a frame, at most; what the frames of a row may take together, about
-SCREEN = 2600  # two columns, where they are not wider than this
-GAP, BAR = 4, 6  # between frames; height of the bars that mark the spans
-MARGIN, HEADER, LINE = 160, 90, 30  # left of the frames, with the scores; above all; a line of text
-PALE = (226, 226, 226)  # a bar outside its span
-GREY = 192  # of the frames of a video that cannot be read
 
 
 @dataclass
-class Answered:
-    """An answer to a held-out sentence, and what it is worth."""
+class ShownAnswer:
+    """What is drawn and said of an answer."""
 
-    name: str  # "BEFORE", "AFTER" or "STEP 100"
-    text: str
-    answer: Answer | None  # in the numbers of the text; None: the text does not parse
-    scale: tuple[int, int]  # of the text's coordinates
-    rewards: dict[str, float]  # terms, unweighted, and "total"
-    native: dict[str, float]  # tIoU and vIoU on native frames, as in the paper's tables
+    title: str  # "BEFORE", "STEP 20" or "AFTER"; empty for a sampled answer
+    record: dict  # its line of predictions.jsonl or rollouts.jsonl
+    scores: dict[str, float]
+    spans: dict[str, tuple[int, int]]  # "truth" and, if the answer parses, "pred" -> first and last step
+    boxes: dict[str, dict[int, Box]]  # "truth", "think", "pred" -> step -> box with an inside, in [0, 1]
+    note: str  # what cannot be drawn
+
+
+@dataclass
+class Clip:
+    steps: list[int]
+    frames: np.ndarray  # uint8 (T, h, w, 3) of these steps, lightened
+    error: str = ""  # why they are grey
+
+
+@dataclass
+class Card:
+    """A sentence on its clip, with some of its answers."""
+
+    sample: Sample
+    clip: Clip
+    answers: list[ShownAnswer]
 
     @property
-    def framed(self) -> Answer | None:
-        """The answer with its boxes in [0, 1]."""
-        return self.answer and self.answer.in_frame(self.scale)
+    def title(self) -> str:
+        kind = f" ({self.sample.question_type})" if self.sample.question_type else ""
+        return f"{self.sample.sentence}{kind}"
 
 
-@dataclass
-class Block:
-    """A sentence on the sheet: its rows of frames, one beneath the other, and texts beside them."""
-
-    image: np.ndarray  # uint8 (h, w, 3)
-    texts: list[tuple[float, float, str, dict]]  # x, y from the upper left corner, words, how to write them
+def decimals(value: float) -> str:
+    """Write a number with two decimals, and never "-0.00"."""
+    return f"{round(value, 2) + 0:.2f}"
 
 
-def draw_answers(run: Path, predictions: str = "predictions.jsonl", name: str = "AFTER") -> Figure:
-    """The contact sheet: SAMPLES held-out sentences, evenly from the worst to the best reward of the answers
-    in a file of the run folder. Those before training are drawn above them. name: what the former are
-    called. Raises DataError for records that cannot be used."""
-    config = load_config(run / "config.yaml")
-    known = held_out(config)
-    final = read_answers(run / predictions, name, known, config)
-    before = {}
-    if predictions != "predictions_before.jsonl" and (run / "predictions_before.jsonl").is_file():
-        before = read_answers(run / "predictions_before.jsonl", "BEFORE", known, config)
-    return draw_sheet(run.resolve().name, known, before, final, config)
+def evenly(items: Sequence, count: int) -> list:
+    """At most `count` of the items, evenly from the first to the last."""
+    return [items[k] for k in np.linspace(0, len(items) - 1, min(len(items), count)).round().astype(int)]
 
 
-def draw_sheet(
-    name: str,
-    known: dict[str, Sample],
-    before: dict[str, Answered],
-    final: dict[str, Answered],
-    config: Config,
-) -> Figure:
-    """The contact sheet of answers that have been read. name: of the run."""
-    ranked = by_reward(final)
-    places = np.linspace(0, len(ranked) - 1, min(SAMPLES, len(ranked))).round().astype(int)
-    chosen = [ranked[place] for place in places]
-    seconds = config.text_format.step_seconds
-    blocks = [
-        draw_block(known[key], [answers[key] for answers in (before, final) if key in answers], seconds)
-        for key in chosen
-    ]
-    title = f"{name}: held-out answers, worst to best of {len(ranked)}, down the columns"
-    return lay_out(blocks, f"{title} (one step = {seconds:g} s)")
+def show_answer(record: dict, title: str, scores: dict[str, float], config: Config) -> ShownAnswer:
+    """Prepare a record of predictions.jsonl or rollouts.jsonl."""
+    answer = parse_answer(record["completion"], config.think)
+    truth = record["truth"]  # of the record: it ends where the video does
+    spans = {"truth": tuple(truth["span"])}
+    boxes = {"truth": {int(step): tuple(box) for step, box in truth["boxes"].items()}}
+    if answer is None:
+        note = f"malformed: {' '.join(record['completion'].split())[:80] or '(empty)'}"
+        if record.get("truncated"):
+            note = f"cut off at max_new_tokens, {note}"
+        return ShownAnswer(title, record, scores, spans, boxes, note)
+    framed = answer.in_frame(record["scale"])
+    spans["pred"], boxes["think"], boxes["pred"] = framed.span, framed.think_boxes, framed.pred_boxes
+    flat = sum(not is_valid(box) for _, box in (*(framed.think or ()), *framed.pred))
+    note = f"{flat} box{'es' * (flat > 1)} without an inside" if flat else ""
+    drawn = {name: {k: box for k, box in items.items() if is_valid(box)} for name, items in boxes.items()}
+    return ShownAnswer(title, record, scores, spans, drawn, note)
 
 
-def held_out(config: Config) -> dict[str, Sample]:
-    """id -> sentence of the held-out split. Raises DataError."""
-    samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
-    return {sample.id: sample for sample in samples}
-
-
-def by_reward(answers: dict[str, Answered]) -> list[str]:
-    """ids, from the worst answer to the best."""
-    return sorted(answers, key=lambda key: answers[key].rewards["total"])
-
-
-def read_answers(path: Path, name: str, known: dict[str, Sample], config: Config) -> dict[str, Answered]:
-    """id -> answer. Only its text is needed, and what scale_of needs. Sentences whose videos could not be
-    read are left out. Raises DataError."""
-    answers = {}
-    for record in read_predictions(path):
-        if "unreadable" in record:
-            continue
-        if record["id"] not in known:
-            raise DataError(f"{path}: {record['id']!r} is no sentence of {config.eval_annotations}")
-        sample = known[record["id"]]
-        text, scale = record["completion"], scale_of(record, sample, config)
-        try:
-            rewards = rewards_of(record, sample, scale, config)
-        except ValueError as error:
-            raise DataError(f"{path}: {sample.id!r}: {error}") from error
-        answer = parse_answer(text, config.think)
-        tube = tube_from_answer(answer, sample, config.text_format, scale)
-        answers[sample.id] = Answered(name, text, answer, scale, rewards, native_scores(tube, sample))
-    if not answers:
-        raise DataError(f"{path}: holds no answers; write it again with evaluate.py")
-    return answers
-
-
-def rewards_of(record: dict, sample: Sample, scale: tuple[int, int], config: Config) -> dict[str, float]:
-    """The rewards of an answer as its record has them, since the file of one's own rewards may have changed;
-    a record without any is scored. Raises ValueError that says what is wrong with them."""
-    if "rewards" not in record:
-        truth = sample.truth(config.text_format.step_seconds)
-        scored = score(record["completion"], truth, scale, config.rewards, config.think)
-        return scored.rewards
-    rewards, most = record["rewards"], sys.float_info.max
-    names = isinstance(rewards, dict) and "total" in rewards
-    if not names or not all(is_number(value, -most, most) for value in rewards.values()):
-        raise ValueError(f'"rewards" {short(rewards)} are not numbers with a "total"; remove the key')
-    return rewards
-
-
-def draw_block(sample: Sample, answers: list[Answered], step_seconds: float) -> Block:
-    """The frames of at most STEPS steps, evenly over the clip, once for each answer."""
-    truth = sample.truth(step_seconds)
-    steps, frames, fault = shown_frames(sample, step_seconds)
-    side = min(SIDE, max(SIDE // 2, WIDE // len(steps)))
-    strips, texts, top = [], [], LINE
-    for answer in answers:
-        strip = draw_strip(frames, steps, truth, answer, side)
-        short = max(0, 4 * LINE - len(strip))  # room for the four lines beside it
-        strips.append(np.pad(strip, ((0, short), (0, 0), (0, 0)), constant_values=255))
-        middle = top + len(strips[-1]) / 2
-        texts.append((MARGIN - 12, middle, _scores(answer), {"ha": "right", "va": "center"}))
-        top += len(strips[-1])
-    image = np.pad(np.concatenate(strips), ((LINE, LINE), (MARGIN, 0), (0, 0)), constant_values=255)
-    width = image.shape[1] - MARGIN
-    words = f"{sample.sentence} ({sample.question_type})" if sample.question_type else sample.sentence
-    words = f"[no video] {words}" if fault else words
-    most = max(width // 11, 20)
-    title = words if len(words) <= most else f"{words[: most - 4]} ..."
-    texts.append((MARGIN, LINE / 2, title, {"va": "center", "weight": "bold"}))
-    for k, step in enumerate(steps):
-        x = MARGIN + (k + 0.5) * width / len(steps) - GAP / 2
-        words = f"step {step}" if k == 0 else str(step)
-        texts.append((x, top, words, {"ha": "center", "va": "top", "color": "0.45"}))
-    return Block(image, texts)
-
-
-def shown_frames(sample: Sample, step_seconds: float) -> tuple[list[int], np.ndarray, str]:
-    """At most STEPS steps, evenly over the clip, but for those that its file, which may end early, does not
-    hold; their frames, uint8 (T, H, W, 3); and why they are grey, if they are."""
-    num_steps = sample.grid(step_seconds).num_steps
-    steps = np.linspace(0, num_steps - 1, min(num_steps, STEPS)).round().astype(int).tolist()
+def read_shown_clip(sample: Sample, step_seconds: float) -> Clip:
+    """Read at most STEPS frames, evenly over the clip; grey ones where the video cannot be read."""
+    steps = evenly(range(sample.grid(step_seconds).num_steps), STEPS)
+    longest = max(sample.width, sample.height)
+    width, height = (max(1, round(n * SIDE / longest)) for n in (sample.width, sample.height))
     try:
-        frames = read_clip(sample, [i * step_seconds for i in steps])
-    except VideoError as error:
-        longest = max(sample.height, sample.width)
-        size = [max(1, round(SIDE * n / longest)) for n in (sample.height, sample.width)]
-        return steps, np.full((len(steps), *size, 3), GREY, np.uint8), str(error)
-    return steps[: len(frames)], frames, ""
+        frames, error = read_clip(sample, [step * step_seconds for step in steps], (width, height)), ""
+    except VideoError as unreadable:
+        frames, error = np.full((len(steps), height, width, 3), 128, np.uint8), str(unreadable)
+    frames = (255 - (255 - np.asarray(frames)) * LIGHT).astype(np.uint8)
+    frames[:, :, -2:] = 255  # a gap before the next frame
+    return Clip(steps[: len(frames)], frames, error)  # the file may end early
 
 
-def draw_strip(
-    frames: np.ndarray, steps: list[int], truth: Truth, answered: Answered, side: int
-) -> np.ndarray:
-    """One answer on the frames (T, H, W, 3) of T steps, side by side: uint8 (h, w, 3). Under a frame there is
-    a green bar where the step is in the true span, and a red one where it is in the answer's."""
-    answer = answered.framed
-    boxes = {"truth": truth.boxes, "think": {}, "pred": {}}
-    spans = {"truth": truth.span, "pred": (0, -1)}
-    if answer is not None:
-        spans["pred"] = answer.span
-        boxes |= {"think": answer.think_boxes, "pred": answer.pred_boxes}
-    tiles = []
-    for frame, step in zip(frames, steps, strict=True):
-        here = {name: items[step] for name, items in boxes.items() if step in items}
-        parts = [overlay(frame, here, side)]
-        for name, (first, last) in spans.items():
-            bar = np.full((BAR + 2, parts[0].shape[1], 3), 255, np.uint8)
-            bar[2:] = COLOURS[name] if first <= step <= last else PALE
-            parts.append(bar)
-        tiles.append(np.pad(np.concatenate(parts), ((0, 2 * GAP), (0, GAP), (0, 0)), constant_values=255))
-    return np.concatenate(tiles, axis=1)
+def draw_strip(axes: Axes, clip: Clip, answer: ShownAnswer) -> None:
+    """Draw an answer on the frames, side by side: truth green, think boxes blue, pred boxes red. Under each
+    frame a green bar says that its step is in the true span, a red one that it is in the answer's."""
+    _, height, width, _ = clip.frames.shape
+    axes.imshow(np.concatenate(list(clip.frames), axis=1))
+    bar = SIDE / 20
+    for k, step in enumerate(clip.steps):
+        for name, boxes in answer.boxes.items():
+            if step in boxes:
+                x1, y1, x2, y2 = np.multiply(boxes[step], (width, height) * 2)
+                x, y, grow = k * width + x1 - GROWTH[name], y1 - GROWTH[name], 2 * GROWTH[name]
+                style = {"fill": False, "edgecolor": COLOURS[name], "linewidth": 1.4, "clip_on": False}
+                axes.add_patch(Rectangle((x, y), x2 - x1 + grow, y2 - y1 + grow, **style))
+        for row, name in enumerate(("truth", "pred")):
+            first, last = answer.spans.get(name, (0, -1))
+            colour = COLOURS[name] if first <= step <= last else PALE
+            place = k * width, height + 3 + 1.4 * row * bar
+            axes.add_patch(Rectangle(place, width - 2, bar, color=colour, linewidth=0))
+    axes.set(xlim=(0, len(clip.steps) * width), ylim=(height + 3 + 2.4 * bar, 0), yticks=[], anchor="NW")
+    axes.set_xticks((np.arange(len(clip.steps)) + 0.5) * width, clip.steps, color="0.45")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
-def _scores(answered: Answered) -> str:
-    lines = [answered.name, f"reward {answered.rewards['total']:.2f}"]
-    if answered.answer is None:
-        return "\n".join([*lines, "malformed"])
-    return "\n".join([*lines, *(f"{name} {answered.native[name]:.2f}" for name in ("tIoU", "vIoU"))])
+def draw_sheet(title: str, cards: list[Card]) -> Figure:
+    """Draw the first and the last answer of each card, in columns to be read downwards."""
+    answers = [list({id(a): a for a in (card.answers[0], card.answers[-1])}.values()) for card in cards]
+    aspect = min(len(c.clip.steps) * c.clip.frames.shape[2] / c.clip.frames.shape[1] for c in cards)
+    columns = 2 if aspect < 10 and len(cards) > 1 else 1
+    rows = -(-len(cards) // columns)
+    width, margin, line, header = (2000 - 200 * columns) // columns, 130, 32, 84
+    strip = round(min(width / aspect, 260)) + 24  # pixels, the bars included
+    block = line + max(map(len, answers)) * (strip + 8) + line
+    size = np.array([columns * (width + margin + 30), header + rows * block])
+    figure = Figure(figsize=size / DPI, dpi=DPI)
 
+    def write(x: float, y: float, words: str, **style) -> None:
+        """Words at a pixel from the upper left corner; a `$` is no mathematics."""
+        place = x / size[0], 1 - y / size[1]
+        figure.text(*place, words, **{"fontsize": 12, "va": "center", "parse_math": False, **style})
 
-def lay_out(blocks: list[Block], title: str) -> Figure:
-    """The blocks beneath one another, in two columns where they fit on a screen, read downwards."""
-    height = max(len(block.image) for block in blocks)
-    width = max(block.image.shape[1] for block in blocks) + 20
-    columns = 2 if len(blocks) > 3 and 2 * width <= SCREEN else 1
-    rows = -(-len(blocks) // columns)
-    size = max(columns * width, 1200), HEADER + rows * height  # wide enough for the header
-    canvas = np.full((size[1], size[0], 3), 255, np.uint8)
-    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
-    for k, block in enumerate(blocks):
-        left, top = k // rows * width, HEADER + k % rows * height
-        canvas[top : top + block.image.shape[0], left : left + block.image.shape[1]] = block.image
-        for x, y, words, style in block.texts:
-            _write(figure, left + x, top + y, words, size, **style)
-    figure.figimage(canvas, origin="upper")
-    _write(figure, 14, 26, title, size, va="center", weight="bold", fontsize=16)
-    lines = [Line2D([], [], color=np.array(colour) / 255, linewidth=4) for colour in COLOURS.values()]
-    names = ["truth", "think boxes", "pred boxes   (bars: steps of the true and of the answered span)"]
-    place = {"loc": "center left", "bbox_to_anchor": (4 / size[0], 1 - 60 / size[1])}
-    figure.legend(lines, names, **place, ncols=3, frameon=False, fontsize=14)
+    write(12, 22, title, weight="bold", fontsize=15)
+    for x, name, words in ((12, "truth", "truth"), (92, "think", "think boxes"), (222, "pred", "pred boxes")):
+        write(x, 54, f"▬ {words}", color=COLOURS[name])
+    write(350, 54, "bars: steps of the true and of the answered span")
+    for k, (card, shown) in enumerate(zip(cards, answers, strict=True)):
+        left, top = k // rows * (width + margin + 30) + margin, header + k % rows * block
+        words = f"{'[no video] ' * bool(card.clip.error)}{card.title}"
+        most = width // 11
+        write(left, top + line / 2, words if len(words) <= most else f"{words[:most]} ...", weight="bold")
+        for row, answer in enumerate(shown):
+            y = top + line + row * (strip + 8)
+            box = left / size[0], 1 - (y + strip) / size[1], width / size[0], strip / size[1]
+            axes = figure.add_axes(box)
+            draw_strip(axes, card.clip, answer)
+            if answer is not shown[-1]:
+                axes.set_xticks([])
+            words = [answer.title, *(f"{name} {decimals(value)}" for name, value in answer.scores.items())]
+            write(left - 10, y + strip / 2, "\n".join(words), ha="right")
+            if answer.note:
+                back = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 2}
+                write(left + 6, y + 14, answer.note, color=COLOURS["pred"], bbox=back)
     return figure
-
-
-def _write(figure: Figure, x: float, y: float, words: str, size: tuple[int, int], **style) -> None:
-    """Words at a pixel counted from the upper left corner; `$` is no mathematics."""
-    figure.text(x / size[0], 1 - y / size[1], words, **{"fontsize": 13, "parse_math": False, **style})
