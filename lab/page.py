@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 from pathlib import Path
 
 import jinja2
@@ -11,14 +12,16 @@ from PIL import Image
 
 from config import Config
 from data import load_samples
-from lab.sheet import COLOURS, Card, Clip, ShownAnswer, decimals, evenly, read_shown_clip, show_answer
+from lab import sheet
+from lab.sheet import Card, Evaluations, ShownAnswer
 from metrics import COLUMNS, format_gain, think_gain
 from runtime.files import DataError, iterate_jsonl
 from samples import QUESTION_TYPES, Sample
 
+SENTENCES = 8  # held-out ones shown, at most
 PROMPTS, TIMES = 3, 4  # prompts whose sampled answers are shown, and training steps of each, at most
 WINDOW = 10  # optimiser steps that a curve averages over
-HOW_TO_READ = f"x: optimiser step; dots: single steps; lines: mean of the last {WINDOW}"
+HOW_TO_READ = f"over optimiser steps: dots are single steps, lines the mean of the last {WINDOW}"
 
 
 def render(
@@ -26,7 +29,7 @@ def render(
     config: Config,
     metrics: list[dict],
     figures: dict[str, Figure],
-    evaluations: dict[str, dict[str, ShownAnswer]],
+    evaluations: Evaluations,
     samples: dict[str, Sample],
     cards: list[Card],
 ) -> tuple[str, str]:
@@ -51,13 +54,13 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"svg": svg_uri, "jpeg": jpeg_uri, "decimals": decimals}
+    environment.filters |= {"svg": svg_uri, "jpeg": jpeg_uri, "decimals": sheet.decimals}
     text = environment.get_template("page.html").render(
         title=f"{run.resolve().name}: a run of STVG-o1",
         progress=progress(run, config, metrics),
         unread=unread,
         score_rows=score_rows(metrics),
-        score_heads=("held-out split (%)", *COLUMNS, "N", "failed"),
+        score_heads=("held-out (%)", *COLUMNS, "N", "failed"),
         settings=(run / "config.yaml").read_text(encoding="utf-8"),
         how_to_read=HOW_TO_READ,
         figures=figures,
@@ -65,9 +68,8 @@ def render(
         prompts=prompts,
         once=all(len(groups) == 1 for _, groups in prompts),
         cards=cards,
-        answer_heads=("id", "sentence", *answer_heads(evaluations)),
-        answer_rows=answer_rows(evaluations, samples),
-        colours=COLOURS,
+        answer_table=answer_table(evaluations, samples),
+        colours=sheet.COLOURS,
     )
     return text, unread
 
@@ -76,9 +78,9 @@ def progress(run: Path, config: Config, metrics: list[dict]) -> str:
     """Say how far the run has come, and how the reward has changed."""
     lines = {phase: [line for line in metrics if line["phase"] == phase] for phase in ("sft", "grpo")}
     parts = []
-    for phase, planned, kind in (("sft", config.sft.steps, "supervised steps"), ("grpo", config.steps, "steps")):
+    for phase, planned in (("sft", config.sft.steps), ("grpo", config.steps)):
         if planned:
-            parts.append(f"{lines[phase][-1]['step'] if lines[phase] else 0} of {planned} {kind}")
+            parts.append(f"{lines[phase][-1]['step'] if lines[phase] else 0} of {planned} {phase} steps")
     parts.append("finished" if (run / "summary.json").is_file() else "under way or stopped")
     text = f"{config.model} on {config.train_annotations}: {', '.join(parts)}."
     rewards = [line["reward"] for line in lines["grpo"]]
@@ -101,24 +103,17 @@ def score_rows(metrics: list[dict]) -> list[list]:
     return rows
 
 
-def answer_heads(evaluations: dict[str, dict[str, ShownAnswer]]) -> list[str]:
-    """Of the first and the last evaluation."""
-    names = evenly(list(evaluations), 2)
-    return [f"{score} {name}" for name in names for score in ("reward", "tIoU", "vIoU")]
-
-
-def answer_rows(evaluations: dict[str, dict[str, ShownAnswer]], samples: dict[str, Sample]) -> list[list]:
-    """Every held-out sentence with the scores of answer_heads, from the worst to the best reward."""
-    chosen = evenly(list(evaluations.values()), 2)
-    rows = []
-    for key, answer in sorted(chosen[-1].items(), key=lambda item: item[1].scores["reward"]) if chosen else ():
-        scores = [list(e[key].scores.values()) if key in e else ["", "", ""] for e in chosen]
-        rows.append([key, samples[key].sentence, *sum(scores, [])])
-    return rows
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Sampled answers
+def answer_table(evaluations: Evaluations, samples: dict[str, Sample]) -> tuple[list[str], list[list]]:
+    """The heads and rows of the table of all held-out sentences, from the worst to the best: their scores in
+    the first and the last evaluation."""
+    chosen, heads, rows = sheet.evenly(list(evaluations.items()), 2), ["id", "sentence"], []
+    for name, answers in chosen:
+        heads += [f"{score} {name}" for score in next(iter(answers.values())).scores]
+    last = chosen[-1][1] if chosen else {}
+    for key in sorted(last, key=lambda key: last[key].scores["reward"]):
+        scores = [answers[key].scores.values() if key in answers else ("", "", "") for _, answers in chosen]
+        rows.append([key, samples[key].sentence, *itertools.chain(*scores)])
+    return heads, rows
 
 
 def load_by_id(annotations: str, config: Config) -> dict[str, Sample]:
@@ -127,11 +122,13 @@ def load_by_id(annotations: str, config: Config) -> dict[str, Sample]:
     return {sample.id: sample for sample in samples}
 
 
-def find(samples: dict[str, Sample], key: str, path: Path, annotations: str) -> Sample:
-    """The sentence that a record of `path` is about. Raises DataError."""
-    if key not in samples:
-        raise DataError(f"{path}: {key!r} is no sentence of {annotations}")
-    return samples[key]
+def choose_cards(evaluations: Evaluations, samples: dict[str, Sample], config: Config) -> list[Card]:
+    """Choose SENTENCES held-out sentences, evenly from the worst to the best reward of the last answers."""
+    last, cards = list(evaluations.values())[-1] if evaluations else {}, []
+    for key in sheet.evenly(sorted(last, key=lambda key: last[key].scores["reward"]), SENTENCES):
+        clip = sheet.read_shown_clip(samples[key], config.text_format.step_seconds)
+        cards.append(Card(samples[key], clip, [e[key] for e in evaluations.values() if key in e]))
+    return cards
 
 
 def read_prompts(path: Path, config: Config) -> list[tuple[Card, dict[int, list[ShownAnswer]]]]:
@@ -149,25 +146,23 @@ def read_prompts(path: Path, config: Config) -> list[tuple[Card, dict[int, list[
     for record in records() if path.is_file() else ():
         steps.setdefault(record["id"], {})[record["step"]] = None
     often = sorted(steps, key=lambda key: -len(steps[key]))[:PROMPTS]
-    groups = {key: {step: {} for step in evenly(list(steps[key]), TIMES)} for key in often}
+    groups = {key: {step: {} for step in sheet.evenly(list(steps[key]), TIMES)} for key in often}
     for record in records() if groups else ():
         group = groups.get(record["id"], {}).get(record["step"])
         if group is not None:  # of a prompt that comes twice in a batch, the first group
             group.setdefault(record["generation"], record)
     samples, prompts = load_by_id(config.train_annotations, config) if groups else {}, []
     for key, group in groups.items():
-        sample, shown = find(samples, key, path, config.train_annotations), {}
+        if key not in samples:
+            raise DataError(f"{path}: {key!r} is no sentence of {config.train_annotations}")
+        shown = {}
         for step, answers in group.items():
             ranked = sorted(answers.values(), key=lambda record: -record["rewards"]["total"])
             scores = [{"reward": r["rewards"]["total"], "advantage": r["advantage"]} for r in ranked]
-            shown[step] = [show_answer(r, "", s, config) for r, s in zip(ranked, scores, strict=True)]
-        clip = read_shown_clip(sample, config.text_format.step_seconds)
-        prompts.append((Card(sample, clip, []), shown))
+            shown[step] = [sheet.show_answer(r, "", s, config) for r, s in zip(ranked, scores, strict=True)]
+        clip = sheet.read_shown_clip(samples[key], config.text_format.step_seconds)
+        prompts.append((Card(samples[key], clip, []), shown))
     return prompts
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Pictures inside the page
 
 
 def svg_uri(figure: Figure) -> str:
@@ -177,7 +172,7 @@ def svg_uri(figure: Figure) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def jpeg_uri(clip: Clip) -> str:
+def jpeg_uri(clip: sheet.Clip) -> str:
     """The frames of a clip side by side, as a data URI."""
     file = io.BytesIO()
     Image.fromarray(np.concatenate(list(clip.frames), axis=1)).save(file, "jpeg", quality=88)

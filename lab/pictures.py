@@ -2,114 +2,92 @@
 
     python -m lab.pictures RUN [RUN ...]
 
-    RUN/pictures/run.html       scores, curves, what some prompts were answered along the training, all held-out
-                                answers: one file, to be opened in a browser
+    RUN/pictures/run.html       scores, curves, sampled answers along the training, all held-out answers: one
+                                file, to be opened in a browser
     RUN/pictures/curves.png     the curves of metrics.jsonl (README, "Glossary")
     RUN/pictures/area.png       vIoU of think and pred boxes by the size of the subject (STVG-o1, Fig. 4)
     RUN/pictures/answers.png    held-out answers from the worst to the best, before and after training: truth
                                 green, think boxes blue, pred boxes red (STVG-o1, Fig. 3)
 
 Reads what train.py wrote (metrics.jsonl, rollouts.jsonl, predictions*.jsonl, config.yaml) and the videos; the
-frames of those that have gone are grey. Rewards are those that the files hold. Needs matplotlib.
+frames of missing videos are grey. Rewards are those in the files. Needs matplotlib (requirements-dev.txt).
 """
 
 import io
-import re
 import sys
 from pathlib import Path
 
 import numpy as np
-
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure  # used directly: no window, no global state as with pyplot
-except ImportError:
-    if __name__ == "__main__":
-        sys.exit("error: pictures need matplotlib: pip install -r requirements-dev.txt")
-    raise
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # used directly: no window, no global state as with pyplot
 
 from config import Config, load_config
-from lab import page
-from lab.sheet import COLOURS, DPI, Card, ShownAnswer, draw_sheet, evenly, read_shown_clip, show_answer
+from lab import page, sheet
+from lab.sheet import Evaluations, ShownAnswer
 from metrics import COLUMNS, native_scores, tube_of, viou_by_area
 from rewards import TERMS, plugins
 from runtime.files import DataError, read_jsonl, run_script, write_whole
 from samples import Sample
 
-SENTENCES, EVALUATIONS = 8, 5  # shown at most
+EVALUATIONS = 5  # shown at most
 
 
 def draw_run(run: Path) -> list[Path]:
     """Draw a run folder of train.py, also while it is still training (with what there is).
 
-    Returns the paths of the page and the pictures. Names videos that cannot be read on stderr. Raises
-    DataError where the folder is no run or a record cannot be used, OSError where a picture cannot be written.
+    Returns the paths of the page and the pictures. Videos that cannot be read are named on stderr. Raises
+    DataError where the folder is no run or a record cannot be used, OSError where it cannot be written.
     """
-    missing = [name for name in ("config.yaml", "metrics.jsonl") if not (run / name).is_file()]
-    if missing:
-        raise DataError(f"{run}: is no run (no {', '.join(missing)}); name an output_dir of train.py")
+    if not (run / "metrics.jsonl").is_file():
+        raise DataError(f"{run}: is no run (no metrics.jsonl); name an output_dir of train.py")
     config, name = load_config(run / "config.yaml"), run.resolve().name
     metrics = read_jsonl(run / "metrics.jsonl", "phase", "step", skip_cut=True)
     panels = panels_of(metrics, config)
-    figures = {"curves.png": draw_curves(panels, metrics, name)}
-    evaluations, cards, samples = {}, [], {}
-    if any(run.glob("predictions*.jsonl")):
-        samples = page.load_by_id(config.eval_annotations, config)
-        evaluations = read_evaluations(run, samples, config)
-    if evaluations:
+    pictures = {"curves.png": draw_curves(panels, name)}
+    figures = {title: draw_curves({title: curves}) for title, curves in panels.items()}
+    evaluations, samples = read_evaluations(run, metrics, config)
+    cards = page.choose_cards(evaluations, samples, config)
+    if cards:
         *_, last = evaluations.values()
-        ranked = sorted(last, key=lambda key: last[key].scores["reward"])
-        for key in evenly(ranked, SENTENCES):
-            clip = read_shown_clip(samples[key], config.text_format.step_seconds)
-            cards.append(Card(samples[key], clip, [e[key] for e in evaluations.values() if key in e]))
-        figures["area.png"] = draw_areas(last, samples, config)
-        figures["answers.png"] = draw_sheet(f"{name}: held-out answers, worst to best of {len(last)}", cards)
-    alone = {title: draw_curves({title: curves}, metrics) for title, curves in panels.items()}
-    if evaluations:
-        alone["Held-out vIoU by size of the subject"] = figures["area.png"]
-    text, unread = page.render(run, config, metrics, alone, evaluations, samples, cards)
-    paths = [run / "pictures" / file for file in ("run.html", *figures)]
-    for path, figure in zip(paths[1:], figures.values(), strict=True):
-        save_figure(figure, path)
-    write_whole(paths[0], text.encode(errors="replace"))
+        pictures["area.png"] = figures["vIoU by area"] = draw_areas(last, samples, config)
+        pictures["answers.png"] = sheet.draw_sheet(name, cards)
+    text, unread = page.render(run, config, metrics, figures, evaluations, samples, cards)
+    for file, figure in pictures.items():
+        save_figure(figure, run / "pictures" / file)
+    write_whole(run / "pictures" / "run.html", text.encode(errors="replace"))
     if unread:
         print(unread, file=sys.stderr)
-    return paths
+    return [run / "pictures" / file for file in ("run.html", *pictures)]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG file whole or not at all; its folder is made. Raises OSError."""
     path.parent.mkdir(exist_ok=True)
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=DPI, format="png")
+    figure.savefig(picture, dpi=sheet.DPI, format="png")
     write_whole(path, picture.getvalue())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Held-out answers
+def read_evaluations(run: Path, metrics: list[dict], config: Config) -> tuple[Evaluations, dict[str, Sample]]:
+    """Read the answers of at most EVALUATIONS evaluations of a run, and id -> held-out sentence.
 
-
-def read_evaluations(run: Path, samples: dict[str, Sample], config: Config) -> dict[str, dict[str, ShownAnswer]]:
-    """Read the answers that train.py left in a run: "BEFORE", "STEP 20", ..., "AFTER" -> id -> answer.
-
-    At most EVALUATIONS of them, evenly. Sentences whose videos could not be read are left out. Raises
-    DataError for an answer to another sentence.
+    Sentences whose videos could not be read are left out. Raises DataError for an unknown sentence.
     """
-    names = {}
-    for path in run.glob("predictions*.jsonl"):
-        if match := re.fullmatch(r"predictions(_before|_(\d+)|)", path.stem):
-            step = int(match[2]) if match[2] else -1 if match[1] else sys.maxsize
-            names[step] = {-1: "BEFORE", sys.maxsize: "AFTER"}.get(step, f"STEP {step}"), path
-    evaluations = {}
-    for _, (name, path) in evenly(sorted(names.items()), EVALUATIONS):
-        answers = evaluations[name] = {}
-        for record in read_jsonl(path, "id", "completion", "truth", "scale", "rewards"):
-            sample = page.find(samples, record["id"], path, config.eval_annotations)
+    steps = [line["step"] for line in metrics if line["phase"] == "eval"]
+    files = {"BEFORE": "_before"} | {f"STEP {step}": f"_{step}" for step in steps} | {"AFTER": ""}
+    paths = [(name, run / f"predictions{suffix}.jsonl") for name, suffix in files.items()]
+    paths = [(name, path) for name, path in paths if path.is_file()]
+    samples, evaluations = page.load_by_id(config.eval_annotations, config) if paths else {}, {}
+    for name, path in sheet.evenly(paths, EVALUATIONS):
+        for record in read_jsonl(path, "id", "completion", "truth", "scale"):
+            key = record["id"]
+            if key not in samples:
+                raise DataError(f"{path}: {key!r} is no sentence of {config.eval_annotations}")
             if "unreadable" not in record:
-                native = native_scores(tube_of(record, sample, config), sample)
-                scores = {"reward": record["rewards"]["total"], "tIoU": native["tIoU"], "vIoU": native["vIoU"]}
-                answers[sample.id] = show_answer(record, name, scores, config)
-    return {name: answers for name, answers in evaluations.items() if answers}
+                native = native_scores(tube_of(record, samples[key], config), samples[key])
+                scores = {"reward": record["rewards"]["total"]} | {k: native[k] for k in ("tIoU", "vIoU")}
+                evaluations.setdefault(name, {})[key] = sheet.show_answer(record, name, scores, config)
+    return evaluations, samples
 
 
 def draw_areas(answers: dict[str, ShownAnswer], samples: dict[str, Sample], config: Config) -> Figure:
@@ -117,33 +95,26 @@ def draw_areas(answers: dict[str, ShownAnswer], samples: dict[str, Sample], conf
     Fig. 4)."""
     asked, scores = [samples[key] for key in answers], {}
     for name in ("think", "pred") if config.think else ("pred",):
-        tubes = [tube_of(answer.record, samples[key], config, name) for key, answer in answers.items()]
+        tubes = [tube_of(answers[sample.id].record, sample, config, name) for sample in asked]
         scores[name] = [native_scores(tube, sample) for tube, sample in zip(tubes, asked, strict=True)]
-    bins = viou_by_area(asked, scores)
-    filled = [k for k, row in enumerate(bins) if row["N"]]
-    bins = bins[filled[0] : filled[-1] + 1]  # without the empty ones at both ends
-    figure = Figure(figsize=(2.5 + 0.8 * len(bins), 4.2), dpi=DPI, layout="constrained")
-    axes = figure.add_subplot(title="Held-out vIoU by size of the subject")
-    width = 0.8 / len(scores)
+    bins = [row for row in viou_by_area(asked, scores) if row["N"]]
+    figure = Figure(figsize=(5, 3.8), dpi=sheet.DPI, layout="constrained")
+    axes = figure.add_subplot()
     for k, name in enumerate(scores):
-        places = np.arange(len(bins)) + (k + 0.5) * width - 0.4
-        heights = [row[name] or 0 for row in bins]
-        axes.bar(places, heights, width, color=COLOURS[name], label=f"{name} boxes")
+        places, width = np.arange(len(bins)) + 0.4 * k, 0.8 / len(scores)
+        style_of = {"align": "edge", "color": sheet.COLOURS[name], "label": f"{name} boxes"}
+        axes.bar(places, [row[name] for row in bins], width, **style_of)
     labels = [f"{100 * row['low']:g}-{100 * row['high']:g}\nN = {row['N']}" for row in bins]
-    axes.set_xticks(range(len(bins)), labels)
-    axes.set(xlabel="true boxes / frame, by area (%)\nN: sentences", ylabel="mean vIoU (%)")
-    axes.grid(alpha=0.25, axis="y")
+    axes.set_xticks(np.arange(len(bins)) + 0.4, labels, fontsize=9)
+    axes.set_xlabel("true boxes / frame, by area (%)\nN: sentences")
+    style(axes, "Held-out vIoU (%) by size of the subject")
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False, ncols=2)
     return figure
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Curves
-
-SHARES = ("span_ratio", "one_step", "invalid_boxes", "out_of_frame", "copied", "truncated", "zero_spread")
-PARTS = ("step", "decode", "rollout", "score", "reference", "update", "wait")
+SHARES = "span_ratio", "one_step", "invalid_boxes", "out_of_frame", "copied", "truncated", "zero_spread"
+PARTS = "step", "decode", "rollout", "score", "reference", "update", "wait"
 PANELS = {  # title -> phase and keys of lines of metrics.jsonl
     "Reward of sampled answers": ("grpo", ("reward",)),
     "Reward terms, unweighted": ("grpo", TERMS),
@@ -152,75 +123,65 @@ PANELS = {  # title -> phase and keys of lines of metrics.jsonl
     "KL to the reference": ("grpo", ("kl",)),
     "Loss and gradient norm": ("grpo", ("loss", "grad_norm")),
     "Tokens of an answer": ("grpo", ("length",)),
-    "Diagnostics of sampled answers": ("grpo", SHARES),
+    "Diagnostics of sampled answers": ("grpo", (*SHARES, "drift")),
     "Seconds of a step": ("grpo", tuple(f"seconds/{part}" for part in PARTS)),
     "Loss of supervised fine-tuning": ("sft", ("loss",)),
 }
-ABOUT_THINK = {"spatial_think", "think", "viou_think", "copied"}
-COLOUR_OF = {"spatial_think": COLOURS["think"], "viou_think": COLOURS["think"]}
-COLOUR_OF |= {"spatial_pred": COLOURS["pred"], "viou_pred": COLOURS["pred"]}
-CYCLE = ("black", "#e69f00", "#7a3fb0", "#00a3a3", "#d6579b", "#8c5a2b", "#8a8f95")
-
+CYCLE = ("black", "#e69f00", "#7a3fb0", "#00a3a3", "#d6579b", "#8c5a2b", "#8a8f95", "#3c9a3c")
 Curves = dict[str, tuple[list[int], list[float]]]  # name -> optimiser steps, values
 
 
 def panels_of(metrics: list[dict], config: Config) -> dict[str, Curves]:
-    """Collect the curves of each panel, title -> curves; a reward of your own has a panel to itself."""
+    """Collect the curves of each panel: title -> curves. A reward of your own has a panel to itself."""
     flat = [line | {f"seconds/{k}": v for k, v in line.get("seconds", {}).items()} for line in metrics]
-    own = {f"Your reward {name}": ("grpo", (name,)) for name in plugins(config.rewards)}
     panels = {}
-    for title, (phase, names) in (PANELS | own).items():
-        panels[title] = {}
-        for name in names if config.think else set(names) - ABOUT_THINK:
+    for title, (phase, names) in (PANELS | {n: ("grpo", (n,)) for n in plugins(config.rewards)}).items():
+        for name in names:
             lines = [line for line in flat if line["phase"] == phase and name in line]
-            if lines:
-                panels[title][name] = [line["step"] for line in lines], [line[name] for line in lines]
-    return {title: curves for title, curves in panels.items() if curves}
+            if lines and (config.think or not ("think" in name or name == "copied")):
+                points = [line["step"] for line in lines], [line[name] for line in lines]
+                panels.setdefault(title, {})[name] = points
+    return panels
 
 
-def draw_curves(panels: dict[str, Curves], metrics: list[dict], title: str = "") -> Figure:
-    """Draw one panel by itself, or all of them as a sheet with a title. Steps where the reward rises and vIoU
-    falls ("drift") are shaded in the panel of the reward."""
+def draw_curves(panels: dict[str, Curves], title: str = "") -> Figure:
+    """Draw one panel by itself, or all of them on a sheet with a title."""
     columns = 3 if title else 1
     rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(5 * columns, 3.8 * rows), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(5 * columns, 3.8 * rows), dpi=sheet.DPI, layout="constrained")
     if title:
-        figure.suptitle(f"{title}  ({page.HOW_TO_READ})", fontsize=13)
+        figure.suptitle(f"{title}  ({page.HOW_TO_READ})", fontsize=13, parse_math=False)
     for k, (name, curves) in enumerate(panels.items()):
-        axes = figure.add_subplot(rows, columns, k + 1)
-        draw_panel(axes, name, curves)
-        if "reward" in curves:
-            for line in metrics:
-                if line.get("drift"):
-                    axes.axvspan(line["step"] - 0.5, line["step"] + 0.5, color="#ffdf9e", linewidth=0)
+        draw_panel(figure.add_subplot(rows, columns, k + 1), name, curves)
     return figure
 
 
 def draw_panel(axes: Axes, title: str, curves: Curves) -> None:
-    """Draw the values as faint dots and their trailing mean as a line; the few of evaluations are joined."""
-    axes.set_title(title if len(title) < 45 else f"...{title[-42:]}", fontsize=11, parse_math=False)
+    """Draw values as faint dots and their trailing mean as a line; the few of evaluations are joined."""
     spare = iter(CYCLE)
     for name, (steps, values) in curves.items():
-        colour = COLOUR_OF.get(name) or next(spare)
-        style = {"color": colour, "label": name.rpartition("/")[2]}
-        if name in COLUMNS:
-            axes.plot(steps, values, "o-", **style)
-            axes.set_ylim(0, 100)
-            continue
-        means = [np.mean(values[max(0, k + 1 - page.WINDOW) : k + 1]) for k in range(len(values))]
-        axes.plot(steps, values, ".", color=colour, alpha=0.3, markersize=4)
-        axes.plot(steps, means, linewidth=1.8, **style)
+        colour = sheet.COLOURS.get(name.partition("_")[2]) or next(spare)  # of think or pred boxes
+        window = 1 if name in COLUMNS else page.WINDOW
+        means = [np.mean(values[max(0, k + 1 - window) : k + 1]) for k in range(len(values))]
+        axes.plot(steps, values, "o", color=colour, alpha=0.3, markersize=2 + 2 * (window == 1))
+        axes.plot(steps, means, color=colour, label=name.rpartition("/")[2], linewidth=1.8)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    style(axes, title)
+    if len(curves) > 1:  # below the axes, where it covers no curve
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": 4 if len(curves) == 4 else 3}
+        axes.legend(**place, frameon=False, fontsize=9, columnspacing=1)
+
+
+def style(axes: Axes, title: str) -> None:
+    title = title if len(title) < 45 else f"...{title[-42:]}"
+    axes.set_title(title, fontsize=11, parse_math=False)  # a reward of your own may be called anything
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 1:  # below the axes, where it covers no curve
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08)}
-        axes.legend(**place, ncols=4 if len(curves) == 4 else 3, frameon=False, fontsize=9, columnspacing=1)
 
 
 def main(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
-        print(__doc__.strip())
+        return print(__doc__.strip())
     for run in arguments:
         print(*draw_run(Path(run)), sep="\n")
 

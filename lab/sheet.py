@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # used directly: no window, no global state as with pyplot
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from config import Config
@@ -15,11 +16,9 @@ from samples import Box, Sample
 from video.frames import VideoError, read_clip
 
 STEPS, SIDE = 12, 168  # frames shown of a clip, at most; pixels of a frame's longer side
+DPI = 100
 COLOURS = {"truth": "#009628", "think": "#1e5aff", "pred": "#e11414"}  # STVG-o1, Fig. 3
 GROWTH = {"truth": 2.5, "think": 0, "pred": -2.5}  # outlines inside one another: equal boxes are all seen
-LIGHT = 0.6  # contrast that is left of a frame, so that outlines show on any colour
-PALE = "#e2e2e2"  # a bar outside its span
-DPI = 100
 
 
 @dataclass
@@ -49,10 +48,8 @@ class Card:
     clip: Clip
     answers: list[ShownAnswer]
 
-    @property
-    def title(self) -> str:
-        kind = f" ({self.sample.question_type})" if self.sample.question_type else ""
-        return f"{self.sample.sentence}{kind}"
+
+Evaluations = dict[str, dict[str, ShownAnswer]]  # "BEFORE", "STEP 20", ..., "AFTER" -> id -> answer
 
 
 def decimals(value: float) -> str:
@@ -72,9 +69,8 @@ def show_answer(record: dict, title: str, scores: dict[str, float], config: Conf
     spans = {"truth": tuple(truth["span"])}
     boxes = {"truth": {int(step): tuple(box) for step, box in truth["boxes"].items()}}
     if answer is None:
-        note = f"malformed: {' '.join(record['completion'].split())[:80] or '(empty)'}"
-        if record.get("truncated"):
-            note = f"cut off at max_new_tokens, {note}"
+        note = "cut off at max_new_tokens, " if record.get("truncated") else ""
+        note += f"malformed: {' '.join(record['completion'].split())[:80]}"
         return ShownAnswer(title, record, scores, spans, boxes, note)
     framed = answer.in_frame(record["scale"])
     spans["pred"], boxes["think"], boxes["pred"] = framed.span, framed.think_boxes, framed.pred_boxes
@@ -93,7 +89,7 @@ def read_shown_clip(sample: Sample, step_seconds: float) -> Clip:
         frames, error = read_clip(sample, [step * step_seconds for step in steps], (width, height)), ""
     except VideoError as unreadable:
         frames, error = np.full((len(steps), height, width, 3), 128, np.uint8), str(unreadable)
-    frames = (255 - (255 - np.asarray(frames)) * LIGHT).astype(np.uint8)
+    frames = (255 - (255 - np.asarray(frames)) * 0.6).astype(np.uint8)  # outlines then show on any colour
     frames[:, :, -2:] = 255  # a gap before the next frame
     return Clip(steps[: len(frames)], frames, error)  # the file may end early
 
@@ -113,7 +109,7 @@ def draw_strip(axes: Axes, clip: Clip, answer: ShownAnswer) -> None:
                 axes.add_patch(Rectangle((x, y), x2 - x1 + grow, y2 - y1 + grow, **style))
         for row, name in enumerate(("truth", "pred")):
             first, last = answer.spans.get(name, (0, -1))
-            colour = COLOURS[name] if first <= step <= last else PALE
+            colour = COLOURS[name] if first <= step <= last else "#e2e2e2"
             place = k * width, height + 3 + 1.4 * row * bar
             axes.add_patch(Rectangle(place, width - 2, bar, color=colour, linewidth=0))
     axes.set(xlim=(0, len(clip.steps) * width), ylim=(height + 3 + 2.4 * bar, 0), yticks=[], anchor="NW")
@@ -122,42 +118,28 @@ def draw_strip(axes: Axes, clip: Clip, answer: ShownAnswer) -> None:
     axes.spines[:].set_visible(False)
 
 
-def draw_sheet(title: str, cards: list[Card]) -> Figure:
+def draw_sheet(name: str, cards: list[Card]) -> Figure:
     """Draw the first and the last answer of each card, in columns to be read downwards."""
-    answers = [list({id(a): a for a in (card.answers[0], card.answers[-1])}.values()) for card in cards]
     aspect = min(len(c.clip.steps) * c.clip.frames.shape[2] / c.clip.frames.shape[1] for c in cards)
-    columns = 2 if aspect < 10 and len(cards) > 1 else 1
-    rows = -(-len(cards) // columns)
-    width, margin, line, header = (2000 - 200 * columns) // columns, 130, 32, 84
-    strip = round(min(width / aspect, 260)) + 24  # pixels, the bars included
-    block = line + max(map(len, answers)) * (strip + 8) + line
-    size = np.array([columns * (width + margin + 30), header + rows * block])
-    figure = Figure(figsize=size / DPI, dpi=DPI)
-
-    def write(x: float, y: float, words: str, **style) -> None:
-        """Words at a pixel from the upper left corner; a `$` is no mathematics."""
-        place = x / size[0], 1 - y / size[1]
-        figure.text(*place, words, **{"fontsize": 12, "va": "center", "parse_math": False, **style})
-
-    write(12, 22, title, weight="bold", fontsize=15)
-    for x, name, words in ((12, "truth", "truth"), (92, "think", "think boxes"), (222, "pred", "pred boxes")):
-        write(x, 54, f"▬ {words}", color=COLOURS[name])
-    write(350, 54, "bars: steps of the true and of the answered span")
-    for k, (card, shown) in enumerate(zip(cards, answers, strict=True)):
-        left, top = k // rows * (width + margin + 30) + margin, header + k % rows * block
-        words = f"{'[no video] ' * bool(card.clip.error)}{card.title}"
-        most = width // 11
-        write(left, top + line / 2, words if len(words) <= most else f"{words[:most]} ...", weight="bold")
-        for row, answer in enumerate(shown):
-            y = top + line + row * (strip + 8)
-            box = left / size[0], 1 - (y + strip) / size[1], width / size[0], strip / size[1]
-            axes = figure.add_axes(box)
+    columns = 2 if aspect < 12 and len(cards) > 1 else 1
+    rows, each = -(-len(cards) // columns), max(len(evenly(card.answers, 2)) for card in cards)
+    width = 17 / columns  # inches, as all sizes here
+    figure = Figure((20, 1 + rows * (0.7 + each * (width / aspect + 0.3))), dpi=DPI, layout="constrained")
+    lines = [Line2D([], [], color=colour, linewidth=4) for colour in COLOURS.values()]
+    names = "truth", "think boxes", "pred boxes   (bars: steps of the true and of the answered span)"
+    style = {"ncols": 3, "frameon": False, "fontsize": 12, "title_fontsize": 15, "alignment": "left"}
+    title = f"{name}: held-out answers, from the worst to the best, down the columns"
+    legend = figure.legend(lines, names, loc="outside upper left", title=title, **style)
+    legend.get_title().set_parse_math(False)  # a run may be called anything
+    for k, card in enumerate(cards):
+        for row, answer in enumerate(evenly(card.answers, 2)):
+            place = (k % rows * each + row) * columns + k // rows + 1
+            axes = figure.add_subplot(rows * each, columns, place)
             draw_strip(axes, card.clip, answer)
-            if answer is not shown[-1]:
-                axes.set_xticks([])
             words = [answer.title, *(f"{name} {decimals(value)}" for name, value in answer.scores.items())]
-            write(left - 10, y + strip / 2, "\n".join(words), ha="right")
-            if answer.note:
-                back = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 2}
-                write(left + 6, y + 14, answer.note, color=COLOURS["pred"], bbox=back)
+            axes.set_ylabel("\n".join(words), rotation=0, ha="right", va="center", fontsize=12)
+            if row == 0:
+                words = f"{'[no video] ' * bool(card.clip.error)}{card.sample.sentence}"[: round(10 * width)]
+                axes.set_title(words, loc="left", weight="bold", fontsize=12, parse_math=False)
+            axes.text(6, 6, answer.note, color=COLOURS["pred"], fontsize=12, va="top", parse_math=False)
     return figure

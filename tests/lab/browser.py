@@ -5,20 +5,16 @@ import shutil
 
 import pytest
 
-# What a reader would notice. Everything that is folded away is unfolded first.
 LOOK = """
-for (const part of document.querySelectorAll("details")) { part.removeAttribute("name"); part.open = true; }
-const found = [], root = document.documentElement, name = e => e.outerHTML.slice(0, 60);
+for (const part of document.querySelectorAll("details")) part.open = true;
+const found = [], root = document.documentElement;
 if (root.scrollWidth > innerWidth) found.push(`it scrolls sideways: ${root.scrollWidth} > ${innerWidth}`);
-for (const figure of document.querySelectorAll("svg:not(.strip), table")) {
-  const { width, height } = figure.getBoundingClientRect();
-  if (!(width > 20 && height > 20)) found.push(`nothing to see: ${width} x ${height}: ${name(figure)}`);
+for (const part of document.querySelectorAll("img, table, .frames")) {
+  const { width, height } = part.getBoundingClientRect();
+  if (!(width > 20 && height > 20)) found.push(`nothing to see: ${part.outerHTML.slice(0, 60)}`);
 }
-for (const text of document.querySelectorAll("td, th, p, summary, pre, svg text")) {
-  let size = parseFloat(getComputedStyle(text).fontSize);
-  if (text.getScreenCTM) { const m = text.getScreenCTM(); size *= Math.hypot(m.a, m.b); }
-  if (!(size >= 10.9)) found.push(`text of ${size} px: ${text.textContent}`);
-}
+for (const text of document.querySelectorAll("td, th, p, span, pre"))
+  if (!(parseFloat(getComputedStyle(text).fontSize) > 10.9)) found.push(`small text: ${text.textContent}`);
 for (const { name } of performance.getEntriesByType("resource"))
   if (!name.startsWith("data:")) found.push(`wants ${name}`);
 return found;
@@ -27,7 +23,7 @@ return found;
 
 @contextlib.contextmanager
 def open_browser():
-    """A driver of selenium's; the test is skipped where there is no browser."""
+    """Yield a driver of selenium's; skip the test where there is no browser."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: requirements-dev.txt")
     chromium = shutil.which("google-chrome") or shutil.which("chromium")
     chromedriver = shutil.which("chromedriver")
@@ -45,15 +41,10 @@ def open_browser():
         driver.quit()
 
 
-def open_page(driver, path, width):
-    """Open a file in a window of that many pixels; one that is narrow is a phone's."""
+def look(driver, path, width):
+    """Open a page in a window `width` pixels wide; return what a reader would complain of."""
+    driver.get_log("browser")  # of the page before
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     driver.get(path.as_uri())
-
-
-def look(driver, path, width):
-    """What is wrong with a page at a width: a list that should be empty."""
-    driver.get_log("browser")  # of the page before
-    open_page(driver, path, width)
     return [*driver.execute_script(LOOK), *(entry["message"] for entry in driver.get_log("browser"))]
