@@ -1,8 +1,8 @@
 """lab/page.py and page.html: what the page of a run says, and how a browser shows it."""
 
+import html
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -19,30 +19,13 @@ from runtime.files import DataError, read_jsonl
 HOSTILE = "\"'><img src=x onerror=alert(1)></script><script>document.title = 'x'</script>{{ 1 }}&amp;"
 
 
-class Page(HTMLParser):
-    """The tables of a page as lists of rows of cells' texts, and all its tags."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tables, self.tags, self.inside = [], [], False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.inside = tag in ("td", "th")
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif self.inside:
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag):
-        self.inside = self.inside and tag not in ("td", "th")
-
-    def handle_data(self, data):
-        if self.inside:
-            self.tables[-1][-1][-1] += data
+def tables_of(text):
+    """The tables of a page as lists of rows of cells' texts."""
+    tables = re.findall(r"<table>(.*?)</table>", text, re.S)
+    rows = [re.findall(r"<tr>(.*?)</tr>", table, re.S) for table in tables]
+    return [
+        [[html.unescape(c) for c in re.findall(r"<t[dh].*?>(.*?)</t", r)] for r in table] for table in rows
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +52,19 @@ def driver():
 
 def test_numbers_on_the_page_are_those_of_the_files(drawn):
     text = drawn.read_text(encoding="utf-8")
-    scores, answers = Page(text).tables
+    scores, answers = tables_of(text)
     assert scores[1:] == [
         ["step 0", "80.00", "30.00", "40.00", "10.00", "10", "1"],
         ["step 12", "90.00", "50.00", "80.00", "60.00", "10", "1"],
     ]
     # Rewards 2 + step / 8: the first tenth of 12 steps, and the last.
     assert "12 of 12 grpo steps, finished. Mean reward, first and last 1 of 12 steps: 2.12 → 3.50." in text
-    assert answers[0] == [
-        "id",
-        "sentence",
-        *(f"{s} {e}" for e in ("BEFORE", "AFTER") for s in ("reward", "tIoU", "vIoU")),
-    ]
-    assert len(answers) == 11 and answers[2][:3] + answers[2][5:] == ["1.y4m", HOSTILE, "X", *["0.00"] * 3]
+    assert answers[0][:5] == ["id", "sentence", "reward BEFORE", "tIoU BEFORE", "vIoU BEFORE"]
+    assert len(answers) == 11 and answers[1][:2] == ["1.y4m", HOSTILE] and answers[1][5:] == ["0.00"] * 3
     # Video 9 is off by d = 0.03 of the width, and before by 0.045: its IoU is (0.25 - d) / (0.25 + d).
     assert answers[-1][5:] == [f"{3 + 2 * (22 / 28 - 0.06):.2f}", "1.00", f"{22 / 28:.2f}"]
     assert answers[-1][4] == f"{(250 - 45) / (250 + 45):.2f}"
-    assert "1 of the 11 clips shown cannot be read" in text and "0.y4m: no such video" in text
+    assert "2 of the 11 clips shown cannot be read" in text and "0.y4m: no such video" in text
 
 
 def test_sampled_answers_are_those_of_the_prompts_that_came_most_often(tmp_path):
@@ -111,8 +90,7 @@ def test_sampled_answers_are_those_of_the_prompts_that_came_most_often(tmp_path)
 
 def test_hostile_text_is_only_text_and_the_page_needs_nothing_else(drawn):
     text = drawn.read_text(encoding="utf-8")
-    tags = Page(text).tags
-    assert "script" not in tags and tags.count("img") == text.count('<img alt="') > 5
+    assert "<script" not in text and "<img src" not in text
     assert text.count("&lt;img src=x onerror=alert(1)&gt;") >= 3  # sentence, note and answer
     assert not re.search(r"https?:|@import|\son\w+=", re.sub(r"base64,[^\"')]*|&lt;img[^&]*&gt;", "", text))
     assert "{{ 1 }}" in text
@@ -127,9 +105,7 @@ def test_the_page_in_a_browser(drawn, driver, width):
     assert sorted(counts[:32]) == [2] * 8 + [6] * 24 and len(counts) == 32 + 2 * 8
 
 
-@pytest.mark.parametrize(
-    ("flaw", "said"), [('<div style="width:2000px">.</div>', "sideways"), ("<img src=x:y>", "x:y")]
-)
-def test_the_browser_finds_what_is_wrong(driver, tmp_path, flaw, said):
-    (tmp_path / "page.html").write_text(flaw)
-    assert any(said in line for line in look(driver, tmp_path / "page.html", 390))
+def test_the_browser_finds_what_is_wrong(driver, tmp_path):
+    (tmp_path / "page.html").write_text('<div style="width:2000px">.</div><img src=x:y>')
+    complaints = look(driver, tmp_path / "page.html", 390)
+    assert all(any(word in line for line in complaints) for word in ("sideways", "nothing to see", "x:y"))
