@@ -124,14 +124,6 @@ def read_record(record: dict, think: bool) -> tuple[str, Truth, tuple[float, flo
     return record["completion"], Truth((first, last), boxes), (width, height), given["think"]
 
 
-def read_truth(value: dict) -> Truth:  # for lab/report.py, until that is gone
-    return read_record({"completion": "", "truth": value}, True)[1]
-
-
-def is_number(value: object, low: float, high: float) -> bool:  # for lab/sheet.py, until it has its own
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-
-
 # ----------------------------------------------------------------------------------------------------------
 # What the terms do
 
