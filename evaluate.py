@@ -131,7 +131,7 @@ def decode_split(
     own, size, part = missing[rank::world_size], config.eval_batch, rank_file(path, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     name = f"evaluate {path.stem}" + f" (rank 0 of {world_size})" * (world_size > 1)
-    bar = tqdm(total=len(own), desc=name, unit="answer", disable=rank > 0)
+    bar = tqdm(total=len(own), desc=name, unit="answer", disable=rank > 0 or not own)
     with distributed.errors_on_all_ranks(), bar:
         for first in range(0, len(own), size):
             loader.prefetch([s for _, s in own[first : first + 2 * size + config.video_workers]])

@@ -29,7 +29,6 @@ CONTROLS = {  # name -> what is shown, and what is lost with it
     "blank": "grey frames",  # all but the sentence, and habit
     "other": "the frames of another video",
 }
-GREY = 128  # of 255
 
 
 def other_sample(split: list[Sample], number: int) -> Sample:
@@ -44,9 +43,8 @@ def other_sample(split: list[Sample], number: int) -> Sample:
 def fit_frames(frames: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Frames of another clip, uint8 (T', h', w', 3), in the given shape (T, h, w, 3): played faster or slower
     from the first to the last, and resized."""
-    count, height, width, _ = shape
-    frames = frames[torch.linspace(0, len(frames) - 1, count).round().long()]
-    return frames if frames.shape == shape else resize(frames, (width, height))
+    frames = frames[torch.linspace(0, len(frames) - 1, shape[0]).round().long()]
+    return frames if frames.shape == shape else resize(frames, (shape[2], shape[1]))
 
 
 class ControlledLoader:
@@ -74,7 +72,7 @@ class ControlledLoader:
         if self.control == "shuffled":
             order = np.random.default_rng((self.seed, self.numbers[sample.id])).permutation(len(own))
             return own[torch.from_numpy(order)]
-        return fit_frames(others[0], own.shape) if others else torch.full_like(own, GREY)
+        return fit_frames(others[0], own.shape) if others else torch.full_like(own, 128)
 
 
 def main(arguments: list[str]) -> None:
@@ -104,6 +102,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(sys.argv[1:]), "standard output", "free some space", "stopped; start again to resume"
-    )
+    run_script(lambda: main(sys.argv[1:]), "the file of answers", "free some space")

@@ -67,9 +67,8 @@ def merge_rank_files(path: Path, samples: list[Sample], fingerprint: str) -> dic
     done = saved_answers(path, fingerprint)
     distributed.barrier()  # every rank has read the files before they go
     if distributed.init()[0] == 0 and rank_files(path):
-        first = [done[sample.id] for sample in samples if sample.id in done]
-        asked = {sample.id for sample in samples}
-        write_jsonl(first + [record for key, record in done.items() if key not in asked], path)
+        order = {sample.id: n for n, sample in enumerate(samples)}  # others, beyond eval_limit, come last
+        write_jsonl(sorted(done.values(), key=lambda record: order.get(record["id"], len(order))), path)
         for part in rank_files(path):
             part.unlink()
     distributed.barrier()
