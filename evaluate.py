@@ -218,8 +218,8 @@ def main(arguments: list[str]) -> None:
         if rank == 0:
             failed = [prediction for prediction in predictions if not prediction["span"]]
             cut = sum(prediction.get("truncated", False) for prediction in failed)
-            parsed = f"{len(failed)} of them do not parse, {cut} of these were cut off at max_new_tokens"
-            print(f"the answers are in {path}; {parsed}", file=sys.stderr)
+            bad = f"; {len(failed)} of them do not parse, {cut} of these were cut off at max_new_tokens"
+            print(f"the answers are in {path}{bad if failed else ''}", file=sys.stderr)
     distributed.destroy()
     if rank:
         return
