@@ -86,8 +86,7 @@ def test_a_decoder_that_never_returns(workers, tmp_path, monkeypatch):
     assert workers.submit(path, probe, path).result(60) == probe(path)
 
 
-def test_closing_ends_the_processes():
-    """Though a job runs and another one waits."""
+def test_closing_ends_what_runs_and_what_waits():
     workers = Workers(1, timeout=600)
     process = workers.submit("a", os.getpid).result()
     running, waiting = workers.submit("a", time.sleep, 600), workers.submit("b", time.sleep, 600)
@@ -95,20 +94,14 @@ def test_closing_ends_the_processes():
     assert waiting.cancelled() and running.done() and not os.path.exists(f"/proc/{process}")
 
 
-SCRIPT = """
-import os, signal
-from video.loader import Workers
-print(Workers(1, timeout=60).submit("a", divmod, 17, 5).result(), flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 def test_processes_end_with_a_killed_script(tmp_path):
     """run() returns when no process holds the output. The folder's modules with our names are not taken."""
     (tmp_path / "samples.py").write_text("raise RuntimeError")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-P", "-c", SCRIPT]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, timeout=120)
+    script = "import os; from video.loader import Workers; workers = Workers(1, timeout=60);"
+    script += "print(workers.submit('a', divmod, 17, 5).result(), flush=True); os.kill(os.getpid(), 9)"
+    options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "timeout": 120}
+    done = subprocess.run([sys.executable, "-P", "-c", script], **options)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"(3, 2)\n")
 
 
