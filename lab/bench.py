@@ -32,7 +32,7 @@ import numpy as np
 
 from config import Config, load_config
 from rewards import TERMS, score
-from runtime.files import DataError, iterate_jsonl, open_to_read, run_script
+from runtime.files import DataError, iterate_jsonl, run_script
 from runtime.plugins import load_plugins, plugins
 from samples import Truth
 
@@ -90,19 +90,18 @@ def score_file(path: Path, config: Config) -> Scored:
     """Score every line, one at a time. Raises DataError, and RewardError if a plug-in fails."""
     numbers, parsed, starts, groups = array("d"), 0, Counter(), {}
     names = (*term_weights(config.rewards), "total")
-    with open_to_read(path) as file:
-        for k, record in enumerate(iterate_jsonl(file, "completion", "truth", skip_cut=True)):
-            try:
-                completion, truth, scale, think = read_record(record, config.think)
-            except ValueError as error:
-                raise DataError(f"{path}, record {k + 1}: {error}") from error
-            scored = score(completion, truth, scale, config.rewards, think)
-            numbers.extend([*(scored.rewards[name] for name in names), scored.diagnostics["viou_pred"]])
-            parsed += scored.answer is not None
-            if "id" in record:  # an id may come twice in a step: its second group begins with generation 0
-                key = json.dumps([record.get("step"), record["id"]])
-                starts[key] += record.get("generation") == 0
-                groups.setdefault((key, starts[key]), []).append(k)
+    for k, record in enumerate(iterate_jsonl(path, "completion", "truth", skip_cut=True)):
+        try:
+            completion, truth, scale, think = read_record(record, config.think)
+        except ValueError as error:
+            raise DataError(f"{path}, record {k + 1}: {error}") from error
+        scored = score(completion, truth, scale, config.rewards, think)
+        numbers.extend([*(scored.rewards[name] for name in names), scored.diagnostics["viou_pred"]])
+        parsed += scored.answer is not None
+        if "id" in record:  # an id may come twice in a step: its second group begins with generation 0
+            key = json.dumps([record.get("step"), record["id"]])
+            starts[key] += record.get("generation") == 0
+            groups.setdefault((key, starts[key]), []).append(k)
     values = np.array(numbers).reshape(-1, len(names) + 1)
     return Scored(values[:, :-1], values[:, -1], parsed, [g for g in groups.values() if len(g) > 1])
 

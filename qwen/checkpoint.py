@@ -363,7 +363,3 @@ def freeze(policy: Policy, config: Config) -> Policy:
 
 def compute_dtype(config: Config) -> torch.dtype:
     return getattr(torch, DTYPES[config.precision])
-
-
-def write_policy(policy, folder):  # until runtime/checkpoints.py calls policy.save
-    policy.save(folder)

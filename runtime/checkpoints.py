@@ -11,9 +11,8 @@
 Nothing else has a state. The learning rate is a function of the step; the order of the data and all random
 numbers are functions of (seed, step, prompt, answer). What is not trained comes from the base checkpoint.
 
-A folder NAME is filled as NAME.tmp and then renamed. An older NAME, perhaps the only checkpoint, is NAME.old
-between the two renames. All ranks must see the same files and call these functions together, except where a
-docstring says "rank 0".
+A folder NAME is filled as NAME.tmp and then renamed; an older NAME, perhaps the only checkpoint, is NAME.old
+until then. All ranks must see the same files and call these functions together, unless one is for rank 0.
 """
 
 import contextlib
@@ -33,11 +32,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from config import Config, ConfigError
-from qwen.checkpoint import write_policy
 from runtime import distributed
 from runtime.files import UserError, read_json, write_whole
 from runtime.fingerprints import settings_of
 
+PROGRESS = "state/progress.json"
 LOGS = ("metrics.jsonl", "rollouts.jsonl")  # a resumed run writes the lines after its checkpoint again
 CHECKPOINT = re.compile(r"checkpoint((_sft)?_\d+)?")
 LEFTOVER = re.compile(rf"({CHECKPOINT.pattern}|best_\d+)\.(tmp|old)")
@@ -58,9 +57,7 @@ class Checkpoint:
     fingerprints: dict
 
 
-def save(
-    folder: Path, policy, optimizer: torch.optim.Optimizer, progress: Progress, fingerprints: dict
-) -> None:
+def save(folder: Path, policy, optimizer, progress: Progress, fingerprints: dict) -> None:
     """Write a checkpoint, or replace the one of that name. Raises UserError, and leaves that one alone, where
     a rank cannot write."""
 
@@ -68,10 +65,11 @@ def save(
         logs = [folder.parent / name for name in LOGS]
         positions = {path.name: path.stat().st_size for path in logs if path.exists()}
         progress_now = dataclasses.asdict(dataclasses.replace(progress, positions=positions))
-        _write_json({"progress": progress_now, "fingerprints": fingerprints}, temporary)
+        record = {"progress": progress_now, "fingerprints": fingerprints}
+        write_whole(temporary / PROGRESS, json.dumps(record, indent=2).encode())
 
     with _replacing(folder) as temporary:
-        write_policy(policy, temporary)
+        policy.save(temporary)
         with warnings.catch_warnings(action="ignore"):  # a warning that there is one process
             dcp.save(_state(policy.model, optimizer), checkpoint_id=temporary / "state")
         distributed.on_rank0(write_progress)
@@ -81,7 +79,7 @@ def replace_best(run: Path, policy, step: int) -> None:
     """Write the model into best_STEP and remove the best one before. Raises UserError."""
     best = run / f"best_{step}"
     with _replacing(best) as temporary:
-        write_policy(policy, temporary)
+        policy.save(temporary)
     distributed.on_rank0(lambda: _remove(path for path in run.glob("best_*") if path != best))
 
 
@@ -89,9 +87,9 @@ def note_best(folder: Path, best: dict) -> None:
     """Add the result of an evaluation that came after the checkpoint."""
 
     def note() -> None:
-        record = read_json(folder / "state/progress.json")
+        record = read_json(folder / PROGRESS)
         record["progress"]["best"] = best
-        _write_json(record, folder)
+        write_whole(folder / PROGRESS, json.dumps(record, indent=2).encode())
 
     distributed.on_rank0(note)
 
@@ -106,32 +104,22 @@ def prune(run: Path, keep: int, spare: Iterable[Path] = ()) -> None:
     distributed.on_rank0(remove)
 
 
-def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """The tensors that DCP writes, or reads into.
-
-    Not torch's get_state_dict: it writes tied weights twice, frozen ones, too, and where AdamW has no state
-    yet it counts a step that was none, in the running optimiser.
-    """
+def _state(model: torch.nn.Module, optimizer) -> dict[str, dict]:
+    """The tensors that DCP writes, or reads into. (torch's get_state_dict would write tied weights twice and,
+    where AdamW has no state yet, count a step that was none in the running optimiser.)"""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    def adam(p: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        return optimizer.state.get(p) or {"step": torch.tensor(0.0), **zeros}
+    def zeros(p: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
-    return {
-        "model": {name: p.detach() for name, p in trained.items()},
-        "adam": {name: adam(p) for name, p in trained.items()},
-    }
-
-
-def _write_json(record: dict, folder: Path) -> None:
-    write_whole(folder / "state/progress.json", json.dumps(record, indent=2).encode())
+    adam = {name: optimizer.state.get(p) or zeros(p) for name, p in trained.items()}
+    return {"model": {name: p.detach() for name, p in trained.items()}, "adam": adam}
 
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """Yield NAME.tmp, and put it in the place of NAME when it is full. An error in the block must come up on
-    all ranks, as those of on_rank0, Policy.save and DCP do; it becomes a UserError."""
+    """Yield NAME.tmp to be filled, then put it in the place of NAME. Errors in the block must come up on all
+    ranks, as those of on_rank0, Policy.save and DCP do."""
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
 
     def begin() -> None:
@@ -151,13 +139,14 @@ def _replacing(folder: Path) -> Iterator[Path]:
         distributed.on_rank0(finish)
     except (OSError, UserError, CheckpointException) as error:
         distributed.on_rank0(functools.partial(shutil.rmtree, temporary, ignore_errors=True))
+        if isinstance(error, UserError):
+            raise  # Policy.save's
         remedy = "free some space, then start again with resume=auto"
-        raise UserError(f"{folder}: cannot be written ({_last_line(error)}); {remedy}") from error
+        raise UserError(f"{folder}: cannot be written ({_reason(error)}); {remedy}") from error
 
 
-def _last_line(error: BaseException) -> str:
-    """The message without the traces of all ranks that DCP's errors hold."""
-    return str(error).strip().splitlines()[-1]
+def _reason(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]  # before it, of DCP's errors, the traces of all ranks
 
 
 def _remove(folders: Iterable[Path]) -> None:
@@ -184,7 +173,7 @@ def _checkpoints(run: Path) -> list[Checkpoint]:
     """The checkpoints that have a state, the furthest last. NAME.old counts where there is no NAME. The end
     of the run counts as further than a stop in its last step."""
     found = []
-    for path in run.glob("checkpoint*/state/progress.json"):
+    for path in run.glob(f"checkpoint*/{PROGRESS}"):
         folder = path.parent.parent
         replaced = folder.suffix == ".old" and folder.with_suffix("").exists()
         if CHECKPOINT.fullmatch(folder.name.removesuffix(".old")) and not replaced:
@@ -193,7 +182,7 @@ def _checkpoints(run: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda c: (c.progress.sft_step, c.progress.step, c.folder.stem == "checkpoint"))
 
 
-def load(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load(folder: Path, model: torch.nn.Module, optimizer) -> None:
     """Read a checkpoint into a model and its AdamW, bit for bit. Raises UserError if it cannot be read."""
     state = _state(model, optimizer)
     _read(folder, state)
@@ -216,12 +205,11 @@ def _read(folder: Path, state: dict[str, dict]) -> None:
         with warnings.catch_warnings(action="ignore"):
             dcp.load(state, checkpoint_id=folder / "state")
     except CheckpointException as error:
-        why = _last_line(error)
-        raise UserError(f"{folder}: cannot be read ({why}); remove it, and start again") from error
+        raise UserError(f"{folder}: cannot be read ({_reason(error)}); remove it, start again") from error
 
 
 def tidy(run: Path) -> None:
-    """Restore or remove what a killed run left half done. Rank 0."""
+    """Restore or remove what a killed run left half done; rank 0."""
     for path in [path for path in run.glob("*") if LEFTOVER.fullmatch(path.name)]:
         if path.suffix == ".old" and not path.with_suffix("").exists():
             path.rename(path.with_suffix(""))
@@ -230,8 +218,7 @@ def tidy(run: Path) -> None:
 
 
 def cut_back(run: Path, progress: Progress) -> None:
-    """Cut the logs to their length when the checkpoint was written. Rank 0. Raises UserError, and cuts none,
-    where one is shorter."""
+    """Cut the logs to where they were at the checkpoint; rank 0. Raises UserError if one is shorter."""
     lengths = {path: path.stat().st_size for path in map(run.joinpath, LOGS) if path.exists()}
     for name, before in progress.positions.items():
         if lengths.get(run / name, 0) < before:

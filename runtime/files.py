@@ -50,20 +50,19 @@ def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str =
             raise
         message, wait = traceback.format_exc(), True  # it may come from the failure of another rank
     if several:
-        if message and wait:  # until torchrun ends this rank, if another one has said the same, or the cause
-            time.sleep(3)
-        print(message or "", file=sys.stderr, end="\n" if message else "")
+        if message and wait:
+            time.sleep(3)  # torchrun ends this rank if another one has said the same, or the cause
+        if message:
+            print(message, file=sys.stderr)
         sys.stdout.flush()
-        os._exit(
-            message is not None
-        )  # in sys.exit a thread of gloo that still needs the interpreter may abort
+        os._exit(message is not None)  # no sys.exit: a thread of gloo may need the interpreter, and abort
     if message is not None:
         sys.exit(message or 1)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename it. Raises OSError with errno, strerror and the path as its
-    filename, which a full disk's own error lacks; what was there stays."""
+    """Write a file beside its place, then rename it. Raises OSError with the path as its filename, which that
+    of a full disk lacks; what was there stays."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # another rank may write it, too
     try:
         temporary.write_bytes(content)
@@ -84,45 +83,44 @@ def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
         write_whole(path, text)
 
 
-def open_to_read(path: str | Path) -> BinaryIO:
-    """Raises DataError for a file that cannot be read."""
+def read_jsonl(path: str | Path, *keys: str, skip_cut: bool = False) -> list[dict]:
+    """All objects of a file with one on each line. Raises DataError; see iterate_jsonl."""
+    return list(iterate_jsonl(path, *keys, skip_cut=skip_cut))
+
+
+def iterate_jsonl(path: str | Path, *keys: str, skip_cut: bool = False) -> Iterator[dict]:
+    """Yield the objects of a file. Raises DataError, with file and line, for a line that is no JSON object
+    with these keys.
+
+    skip_cut: leave out a last line that is cut off, as a run leaves it that is killed while it writes.
+    """
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                if skip_cut and not line.endswith(b"\n"):
+                    return
+                record = None
+            if not isinstance(record, dict) or not record.keys() >= set(keys):
+                wanted = ", ".join(f'"{key}"' for key in keys)
+                wrong = f"is no JSON object with {wanted}; correct or remove it"
+                raise DataError(f"{path}, line {number}: {wrong}")
+            yield record
+
+
+def _open(path: str | Path) -> BinaryIO:
     try:
         return open(path, "rb")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 
 
-def read_jsonl(path: Path, *keys: str, skip_cut: bool = False) -> list[dict]:
-    """All objects of a file with one a line. Raises DataError; see iterate_jsonl."""
-    with open_to_read(path) as file:
-        return list(iterate_jsonl(file, *keys, skip_cut=skip_cut))
-
-
-def iterate_jsonl(file: BinaryIO, *keys: str, skip_cut: bool = False) -> Iterator[dict]:
-    """Yield the objects of an open file. Raises DataError, with file and line, for a line that is no JSON
-    object with these keys.
-
-    skip_cut: leave out a last line that is cut off, as a run leaves it that is killed while it writes.
-    """
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            if skip_cut and not line.endswith(b"\n"):
-                return
-            record = None
-        if not isinstance(record, dict) or not record.keys() >= set(keys):
-            wanted = ", ".join(f'"{key}"' for key in keys)
-            wrong = f"is no JSON object with {wanted}; correct or remove it"
-            raise DataError(f"{file.name}, line {number}: {wrong}")
-        yield record
-
-
 def read_json(path: str | Path, unique: bool = True) -> object:
     """Raises DataError. unique: refuse an object with a key twice, which takes five times as long."""
-    with open_to_read(path) as file:
+    with _open(path) as file:
         try:
             return json.load(file, object_pairs_hook=_unique if unique else None)
         except (ValueError, RecursionError) as error:  # the message of a syntax error says line and column

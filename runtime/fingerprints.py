@@ -43,10 +43,9 @@ def settings_of(config: Config) -> dict:
 
 
 def weights_fingerprint(checkpoint: str) -> str:
-    """The fingerprint of the weights in a folder, and of the base where it holds adapters. A hub id is its
-    own.
+    """The fingerprint of the weights in a folder, with those of the base of adapters. A hub id is its own.
 
-    A file counts by its length and a piece of each quarter. That takes no time, and training changes all
+    A file counts by its length and a piece of each quarter: that takes no time, and training changes all
     weights, or at least all of the language model's. A date would change with a copy.
     """
     folder, pieces = Path(checkpoint), []

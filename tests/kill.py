@@ -1,4 +1,4 @@
-"""Kill a run with signal 9 again and again, let it go on each time, and compare it with one left alone.
+"""Kill a run with signal 9 again and again, resume it each time, and compare it with one left alone.
 
     python tests/kill.py                      twelve kills of a run on two ranks; minutes
     python tests/kill.py --ranks 1 --kills 4 --seed 1
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,36 +21,61 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMED = ("seconds", "tokens_per_second", "peak_memory")  # of metrics.jsonl: never twice the same
+SETTINGS = "steps=24 batch_size=4 eval_batch=4 save_every=1 eval_every=6 eval_limit=32 keep_checkpoints=3"
+MOMENTS = ("start", "step", "save", "evaluation", "step", "save")
+FILES = ("rollouts.jsonl", "predictions_before.jsonl", "predictions.jsonl", "checkpoint/model.safetensors")
 
 
-def start(ranks: int, config: str, output_dir: Path) -> subprocess.Popen:
-    """A run, new or gone on with, in a process group of its own."""
-    command = [sys.executable, str(ROOT / "train.py")]
+def start(ranks: int, folder: Path, name: str) -> subprocess.Popen:
+    """A run, new or resumed, in a process group of its own."""
+    command = [sys.executable, "train.py", "configs/toy.yaml", *SETTINGS.split(), "resume=auto"]
     if ranks > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += [config, f"output_dir={output_dir}", "resume=auto"]
-    log = open(f"{output_dir}.log", "ab")  # noqa: SIM115 (the process has it)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    files = {"train_annotations": "train.json", "eval_annotations": "test.json", "videos": ""}
+    command += [f"{key}={folder / 'world' / file}" for key, file in files.items()]
+    command += [f"output_dir={folder / name}"]
+    with open(folder / f"{name}.log", "ab") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": log, "stderr": log, "start_new_session": True}
+        return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
 
 
-def ranks_of(process: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks: the children of torchrun, or the process itself."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    trainers = [int(c) for c in children if b"train.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
-    return trainers or [process.pid]
+def finish(process: subprocess.Popen, folder: Path, name: str) -> None:
+    if process.wait():
+        sys.exit(f"error: the run failed:\n{(folder / f'{name}.log').read_text()[-2000:]}")
+
+
+def wait_for(moment: str, run: Path, process: subprocess.Popen, rng: random.Random) -> None:
+    """Until the moment to kill has come, or the run has ended."""
+    lines = count_lines(run)
+    while process.poll() is None:
+        if moment == "save" and any(run.glob("checkpoint*.tmp/*")):
+            return time.sleep(rng.uniform(0, 0.02))
+        if moment == "evaluation" and any(run.glob("predictions*.rank*.jsonl")):
+            return None
+        if moment == "step" and count_lines(run) > lines:
+            return time.sleep(rng.uniform(0, 1.5))  # a step takes about a second
+        if moment == "start":
+            return time.sleep(rng.uniform(2, 6))
+        time.sleep(0.001)
+
+
+def count_lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def kill(process: subprocess.Popen, rng: random.Random) -> str:
     """Kill one rank, or all processes, with signal 9. Returns what was killed."""
-    ranks = ranks_of(process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [int(c) for c in children if b"train.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
     if len(ranks) > 1 and rng.random() < 0.5:
         victim = rng.randrange(len(ranks))
         os.kill(ranks[victim], signal.SIGKILL)
         try:
-            process.wait(timeout=60)
+            process.wait(timeout=120)
         except subprocess.TimeoutExpired:
-            sys.exit("error: the job hangs, a minute after a rank was killed")
+            sys.exit("error: the job hangs, two minutes after a rank was killed")
         return f"rank {victim}"
     for pid in [*ranks, process.pid]:
         try:
@@ -62,60 +86,11 @@ def kill(process: subprocess.Popen, rng: random.Random) -> str:
     return "all"
 
 
-def wait_for(moment: str, run: Path, process: subprocess.Popen, rng: random.Random) -> None:
-    """Until the moment to kill has come, or the run has ended."""
-    lines = count_lines(run / "metrics.jsonl")
-    while process.poll() is None:
-        if moment == "save" and any(run.glob("checkpoint*.tmp/*")):
-            time.sleep(rng.uniform(0, 0.02))
-            return
-        if moment == "evaluation" and any(run.glob("predictions*.rank*.jsonl")):
-            return
-        if moment == "step" and count_lines(run / "metrics.jsonl") > lines:
-            time.sleep(rng.uniform(0, 1.5))  # a step takes about a second
-            return
-        if moment == "start":
-            time.sleep(rng.uniform(2, 6))
-            return
-        time.sleep(0.001)
-
-
-def count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def outcome(run: Path) -> dict[str, object]:
     """All that must be equal: file name -> content."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    files = {"metrics": [{k: v for k, v in line.items() if k not in TIMED} for line in metrics]}
-    names = [
-        "rollouts.jsonl",
-        "predictions_before.jsonl",
-        "predictions.jsonl",
-        "checkpoint/model.safetensors",
-    ]
-    return files | {name: (run / name).read_bytes() for name in names}
-
-
-def differences(config: str, folder: Path, ranks: int, moments: list[str], seed: int) -> list[str]:
-    """Run a configuration twice, in folder/whole and folder/killed, the second one killed at these moments,
-    and name what differs between the two."""
-    rng = random.Random(seed)
-    whole, killed = folder / "whole", folder / "killed"
-    if start(ranks, config, whole).wait():
-        sys.exit(f"error: the run that is left alone failed:\n{Path(f'{whole}.log').read_text()[-2000:]}")
-    for moment in moments:
-        process = start(ranks, config, killed)
-        wait_for(moment, killed, process, rng)
-        ended = process.poll() is not None
-        what = "nothing: it had ended" if ended else kill(process, rng)
-        metrics = count_lines(killed / "metrics.jsonl")
-        kept = sorted(path.name for path in killed.glob("checkpoint*"))
-        print(f"{moment:10} killed {what}; {metrics} lines logged; {', '.join(kept)}", flush=True)
-    if start(ranks, config, killed).wait():
-        sys.exit(f"error: it did not go on:\n{Path(f'{killed}.log').read_text()[-2000:]}")
-    left, right = outcome(whole), outcome(killed)
-    return [name for name in left if left[name] != right[name]]
+    timeless = [{k: v for k, v in line.items() if k not in TIMED} for line in metrics]
+    return {"metrics.jsonl": timeless} | {name: (run / name).read_bytes() for name in FILES}
 
 
 def main() -> None:
@@ -127,29 +102,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    kinds = ["start", "step", "save", "evaluation", "step", "save"]
-    moments = [kinds[n % len(kinds)] for n in range(options.kills)]
+    moments = [MOMENTS[n % len(MOMENTS)] for n in range(options.kills)]
     rng.shuffle(moments)
-    folder = Path(tempfile.mkdtemp())
-    try:
-        world = f"{folder}/world"
-        settings = ROOT / "configs/toy.yaml"
-        text = (
-            settings.read_text().replace("toy_world", world).replace("checkpoints/", f"{ROOT}/checkpoints/")
-        )
-        text = text.replace("steps: 80", "steps: 24").replace("batch_size: 16", "batch_size: 4", 1)
-        text = text.replace("eval_batch: 64", "eval_batch: 4")
-        text += "save_every: 1\neval_every: 6\neval_limit: 32\nkeep: 3\n"
-        config = folder / "toy.yaml"
-        config.write_text(text)
-        found = differences(str(config), folder, options.ranks, moments, options.seed)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if found:
-        sys.exit(f"error: not the same: {', '.join(found)}")
-    print(
-        f"{options.kills} kills, {options.ranks} rank(s): the same weights, logs and answers, to the last bit"
-    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        finish(start(options.ranks, folder, "whole"), folder, "whole")
+        for moment in moments:
+            process = start(options.ranks, folder, "killed")
+            wait_for(moment, folder / "killed", process, rng)
+            what = "nothing: it had ended" if process.poll() is not None else kill(process, rng)
+            kept = ", ".join(sorted(path.name for path in (folder / "killed").glob("checkpoint*")))
+            print(f"{moment:10} killed {what}; {count_lines(folder / 'killed')} lines; {kept}", flush=True)
+        finish(start(options.ranks, folder, "killed"), folder, "killed")
+        left, right = outcome(folder / "whole"), outcome(folder / "killed")
+    different = [name for name in left if left[name] != right[name]]
+    if different:
+        sys.exit(f"error: not the same: {', '.join(different)}")
+    print(f"{options.kills} kills, {options.ranks} rank(s): the same weights, logs and answers, bit for bit")
 
 
 if __name__ == "__main__":

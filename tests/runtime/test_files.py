@@ -65,21 +65,36 @@ def test_files_that_cannot_be_read(tmp_path, read):
             read(path)
 
 
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        ("raise DataError('a.json: is empty; fetch it')", "error: a.json: is empty; fetch it\n"),
-        ("open('/none/a')", "error: /none/a: No such file or directory; free some space\n"),
-        ("raise OSError(28, 'No space left')", "error: the output: No space left; free some space\n"),
-        ("raise KeyboardInterrupt", "stopped: resume\n"),
-        ("print('a\\n' * 1_000_000)", ""),  # to head, which has read enough
-    ],
-)
-@pytest.mark.parametrize("size", ["1", "2"])
-def test_scripts_end_in_one_line(body, said, size):
-    code = f"from runtime.files import DataError, run_script\ndef main():\n    {body}\n"
+def script(body, **environment):
+    """(exit code, stderr) of a script that run_script runs, whose output is cut off by head."""
+    code = f"import os, time\nfrom runtime.files import DataError, run_script\ndef main():\n    {body}\n"
     code += "run_script(main, 'the output', 'free some space', 'stopped: resume')"
     command = ["bash", "-c", 'set -o pipefail; "$0" -c "$1" | head -1', sys.executable, code]
-    environment = {**os.environ, "WORLD_SIZE": size}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, said)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    return done.returncode, done.stderr
+
+
+SAID = {
+    "raise DataError('a.json: is empty; fetch it')": "error: a.json: is empty; fetch it\n",
+    "open('/none/a')": "error: /none/a: No such file or directory; free some space\n",
+    "raise OSError(28, 'No space left')": "error: the output: No space left; free some space\n",
+    "raise KeyboardInterrupt": "stopped: resume\n",
+    "print('a\\n' * 1_000_000)": "",  # head has read enough
+}
+
+
+@pytest.mark.parametrize("body", SAID)
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_scripts_end_in_one_line(body, size):
+    assert script(body, WORLD_SIZE=size) == (1, SAID[body])
+
+
+@pytest.mark.parametrize(
+    ("rank", "error"), [("1", "DataError('said by rank 0')"), ("0", "RuntimeError('lost')")]
+)
+def test_what_another_rank_says_better(rank, error):
+    """A rank waits before it speaks; here it is ended in the meantime, as by torchrun."""
+    body = f"time.sleep = lambda _: os._exit(9); raise {error}"
+    assert script(body, WORLD_SIZE="2", RANK=rank) == (9, "")
