@@ -4,9 +4,9 @@
     python -m lab.controls CHECKPOINT CONFIG [blank shuffled other]      any Qwen-VL, as in evaluate.py
     torchrun --nproc_per_node=8 -m lab.controls RUN                      the same answers from eight GPUs
 
-Only pixels change: there are as many frames as before, of the same size, so the prompt stays the same to the
-last token, and so does the truth. Answers go to predictions_blank.jsonl and so on, beside evaluate.py's, and
-are resumed in the same way. Not in the paper.
+The table has the real video first, then a row for each control, in the protocol `native`. Only pixels change:
+there are as many frames as before, of the same size, so prompt and truth stay the same. Answers go to
+predictions_blank.jsonl and so on, beside evaluate.py's, and are resumed in the same way. Not in the paper.
 """
 
 import sys

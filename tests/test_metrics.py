@@ -100,7 +100,7 @@ def test_failures():
     assert native_scores(None, sample) == {"tIoU": 0.0, "vIoU": 0.0, "failures": 1}
 
 
-def test_either_list():
+def test_either_list_of_boxes():
     answer = Answer(0, 0, ((0, (0, 0, 500, 1000)),), ((0, (500, 0, 1000, 1000)),))
     sample = make_sample(0, 10)
     for which, viou in (("think", 1), ("pred", 0)):

@@ -1,8 +1,5 @@
-"""The truth through everything that lies between an annotation and a score, for each family, system of
-coordinates and unit of time: frames, prompt, text, tokens, text, parser, native frames, metrics.
-
-What must come out is worked out here a second time: from the boxes and the native frames alone, in loops.
-"""
+"""The truth through all that lies between an annotation and a score, for each family, system of coordinates
+and unit of time. What must come out is computed a second time, from boxes and native frames, in loops."""
 
 import itertools
 import json
