@@ -1,4 +1,4 @@
-"""What each reward does in a file of answers: its mean, its spread, and how much of the decision it makes.
+"""Show what each reward does in saved answers: its mean, its spread, and how often it decides.
 
     python -m lab.bench FILE.jsonl [--config C ...]   rollouts.jsonl, predictions.jsonl, or lines of your own
     python -m lab.bench RUN [--config C ...]          RUN/rollouts.jsonl, with the rewards of RUN/config.yaml
@@ -181,9 +181,8 @@ def summary(scored: Scored, weights: dict) -> str:
     width = max(map(len, table)) + 2
     lines.append(" " * width + "".join(f"{head:>9}" for head in HEADS))
     for name, numbers in table.items():
-        cells = (
-            "-" if np.isnan(number) else f"{round(number, 3) + 0.0:.3f}" for number in numbers
-        )  # no -0.000
+        rounded = (round(number, 3) + 0.0 for number in numbers)  # + 0.0: no -0.000
+        cells = ("-" if np.isnan(number) else f"{number:.3f}" for number in rounded)
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
     r = table["total"][HEADS.index("vIoU r")]
     if r < 0:
