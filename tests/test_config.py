@@ -111,7 +111,7 @@ LIMITS |= dict.fromkeys(POSITIVE, (1, 0))
 def test_limits(path):
     """Every number has one, below which it means nothing."""
     numbers = {f.name for f in dataclasses.fields(Config) if f.type in (int, float)}
-    assert numbers - {"decode_block"} <= LIMITS.keys()
+    assert numbers <= LIMITS.keys()
     load_config(path, [f"{key}={good}" for key, (good, _) in LIMITS.items()])
     for key, (_, bad) in LIMITS.items():
         with pytest.raises(ConfigError, match=rf"command line: {key}: {bad}(\.0)? must be (at least|above)"):
