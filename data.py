@@ -174,7 +174,7 @@ def _hcstvg_sample(where: str, key: str, record: dict, videos: str, report: Repo
         raise _wrong(f"{where}: bbox[{k}]", bbox[k], f"inside the {width} x {height} video")
     track = Track(first, boxes)
     if not track:
-        raise _wrong(f"{where}: bbox", bbox, "boxes of which one has an area")
+        raise _wrong(f"{where}: bbox", bbox, "boxes of which at least one has an area")
     for finding in sorted(findings):
         report.setdefault(finding, []).append(key)
     return Sample(
