@@ -81,16 +81,13 @@ class AnswerAttention:
         out = []
         for prefix, lengths, mask, group in zip(self.prefixes, self.lengths, self.masks, groups, strict=True):
             padded = (pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2) for x in group)
-            q, k, v = padded  # (G, A or K, C, d)
-            k, v = (
-                torch.cat([shared.expand(len(lengths), -1, -1, -1), own], 2)
-                for shared, own in zip(prefix[layer], (k, v), strict=True)
-            )
+            q, *own = padded  # (G, A or K, C, d)
+            shared = (x.expand(len(lengths), -1, -1, -1) for x in prefix[layer])
+            k, v = (torch.cat(parts, 2) for parts in zip(shared, own, strict=True))  # (G, K, P + C, d)
             if q.device.type not in FEWER_HEADS:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            attended = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] < q.shape[1]
-            )
+            fewer = k.shape[1] < q.shape[1]
+            attended = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=fewer)
             out += [answer[:n] for answer, n in zip(attended.transpose(1, 2), lengths, strict=True)]
         return torch.cat(out)[None]  # (1, M, A, d)
 

@@ -17,10 +17,8 @@ from torch import nn
 from config import Lora
 from runtime.files import ModelError
 
-NAME, SETTINGS = (
-    "default",
-    "adapter_config.json",
-)  # transformers' name of a model's first adapters; their file
+NAME = "default"  # transformers' name of a model's first adapters
+SETTINGS = "adapter_config.json"
 
 
 def import_peft():
@@ -39,8 +37,7 @@ def adapted_layers(model: nn.Module, targets: list[str]) -> list[nn.Linear]:
         if isinstance(module, nn.Linear):
             layers.setdefault(path.rpartition(".")[2], []).append(module)
     if unknown := sorted(set(targets) - layers.keys()):
-        known = ", ".join(layers)
-        raise ModelError(f"lora.targets: no linear layer is {unknown[0]!r}; use {known}")
+        raise ModelError(f"lora.targets: no layer is called {unknown[0]!r}; use {', '.join(layers)}")
     return [layer for target in targets for layer in layers[target]]
 
 
