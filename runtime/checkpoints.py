@@ -205,7 +205,7 @@ def _read(folder: Path, state: dict[str, dict]) -> None:
         with warnings.catch_warnings(action="ignore"):
             dcp.load(state, checkpoint_id=folder / "state")
     except CheckpointException as error:
-        raise UserError(f"{folder}: cannot be read ({_reason(error)}); remove it, start again") from error
+        raise UserError(f"{folder}: cannot be read ({_reason(error)}); remove it and resume") from error
 
 
 def tidy(run: Path) -> None:
@@ -235,12 +235,11 @@ def refuse_other(found: Checkpoint, config: Config, fingerprints: dict) -> None:
 
     then, now = flat(found.fingerprints), flat(fingerprints)
     then = {**settings_of(Config()), **then}  # a setting that is newer than the checkpoint had its default
-    changed = [key for key in {**then, **now} if then.get(key, "unknown") != now.get(key, "unknown")]
-    before, after = (
-        ", ".join(f"{key}: {values.get(key, 'unknown')}" for key in changed) for values in (then, now)
-    )
-    where, again = f"resume: {found.folder} was made", "go back to that, or choose another output_dir"
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    where, done = f"resume: {found.folder} was made", found.progress.step
     if changed:
-        raise ConfigError(f"{where} with {before}; this run has {after}; {again}")
-    if found.progress.step > config.steps:
-        raise ConfigError(f"{where} after {found.progress.step} steps; steps: {config.steps} cannot be fewer")
+        old, new = (", ".join(f"{key}: {values.get(key)}" for key in changed) for values in (then, now))
+        remedy = "go back to that, or choose another output_dir"
+        raise ConfigError(f"{where} with {old}; this run has {new}; {remedy}")
+    if done > config.steps:
+        raise ConfigError(f"{where} after {done} steps; steps: {config.steps} cannot be fewer")

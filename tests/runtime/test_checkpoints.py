@@ -363,7 +363,7 @@ CHANGED = {
     "sft.steps=3": "with sft.steps: 0; this run has sft.steps: 3; go back",
     "rewards.giou=2": "with rewards.giou: 1.0; this run has rewards.giou: 2.0",
     "seed=1 precision=bf16": "with seed: 0, precision: fp32; this run has seed: 1, precision: bf16",
-    "rewards.{root}/examples/viou.py:viou=0": "viou.py:viou: unknown, ",
+    "rewards.{root}/examples/viou.py:viou=0": "viou.py:viou: None, ",
     "model={qwen2_vl}": "with weights of the model: ",
     "model=Qwen/Qwen2.5-VL-7B-Instruct": "this run has weights of the model: Qwen/Qwen2.5-VL-7B-Instruct",
     "train_annotations={other}": "with data: ",
@@ -387,7 +387,7 @@ def test_settings_of_other_versions(run, write_config):
     without = {key: {k: v for k, v in settings.items() if k != key} for key in ("clip_eps", "max_side")}
     assert refusal(run, write_config, settings=without["clip_eps"]) is None
     said = refusal(run, write_config, settings={**without["max_side"], "entropy": 3})
-    assert "with max_side: 336, entropy: 3; this run has max_side: 56, entropy: unknown;" in said
+    assert "with max_side: 336, entropy: 3; this run has max_side: 56, entropy: None;" in said
 
 
 def test_the_fingerprint_of_the_data(world, write_config, run):
