@@ -139,8 +139,7 @@ def read_prompts(path: Path, config: Config) -> list[tuple[Card, dict[int, list[
     keys = "step", "id", "generation", "completion", "truth", "scale", "rewards", "advantage"
 
     def records():  # the file can have gigabytes: it is read twice, one line at a time
-        with path.open("rb") as file:
-            yield from iterate_jsonl(file, *keys, skip_cut=True)
+        return iterate_jsonl(path, *keys, skip_cut=True)
 
     steps: dict[str, dict[int, None]] = {}
     for record in records() if path.is_file() else ():
