@@ -23,7 +23,7 @@ from model import completion_logprobs, encode_prompt, pack_completions, rollout
 from qwen.checkpoint import load_policy
 from runtime import distributed
 from runtime.files import DataError
-from runtime.run import check_batches, global_batch
+from runtime.run import check_start, global_batch
 from video.loader import FrameLoader
 
 ROOT = Path(__file__).parent.parent.parent
@@ -245,10 +245,11 @@ def test_a_rank_without_a_video(tmp_path, configure, run_on, world):
 @pytest.mark.parametrize(
     ("key", "size", "said"), [("batch_size", 100, "96 or 104"), ("sft.batch_size", 3, "8")]
 )
-def test_a_batch_that_does_not_divide(tmp_path, configure, key, size, said):
+def test_a_batch_that_does_not_divide(tmp_path, configure, monkeypatch, key, size, said):
     config = load_config(configure(tmp_path, batch_size=8), [f"{key}={size}", "sft.steps=1"])
+    monkeypatch.setattr(distributed, "init", lambda: (0, 8))
     with pytest.raises(ConfigError, match=f"{key}: {size} prompts .* 8 ranks; {said} would"):
-        check_batches(config, 8)
+        check_start(config)
 
 
 # ----------------------------------------------------------------------------------------------------------
