@@ -141,5 +141,6 @@ def draw_sheet(name: str, cards: list[Card]) -> Figure:
             if row == 0:
                 words = f"{'[no video] ' * bool(card.clip.error)}{card.sample.sentence}"[: round(10 * width)]
                 axes.set_title(words, loc="left", weight="bold", fontsize=12, parse_math=False)
-            axes.text(6, 6, answer.note, color=COLOURS["pred"], fontsize=12, va="top", parse_math=False)
+            style = {"bbox": {"color": "white", "alpha": 0.8, "pad": 1}, "fontsize": 12, "parse_math": False}
+            axes.text(6, 6, answer.note, color=COLOURS["pred"], va="top", **style)
     return figure

@@ -9,7 +9,7 @@ from samples import Truth
 
 TRUTH = Truth((2, 3), dict.fromkeys((2, 3), (0.25, 0.25, 0.5, 0.75)))
 SAMPLED = {0: (1, 5, 9), 1: (2, 3, 6, 7, 11, 12), 2: (4,), 3: (8,)}  # prompt -> steps at which it is sampled
-OWN = "my/own.py:$mine_"
+OWN = "my/own.py:mine_"
 
 
 def evaluated(*scores):

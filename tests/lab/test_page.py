@@ -21,11 +21,9 @@ HOSTILE = "\"'><img src=x onerror=alert(1)></script><script>document.title = 'x'
 
 def tables_of(text):
     """The tables of a page as lists of rows of cells' texts."""
-    tables = re.findall(r"<table>(.*?)</table>", text, re.S)
-    rows = [re.findall(r"<tr>(.*?)</tr>", table, re.S) for table in tables]
-    return [
-        [[html.unescape(c) for c in re.findall(r"<t[dh].*?>(.*?)</t", r)] for r in table] for table in rows
-    ]
+    tables = [re.findall(r"<tr>(.*?)</tr>", t, re.S) for t in re.findall(r"<table>(.*?)</table>", text, re.S)]
+    cells = [[re.findall(r"<t[dh].*?>(.*?)</t", row) for row in table] for table in tables]
+    return [[[html.unescape(cell) for cell in row] for row in table] for table in cells]
 
 
 @pytest.fixture(scope="module")
