@@ -121,8 +121,7 @@ class PromptCache:
 
 
 def prefill(policy: Policy, prompts: list[Prompt]) -> list[PromptCache]:
-    """Run vision tower and language model over B prompts, once for all their completions. With gradients
-    enabled, these flow back through the result."""
+    """Run the model over B prompts, once for all their completions. Gradients, if enabled, flow back."""
     return policy.run(_prefill, policy, prompts)
 
 

@@ -1,7 +1,7 @@
 """Attention in which a prompt is computed, and kept, once for all its answers.
 
-A token of an answer attends to the prompt's keys and to those of its own answer, never to other answers.
-There are three passes through the model, each with an object that does its attention:
+A token of an answer attends to the prompt and to its own answer, never to other answers. Each of three passes
+through the model has an object that does its attention:
 
     PromptAttention    B prompts, one after the other in one row; keeps the keys and values of each
     AnswerAttention    whole answers, one after the other in one row, to be scored
@@ -22,7 +22,6 @@ from transformers.masking_utils import sdpa_mask
 IMPLEMENTATION = "shared_prefix"  # for from_pretrained(attn_implementation=...)
 # transformers takes a mask of four dimensions as it is. None is needed, but it would make one.
 NO_MASK = torch.empty(1, 1, 1, 1)
-
 FEWER_HEADS = ("cpu",)  # elsewhere no fast kernel takes a mask and fewer heads of keys than of queries
 KV = tuple[Tensor, Tensor]  # of one layer, each (1, K, tokens, d): K heads of width d
 
@@ -47,8 +46,8 @@ class PromptAttention:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self._layers.setdefault(layer, (key, value))  # not again when checkpointing recomputes the layer
-        prompts = zip(*(x.split(self.lengths, 2) for x in (query, key, value)), strict=True)
-        causal = {"is_causal": True, "scale": scale, "enable_gqa": True}
+        causal, split = {"is_causal": True, "scale": scale, "enable_gqa": True}, self.lengths
+        prompts = zip(query.split(split, 2), key.split(split, 2), value.split(split, 2), strict=True)
         out = [F.scaled_dot_product_attention(*qkv, **causal) for qkv in prompts]
         return torch.cat(out, 2).transpose(1, 2)  # (1, N, A, d)
 
@@ -60,17 +59,13 @@ class PromptAttention:
 
 
 class AnswerAttention:
-    """Each answer attends to its prompt and to itself.
-
-    prefixes: of each of the B prompts, from PromptAttention. lengths: of the answers to each, which stand one
-    after the other in the row. For the attention alone, answers to one prompt are padded to the longest, and
-    the prompt's keys and values are copied for each.
-    """
+    """Each answer attends to its prompt and to itself. prefixes: of each of the B prompts, from
+    PromptAttention. lengths: of the answers to each, which stand one after the other in the row. For the
+    attention alone they are padded to the prompt's longest, and its keys and values are copied for each."""
 
     def __init__(self, prefixes: list[list[KV]], lengths: list[list[int]]):
         self.prefixes, self.lengths, self.masks = prefixes, lengths, []
-        for prefix, group in zip(prefixes, lengths, strict=True):
-            key, _ = prefix[0]
+        for ((key, _), *_), group in zip(prefixes, lengths, strict=True):
             C, P = max(group), key.shape[2]
             # (C, P + C), added to the scores: token i sees the prompt and the first i + 1 of its answer.
             self.masks.append(key.new_full((C, P + C), -torch.inf).triu(P + 1))
