@@ -38,9 +38,9 @@ def without_pictures():
 @pytest.fixture(scope="module")
 def configure(write_config, taught):
     """configure(folder, key=value, ...) -> folder/config.yaml: two steps of a tiny model whose answers are
-    mostly right in form, and at this temperature not all the same, in folder/run."""
+    mostly right in form, in folder/run."""
     short = {**SHORT, "model": str(taught / "checkpoint"), "batch_size": 4, "micro_batch": 4, "eval_limit": 2}
-    short |= {"learning_rate": 1e-4, "kl_beta": 0.05, "temperature": 1.5}
+    short |= {"learning_rate": 1e-4, "kl_beta": 0.05}
     return lambda folder, **settings: write_config(folder, **{**short, **settings})
 
 
@@ -397,7 +397,7 @@ def test_a_reward_that_fails(tmp_path, configure):
         "    again = log.exists() and 'grpo' in log.read_text()\n"
         "    return 1 / (not again or os.environ['RANK'] != '1')\n"
     )
-    path = configure(tmp_path, steps=9, temperature=1.0, rewards={f"{tmp_path}/mine.py:f": 1})
+    path = configure(tmp_path, steps=9, rewards={f"{tmp_path}/mine.py:f": 1})
     first, second = on_ranks(2, error_of, [path])
     assert first == second and "mine.py:f raised ZeroDivisionError" in first and "'<time>" in first
     assert (tmp_path / "run/checkpoint_1/state/progress.json").is_file()
