@@ -54,7 +54,7 @@ def test_a_run_that_fails_is_reported_at_the_end(tmp_path, monkeypatch, capsys):
 
 def test_ctrl_c_asks_the_runs_to_end_and_waits(tmp_path):
     (tmp_path / "logs").mkdir()
-    asked = "trap 'kill $!; echo saved; exit' TERM; kill -INT $PPID; sleep 60 & wait"
+    asked = "sleep 60 & trap 'kill $!; echo saved; exit' TERM; kill -INT $PPID; wait"
     with pytest.raises(KeyboardInterrupt):
         ablate.train({tmp_path / "run": ["sh", "-c", asked], tmp_path / "never": ["false"]}, jobs=1)
     assert (tmp_path / "logs/run.log").read_text() == "saved\n"
