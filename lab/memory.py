@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from config import Config, load_config
 from qwen.checkpoint import FAMILIES
-from qwen.lora import base_of
+from qwen.lora import adapted_layers, base_of
 from runtime.files import ModelError, run_script
 from toy import world
 from video.frames import frame_size
@@ -116,6 +116,8 @@ def shapes_of(model: nn.Module, c: int, frozen: bool) -> SimpleNamespace:
     attention = (5 if rms else 7) * s.W * c + 4 * heads
     s.of_block = 2 * s.W * (norm if rms else 2 * c) + attention + (4 if gated else 2) * inner * c
     s.block_backward = 2 * (inner + s.W) * c
+    # Without gradients: patches in fp32 and cast, hidden states twice; q, k, v; q, k and four terms in fp32.
+    s.block_forward = s.pixels * (4 + c) + 2 * s.W * c + s.W * (3 * c + 6 * 4)
     return s
 
 
@@ -136,8 +138,7 @@ def memory(config: Config, model: nn.Module, gpus: int, lora: bool, n=None, cpu=
     frozen, inputs = s.tower if config.freeze_vision else 0, 0
     trained, every = s.total - frozen, not lora
     if lora:
-        named = model.model.language_model.named_modules()
-        adapted = [module for name, module in named if name.rpartition(".")[2] in config.lora.targets]
+        adapted = adapted_layers(model, config.lora.targets)
         inputs, outputs = sum(x.in_features for x in adapted), sum(x.out_features for x in adapted)
         trained, frozen = (config.lora.rank or LORA_RANK) * (inputs + outputs), s.total
     # What is trained is kept in fp32, the rest in c bytes; so is the reference, unless it is a copy.
@@ -196,6 +197,7 @@ def memory(config: Config, model: nn.Module, gpus: int, lora: bool, n=None, cpu=
     beside = max(3 * 4 * G * s.A * (P + C) + 2 * cache * (c == 2), G * (4 + 4 + 8 + 8) * s.V)
     kept = prompts * read if config.reuse_prompts else decoded * s.L * prefix
     rolling = kept + decoded * (s.L * cache + beside)
+    seeing = patches * s.block_forward * (1 if config.reuse_prompts else decoded)
     lasting = weights + adam + reference
     in_adam = 4 * trained / gpus  # the square root of all second moments at once
     return {
@@ -205,7 +207,7 @@ def memory(config: Config, model: nn.Module, gpus: int, lora: bool, n=None, cpu=
         "logits": logits,
         "KV": decoded * s.L * cache,
         "train": lasting + max(gradients + waiting + passing, own_gradients + max(at_end, in_adam)),
-        "rollout": lasting + whole + max(arriving, rolling),
+        "rollout": lasting + whole + max(arriving, seeing, rolling),
     }
 
 
@@ -230,8 +232,8 @@ def table(config: Config) -> str:
         clip,
         f"To score at once: {rows} x ({n.P:,} + {n.G} answers x {n.C:,}) tokens; {config.precision},"
         f" gradient_checkpointing={config.gradient_checkpointing}",
-        f"Memory of each GPU in {name}, and whether it fits into one of 24 to 141 GiB, with"
-        f" reuse_prompts={config.reuse_prompts}, freeze_vision={config.freeze_vision}:",
+        f"Memory of each GPU in {name}, and whether it fits one of 24 to 141 GiB; reuse_prompts="
+        f"{config.reuse_prompts}, freeze_vision={config.freeze_vision}:",
     ]
     for lora, way in ((False, "last"), (False, "every"), (True, config.sync_gradients)):
         title = f"LoRA of rank {rank or LORA_RANK}" if lora else f"all weights, sync_gradients={way}"
