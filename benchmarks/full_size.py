@@ -6,16 +6,15 @@
         prints how FSDP2 would cut it and what that takes on each GPU. Takes seconds.
 
     python benchmarks/full_size.py --run 7b --video FILE --folder DIR
-        writes a checkpoint of that shape to DIR, in the files and layout of the hub but with random weights,
-        loads it in a new process as any checkpoint is loaded, and puts one real video through it: prefill,
-        8 answers of 12 tokens, their log-probs. 7b takes 17 GB of memory and of disk, and minutes.
+        writes a checkpoint of that shape to DIR, with random weights and Qwen's vocabulary, loads it in a new
+        process as any checkpoint is loaded, and puts one real video through it: prefill, 8 answers of 12
+        tokens, their log-probs. 7b takes 17 GB of memory and of disk, and minutes.
 
 A DIR that is there already is measured as it is.
 """
 
 import argparse
 import contextlib
-import copy
 import json
 import math
 import os
@@ -26,59 +25,52 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch
 
-from lab import memory
-from lab.memory import GIB, count, empty_model, groups, lasting_bytes
+from benchmarks.vocabulary import QWEN2_TEMPLATE, QWEN3_TEMPLATE, qwen_tokenizer
+from lab.memory import GIB, count, named_model
 from model import completion_logprobs, encode_prompt, pack_completions, rollout
 from prompts import TextFormat, build_prompt
 from qwen.checkpoint import FAMILIES, load_policy
 from video.frames import frame_size, read_frames, resize
 
-NAMES = {
-    "3b": "Qwen/Qwen2.5-VL-3B-Instruct",
-    "7b": "Qwen/Qwen2.5-VL-7B-Instruct",
-    "qwen3-8b": "Qwen/Qwen3-VL-8B-Instruct",
+SHAPES = {  # hub id, its parameters, what its config.json says of rotary positions
+    "3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 3_754_622_976, 1e6, [16, 24, 24]),
+    "7b": ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656, 1e6, [16, 24, 24]),
+    "qwen3-8b": ("Qwen/Qwen3-VL-8B-Instruct", 8_767_123_696, 5e6, [24, 20, 20]),
 }
-PUBLISHED = {name: memory.PUBLISHED[hub_id] for name, hub_id in NAMES.items()}
-
-
-def published_config(name: str, layers: int | None = None) -> dict:
-    """The config.json of a published checkpoint; layers: of the decoder, where it shall have fewer."""
-    content = copy.deepcopy(PUBLISHED[name][0])
-    if layers is not None:
-        content.get("text_config", content)["num_hidden_layers"] = layers
-    return content
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The plan
 
 
-def static_bytes(parameters: int, gpus: int) -> float:
-    """On each GPU: fp32 weights, gradients and AdamW's two moments, and a frozen bf16 reference, sharded."""
-    return sum(lasting_bytes(parameters, gpus))
-
-
 def print_plan(name: str) -> None:
-    model = empty_model(published_config(name))
-    total, expected = count(model), PUBLISHED[name][1]
+    """fp32 weights, gradients and AdamW's two moments, and a frozen bf16 reference, sharded."""
+    hub_id, expected, *_ = SHAPES[name]
+    model = named_model(hub_id)
+    total = count(model)
     if total != expected:
         sys.exit(f"error: {name} has {total:,} parameters, not the published {expected:,}")
     print(f"{name}: {total:,} parameters, {2 * total / 1e9:.1f} GB in bf16")
-    for group, number, size in groups(model):
+    layers, blocks = model.model.language_model.layers, model.model.visual.blocks
+    rest = total - count(layers) - count(blocks)
+    groups = {
+        "decoder layer": (len(layers), count(layers[0])),
+        "vision block": (len(blocks), count(blocks[0])),
+    }
+    groups["root (embeddings, head, merger)"] = (1, rest)
+    for group, (number, size) in groups.items():
         print(f"  {number:3} x {group:32} {size:13,} parameters, {2 * size / 2**20:7,.0f} MiB in bf16")
-    largest = max(size for *_, size in groups(model))
+    largest = max(size for _, size in groups.values())
     print("  GiB per GPU    weights   grads    Adam   reference   static   + the largest group")
     for gpus in (1, 2, 4, 8):
-        weights, grads, adam, reference = (size / GIB for size in lasting_bytes(total, gpus))
-        static = static_bytes(total, gpus) / GIB
-        print(
-            f"  with {gpus} of them {weights:10.1f} {grads:7.1f} {adam:7.1f} {reference:11.1f} {static:8.1f}"
-            f" {static + 2 * largest / GIB:21.1f}"
-        )
+        each = [size * total / gpus / GIB for size in (4, 4, 8, 2)]
+        weights, grads, adam, reference = each
+        row = f"{weights:10.1f} {grads:7.1f} {adam:7.1f} {reference:11.1f} {sum(each):8.1f}"
+        print(f"  with {gpus} of them {row} {sum(each) + 2 * largest / GIB:21.1f}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -86,11 +78,19 @@ def print_plan(name: str) -> None:
 
 
 def write_checkpoint(name: str, layers: int | None, folder: Path) -> None:
-    """A hub-style folder of random bf16 weights: scaled so that signals neither die out nor explode."""
-    from vocabulary import QWEN2_TEMPLATE, QWEN3_TEMPLATE, qwen_tokenizer
-
-    content = published_config(name, layers)
-    model = empty_model(content).to(torch.bfloat16).to_empty(device="cpu")
+    """A folder of random bf16 weights: scaled so that signals neither die out nor explode."""
+    hub_id, _, theta, sections = SHAPES[name]
+    config = named_model(hub_id).config
+    config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
+    config.text_config.rope_parameters |= {"rope_theta": theta, "mrope_section": sections}
+    qwen3, family = config.model_type == "qwen3_vl", FAMILIES[config.model_type]
+    if qwen3:
+        config.text_config.rope_parameters["mrope_interleaved"] = True
+    ids = {"image": 151655, "video": 151656, "vision_start": 151652, "vision_end": 151653}
+    config.update({f"{name}_token_id": token for name, token in ids.items()})
+    with torch.device("meta"):
+        model = family.model_class(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for key, parameter in model.named_parameters():
         if parameter.dim() >= 2:
@@ -102,12 +102,8 @@ def write_checkpoint(name: str, layers: int | None, folder: Path) -> None:
     )
     model.generation_config.update(repetition_penalty=1.05, temperature=1e-6, top_k=1)
     model.save_pretrained(folder, max_shard_size="2GB")
-    # Over what transformers 5 wrote: the file as it is on the hub.
-    (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-    qwen3 = content["model_type"] == "qwen3_vl"
     qwen_tokenizer(QWEN3_TEMPLATE if qwen3 else QWEN2_TEMPLATE).save_pretrained(folder)
-    sizes = {"patch_size": content["vision_config"]["patch_size"], "temporal_patch_size": 2, "merge_size": 2}
-    family = FAMILIES[content["model_type"]]
+    sizes = {"patch_size": config.vision_config.patch_size, "temporal_patch_size": 2, "merge_size": 2}
     sizes |= {"image_mean": family.image_mean, "image_std": family.image_std}
     if qwen3:
         files = {
@@ -165,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
     )
-    parser.add_argument("--run", choices=PUBLISHED, help="put a video through a model of this size")
+    parser.add_argument("--run", choices=SHAPES, help="put a video through a model of this size")
     parser.add_argument("--video", help="a video file")
     parser.add_argument("--seconds", type=float, default=4.4, help="of the video that are shown")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is written")
@@ -175,7 +171,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=("write", "measure"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run is None:
-        for name in PUBLISHED:
+        for name in SHAPES:
             print_plan(name)
     elif options.video is None or options.folder is None:
         parser.error("--run needs --video and --folder")

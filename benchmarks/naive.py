@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from steps import adamw, optimizer_step, questions
 
 from grpo import policy_loss
 from model import Prompt
 from qwen.checkpoint import Policy, compute_dtype
+from train import make_prompts
 
 
 @dataclass
@@ -39,7 +39,9 @@ def load(policy: Policy, config) -> Models:
         model.activation_checkpointing_enable()
     model.train()
     policy = dataclasses.replace(policy, model=model)
-    return Models(policy, reference, adamw(policy, config.learning_rate, config))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return Models(policy, reference, optimizer)
 
 
 def repeated(policy: Policy, prompt: Prompt, count: int) -> dict:
@@ -91,10 +93,9 @@ def step_of(models: Models, work, micro: int, parts) -> Callable[[int], None]:
     def step(n: int) -> None:
         torch.manual_seed(n)
         with parts("decode"):
-            ((_, _, prompt),) = questions(policy, [work.sample], work.clips, config)
+            _, _, (prompt,) = make_prompts(policy, [(0, work.sample)], work.clips, config)
         with parts("sampling"):
             answers = sample(policy, prompt, G, C, parts)
-        total = 0.0
         for part, advantage in zip(answers.split(micro), advantages.split(micro), strict=True):
             with parts("reference"), torch.no_grad():
                 ref = logprobs(policy, models.reference, prompt, part)
@@ -104,8 +105,9 @@ def step_of(models: Models, work, micro: int, parts) -> Callable[[int], None]:
                 loss, _ = policy_loss(own, own.detach(), ref, advantage, torch.ones_like(own), **settings)
             with parts("backward"):
                 loss.backward()
-            total += float(loss.detach())
         with parts("optimizer"):
-            optimizer_step(policy, models.optimizer, config, total)
+            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.max_grad_norm)
+            models.optimizer.step()
+            models.optimizer.zero_grad(set_to_none=True)
 
     return step

@@ -6,7 +6,7 @@
     python benchmarks/step.py --visual-tokens 1512 --profile            the kernels that take most of the time
     python benchmarks/step.py --make FOLDER                             only write the small model
 
-A step is train.sample_and_score and train.improve: decode the clip's file, encode the prompt, sample G = 8
+A step is train.make_prompts, sample and update: decode the clip's file, encode the prompt, sample G = 8
 answers of exactly C = 200 tokens, score them under the reference and the policy, loss, backward, AdamW. The
 end tokens are taken from the policy, and the advantages are +1 and -1 in turn; all else is the program,
 whose functions are wrapped to be timed. reuse_prompts is on, unlike in the program's default (--no-keep). The
@@ -66,7 +66,6 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from steps import adamw
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -74,9 +73,9 @@ import model
 import train
 from benchmarks import naive
 from config import DTYPES, Config
+from model import Prompt
 from qwen import checkpoint
 from qwen.checkpoint import Policy, load_tokenizer
-from runtime import distributed
 from runtime.files import UserError
 from samples import Sample
 from toy.pretrain import tiny_tokenizer
@@ -219,6 +218,15 @@ class Way:
     flops: tuple[int, int] = (0, 0)  # counted: in linear layers, in all
 
 
+def prompts_of(work: Work, policy: Policy) -> list[Prompt]:
+    return train.make_prompts(policy, [(0, work.sample)], work.clips, work.config)[2]
+
+
+def adamw(policy: Policy, config: Config) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
 def our_way(work: Work) -> tuple[Way, Policy]:
     """As train.learn and train.reinforce do it."""
     config = work.config
@@ -228,17 +236,19 @@ def our_way(work: Work) -> tuple[Way, Policy]:
         policy.model.activation_checkpointing_enable()
     policy.model.train()
     reference = checkpoint.freeze(policy, config)
-    optimizer = adamw(policy, config.learning_rate, config)
+    optimizer = adamw(policy, config)
+    optimizer.register_step_pre_hook(lambda *_: parts.begin("optimizer"))
+    optimizer.register_step_post_hook(lambda *_: parts.end())
     parts.watch(policy.model.model.visual)
     advantages = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(config.num_generations)
 
     def step(n: int) -> None:
         with timed(reference):
-            with distributed.unsharded(policy.model):
-                keys = [(config.seed, n, 0)]
-                (group,) = train.sample_and_score(policy, [work.sample], keys, work.clips, config)
-            group.advantages = advantages[: config.num_generations]
-            train.improve(policy, reference, optimizer, [group], config)
+            batch, _, prompts = train.make_prompts(policy, [(0, work.sample)], work.clips, config)
+            keys = [(config.seed, n, k) for k, _ in batch]
+            prompts, completions = train.sample(policy, prompts, keys, config)
+            row = [advantages[: config.num_generations]]
+            train.update(policy, reference, optimizer, prompts, completions, row, config)
 
     return Way("ours", step), policy
 
@@ -251,14 +261,14 @@ def timed(reference: Policy) -> Iterator[None]:
         return "reference" if policy is reference else "forward"
 
     functions = [
-        (train, "questions", "decode"),
+        (train, "make_prompts", "decode"),
         (Policy, "patches", "decode"),
         (train, "rollout", "sampling"),
     ]
     functions += [(train, "prefill", "prefill"), (model, "prefill", "prefill")]
     functions += [(train, "with_video_features", "vision")]
     functions += [(train, "completion_logprobs", scores), (train, "policy_loss", "forward")]
-    functions += [(train, "backward", "backward"), (train, "optimizer_step", "optimizer")]
+    functions += [(torch.Tensor, "backward", "backward"), (torch.nn.utils, "clip_grad_norm_", "optimizer")]
 
     def wrapped(function: Callable, part: str | Callable) -> Callable:
         def call(*arguments, **named):
@@ -427,7 +437,7 @@ def measure(options: argparse.Namespace, visual: int) -> Iterator[dict]:
             for way in ways:
                 # Freed of what the warming up, or another way, has left. Of its own a way uses it again.
                 way.rounds.append(measured(way, n, fresh=n == 1 or len(ways) > 1))
-        ((*_, prompt),) = train.questions(policy, [work.sample], work.clips, work.config)
+        (prompt,) = prompts_of(work, policy)
         visual, P = int((prompt.ids == policy.video_id).sum()), len(prompt.ids)
         G, C, frozen = options.group, options.completion, options.freeze_vision
         needs = needed(policy.model, visual, P, G, C, frozen)
