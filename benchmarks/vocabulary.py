@@ -173,8 +173,8 @@ def qwen_tokenizer(chat_template: str = QWEN2_TEMPLATE) -> PreTrainedTokenizerFa
 
 
 def texts() -> dict[str, str]:
-    """What is counted: boxes in the paper's spelling and two shorter ones, answers of n steps, the prompt alone
-    and in the chat template of both families."""
+    """What is counted: boxes in three spellings (the first is the paper's), answers of n steps, the prompt
+    alone and in the chat template of both families."""
     question = build_prompt("an adult in yellow clothes holds a bat.", 40, (1000, 1000), TextFormat())
     found = {"prompt": question}
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
