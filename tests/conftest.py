@@ -236,3 +236,9 @@ def finished(tmp_path_factory, grpo_config):
     with tiny_runs.no_pictures():
         train.main([grpo_config(folder, save_every=2)])
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def without_pictures():
+    with tiny_runs.no_pictures():
+        yield

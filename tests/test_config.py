@@ -30,7 +30,7 @@ def test_defaults(path):
     assert (config.batch_size, config.num_generations) == (128, 8)
     ones = dict.fromkeys(("format", "consistency", "temporal", "spatial", "giou", "l1"), 1.0)
     assert config.rewards == {**ones, "think": 0.5}
-    assert config.think and config.scale_rewards and not config.toy and config.sft.steps == 0
+    assert config.scale_rewards and not config.toy and config.sft.steps == 0
     assert config.text_format == TextFormat("norm1000", "frame", True, 2.0)
     assert (config.kl_beta, config.clip_eps, config.updates_per_batch) == (0.01, 0.2, 1)
     assert (config.temperature, config.loss_aggregation, config.max_grad_norm) == (1.0, "token-mean", 1.0)
@@ -41,10 +41,10 @@ def test_file_then_command_line(path):
     overrides = ["steps=9", "learning_rate=1e-6", "rewards.think=1.0", "sft.learning_rate=2", "think=false"]
     overrides += ["output_dir=runs/a=b", "videos=", "fps=4", "eval_annotations=[a", "lora.targets=q_proj"]
     config = load_config(path, overrides)
-    assert config.steps == 9 and config.learning_rate == 1e-6  # text for YAML, which wants a point
-    assert config.rewards == WEIGHTS | {"think": 1.0, "l1": 2.0}
+    assert (config.steps, config.rewards) == (9, WEIGHTS | {"think": 1.0, "l1": 2.0})
+    assert config.learning_rate == 1e-6  # text for YAML, which wants a point
     assert config.sft == Sft(steps=3, learning_rate=2.0) and config.lora.targets == ["q_proj"]
-    assert config.think is False and config.text_format.think is False
+    assert config.text_format.think is False
     assert (config.output_dir, config.videos, config.vidor) == ("runs/a=b", "", "")
     assert config.eval_annotations == "[a"  # what is no YAML is text
     assert config.fps == 4.0 and type(config.fps) is float and config.text_format.step_seconds == 0.25
@@ -65,7 +65,6 @@ def test_files_over_files(path, tmp_path):
     config = load_config([path, part])
     assert config.rewards == WEIGHTS | {"think": 0, "l1": 3, "giou": 0.5}
     assert (config.steps, config.output_dir) == (7, "runs/a_giou_0.5")
-    assert load_config([path, part, other]).output_dir == "runs/b"
     config = load_config([path, other, part], ["steps=8"])
     assert (config.steps, config.output_dir, config.rewards["l1"]) == (8, "runs/b_giou_0.5", 3)
     other.write_text("steps: -1\n")
@@ -78,7 +77,6 @@ BAD = {
     "zzz=1": "unknown key zzz; the keys are model, dataset,",
     "sft.step=5": r"unknown key sft\.step; did you mean sft\.steps\?",
     "rewards.thinking=1": "there is no weight 'thinking'",
-    "rewards.my.py=1": r"there is no weight 'my\.py'",
     **dict.fromkeys(
         ("rewards.think=much", "rewards.think=.nan"), "the weight of think is .*; write a number"
     ),
@@ -86,7 +84,6 @@ BAD = {
     **dict.fromkeys(("steps=many", "steps=1.5", "steps=true", "steps="), "steps: .* must be a whole number"),
     **dict.fromkeys(("fps=fast", "fps=true", "fps=nan", "fps={a: 1}"), "fps: .* must be a finite number"),
     "think=1": "think: 1 must be true or false",
-    "model=5": "model: 5 must be text",
     "steps": "'steps': settings on the command line are written key=value",
     "dataset=kitti": "dataset: 'kitti' must be one of hcstvg, vidstg",
     "log_to=[mlflow]": "must be some of tensorboard, wandb",
@@ -118,18 +115,13 @@ def test_limits(path):
             load_config(path, [f"{key}={bad}"])
 
 
-@pytest.mark.parametrize("fps", ["0.5", "2.5"])
-def test_second_steps_need_whole_frames(path, fps):
-    with pytest.raises(ConfigError, match=rf"fps: {fps} with time_unit: second must be a whole number"):
-        load_config(path, [f"fps={fps}", "time_unit=second"])
-
-
 def test_bad_files(tmp_path):
     path = tmp_path / "bad.yaml"
     cases = {
         "steps: [1\n": "is not valid YAML",
         "- steps\n": "must hold `key: value` lines",
         "toy: true\nvideos: mine\n": "toy: true makes videos, .* in one folder; write toy: false",
+        "fps: 2.5\ntime_unit: second\n": "fps: 2.5 with time_unit: second must be a whole number",
         "max_side: 0\n": "max_side: 0 must be at least 1",
         "sft: {rate: 1}\n": r"unknown key sft\.rate; ",
         "rewards: {speed: 1}\n": "rewards: there is no weight 'speed'",

@@ -28,8 +28,8 @@ PAPER = 4.625
 def plugin(tmp_path):
     """A function that writes a file of rewards and returns FILE.py:f."""
 
-    def write(body, name="mine.py"):
-        path = tmp_path / name
+    def write(body):
+        path = tmp_path / "mine.py"
         path.write_text(f"import math\nfrom rewards import iou\n\ndef f(answer, truth):\n    {body}\n")
         return f"{path}:f"
 
@@ -76,19 +76,22 @@ def test_a_fault_names_the_reward_and_the_answer(plugin, body):
     assert str(caught.value).endswith(f"; the answer was {completion!r}") and "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_loaded(plugin, tmp_path):
-    good = plugin("return 0.0")
-    load_plugins({good: 2, "think": 1, plugin("return 0.0", "a:b.py"): 1})
-    wrong = {
-        f"{tmp_path}/absent.py:f": r"there is no file /.*absent\.py; correct the path",
-        good.replace(":f", ":math"): r"mine\.py has no function 'math'; write FILE\.py:FUNCTION",
-        plugin("return (", "broken.py"): r"broken\.py cannot be loaded: SyntaxError: .*; correct it",
-        plugin("pass\n1 / 0", "fails.py"): r"fails\.py cannot be loaded: ZeroDivisionError: .* \(line 6\)",
-        plugin("pass\nraise SystemExit(3)", "ends.py"): r"ends\.py cannot be loaded: SystemExit: 3",
-    }
-    for name, message in wrong.items():
-        with pytest.raises(UserError, match=rf"^rewards: .*{message}"):
-            load_plugins({name: 1.0})
+UNLOADABLE = {
+    "return (": r"mine\.py cannot be loaded: SyntaxError: .*; correct it",
+    "pass\n1 / 0": r"mine\.py cannot be loaded: ZeroDivisionError: .* \(line 6\)",
+    "pass\nraise SystemExit(3)": r"mine\.py cannot be loaded: SystemExit: 3",
+    "pass\ndel f": r"mine\.py has no function 'f'; write FILE\.py:FUNCTION",
+    "": r"there is no file /.*mine\.py; correct the path",
+}
+
+
+@pytest.mark.parametrize("body", UNLOADABLE)
+def test_what_cannot_be_loaded(plugin, body):
+    name = plugin(body)
+    if not body:
+        Path(name.removesuffix(":f")).unlink()
+    with pytest.raises(UserError, match=f"^rewards: .*{UNLOADABLE[body]}"):
+        load_plugins({"think": 1, name: 1.0})
 
 
 def test_a_file_is_run_once_and_may_hold_what_python_files_hold(tmp_path):
@@ -98,9 +101,9 @@ def test_a_file_is_run_once_and_may_hold_what_python_files_hold(tmp_path):
         "def f(answer, truth):\n    seen.count += 1\n    return seen.count\n"
         "def g(answer, truth):\n    return 10 * seen.count\n"
     )
-    f, g = f"{tmp_path}/two.py:f", f"{tmp_path}/two.py:g"
-    terms = score(format_answer(ANSWER), TRUTH, weights={f: 1, g: 1}).rewards
-    assert (terms[f], terms[g]) == (1, 10)
+    names = [f"{tmp_path}/two.py:{name}" for name in "fg"]
+    terms = score(format_answer(ANSWER), TRUTH, weights=dict.fromkeys(names, 1)).rewards
+    assert [terms[name] for name in names] == [1, 10]
 
 
 def test_another_text_is_another_reward(plugin, tmp_path):

@@ -17,17 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_runs import (
-    assert_same,
-    at_call,
-    contents,
-    killed,
-    metrics_of,
-    names,
-    no_pictures,
-    read_lines,
-    weights_of,
-)
+from tiny_runs import assert_same, at_call, contents, killed, metrics_of, names, weights_of
 
 import runtime.run
 import train
@@ -38,10 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 ONE = {"eval_every": 0, "eval_limit": 1}  # as few evaluations as can be
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_pictures():
-    with no_pictures():
-        yield
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.fixture
@@ -120,39 +107,31 @@ def test_nothing_more_to_do(finished, place):
     """A finished run that is started again decodes nothing, and says the same."""
     config, run = place
     stamp = (run / "checkpoint").stat().st_mtime_ns
-    with at_call(train, "report", 1, lambda: None):
-        train.main([config, "resume=auto"])
+    train.main([config, "resume=auto"])
     assert_same(run, finished)
     assert (run / "checkpoint").stat().st_mtime_ns == stamp and names(run) == names(finished)
 
 
-def test_killed_before_its_first_checkpoint(finished, tmp_path, grpo_config):
-    """It starts again, in its place; what was being written goes."""
-    path, run = grpo_config(tmp_path), tmp_path / "run"
-    killed(train, "update", 3, [path])
-    assert len(read_lines(run / "rollouts.jsonl")) == 2 * 8
-    (run / "checkpoint_2.tmp/state").mkdir(parents=True)
-    train.main([path, "resume=auto"])
-    assert_same(run, finished)
-    assert names(tmp_path) == {"config.yaml", "run"} and not names(run, ".tmp")
-
-
-def test_a_loss_that_is_not_finite_then_resume(finished, tmp_path, grpo_config):
-    """The checkpoint that is left is from before the step: also its logs, which nothing doubles."""
+def test_killed_without_a_checkpoint_and_a_loss_that_is_not_finite(finished, tmp_path, grpo_config):
+    """Without a checkpoint it starts again in its place, and what was being written goes. A loss that is not
+    finite leaves a checkpoint from before the step: also of its logs, which nothing doubles."""
     path, run = grpo_config(tmp_path), tmp_path / "run"
     with at_call(train, "update", 1, boom), pytest.raises(FloatingPointError, match="after step 0: loss nan"):
         train.main([path])
-    assert names(run, "checkpoint") == set()
+    killed(train, "update", 3, [path, "resume=auto"])
+    assert names(run, "checkpoint") == set() and len(metrics_of(run, "grpo")) == 2
+    (run / "checkpoint_2.tmp/state").mkdir(parents=True)
     said = r"after step 2: loss nan\. The batch was .\.y4m, .\.y4m; .*resume=auto repeats it"
     with at_call(train, "update", 3, boom), pytest.raises(FloatingPointError, match=said):
         train.main([path, "resume=auto"])
     assert names(run, "checkpoint") == {"checkpoint_2"}
     train.main([path, "resume=auto"])
     assert_same(run, finished)
+    assert names(tmp_path) == {"config.yaml", "run"} and not names(run, ".tmp")
 
 
 def test_a_loss_that_is_not_finite_in_a_second_update(tmp_path, grpo_config):
-    """The first update of the batch has changed the weights: no checkpoint may call them those of before."""
+    """The first one has changed the weights: no checkpoint may call them those of before."""
     path = grpo_config(tmp_path, steps=2, updates_per_batch=2, **ONE)
     with at_call(torch.nn.utils, "clip_grad_norm_", 4, boom), pytest.raises(FloatingPointError):
         train.main([path])
@@ -188,14 +167,14 @@ def test_supervised_then_sampled(tmp_path, grpo_config):
     with at_call(train, "update", 1, sigterm):
         train.main(words)
     assert names(run, "checkpoint") == {"checkpoint_sft_1"}
-    killed(train, "update", 2, words)  # in the third supervised step
-    assert names(run, "checkpoint") == {"checkpoint_sft_2"}
-    killed(train, "freeze", 1, words)  # between the phases
-    assert names(run, "checkpoint") == {"checkpoint_sft_3"}
-    killed(train, "update", 1, words)  # in the first sampled step
-    assert names(run, "checkpoint") == {"checkpoint_sft_3"}
-    killed(train, "update", 2, words)  # in the second one
-    assert names(run, "checkpoint") == {"checkpoint_sft_3", "checkpoint_1"}
+    for name, call, kept in (
+        ("update", 2, {"checkpoint_sft_2"}),  # in the third supervised step
+        ("freeze", 1, {"checkpoint_sft_3"}),  # between the phases
+        ("update", 1, {"checkpoint_sft_3"}),  # in the first sampled step
+        ("update", 2, {"checkpoint_sft_3", "checkpoint_1"}),  # in the second one
+    ):
+        killed(train, name, call, words)
+        assert names(run, "checkpoint") == kept
     train.main(words)
     assert_same(run, whole)
     assert names(run, "checkpoint") == {"checkpoint_sft_3", "checkpoint_1", "checkpoint"}
@@ -251,11 +230,7 @@ def test_what_is_kept(tmp_path, grpo_config, monkeypatch):
     run = tmp_path / "run"
 
     def rigged(*arguments):
-        step = (
-            max([0, *(line["step"] for line in metrics_of(run, "grpo"))])
-            if "rollouts.jsonl" in names(run)
-            else 0
-        )
+        step = metrics_of(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0
         return {"native": {**score(*arguments)["native"], "m_vIoU": viou[step]}}
 
     monkeypatch.setattr(train, "score_predictions", rigged)
@@ -282,40 +257,26 @@ REFUSED = {
     "steps=1": "after 4 steps; steps: 1 cannot be fewer",
     "learning_rate=1e-5": "with learning_rate: 0.0001; this run has learning_rate: 1e-05",
     "train_annotations={}/other.json": "data: ",
+    "no state": "no checkpoint in .* has its state/",
+    "short log": r"rollouts\.jsonl: is shorter",
 }
 
 
-@pytest.mark.parametrize("change", REFUSED)
-def test_another_run(place, tmp_path, world, change):
+@pytest.mark.parametrize("case", REFUSED)
+def test_another_run_or_a_spoilt_one_is_refused(place, tmp_path, world, case):
     """Not even config.yaml is written; and the folder is free afterwards."""
     config, run = place
     records = json.loads((world / "all.json").read_text())
     records["1.y4m"]["caption"] += " again"
     (tmp_path / "other.json").write_text(json.dumps(records))
     (run / "checkpoint_5.tmp").mkdir()
-    refused([config, "resume=auto", change.format(tmp_path)], run.parent, REFUSED[change])
-    assert_free(run)
-
-
-SPOILT = {
-    "no state": (lambda run: shutil.rmtree(run / "checkpoint_2/state"), "no checkpoint in .* has its state/"),
-    "short log": (lambda run: (run / "rollouts.jsonl").write_text(""), r"rollouts\.jsonl: is shorter"),
-    "no config": (lambda run: (run / "config.yaml").write_text("colour: red"), "unknown key colour"),
-}
-
-
-@pytest.mark.parametrize("case", SPOILT)
-def test_a_spoilt_run(place, case):
-    """There is nothing to resume from, and nothing to begin over."""
-    config, run = place
-    spoil, said = SPOILT[case]
-    if case != "short log":
-        shutil.rmtree(run / "checkpoint/state")
-    if case == "no config":
-        shutil.rmtree(run / "checkpoint")
-        shutil.rmtree(run / "checkpoint_2")
-    spoil(run)
-    refused([config, "resume=auto", "steps=6"], run.parent, said)
+    if case == "short log":
+        (run / "rollouts.jsonl").write_text("")
+    if case == "no state":
+        for folder in ("checkpoint", "checkpoint_2"):
+            shutil.rmtree(run / folder / "state")
+    change = case.format(tmp_path) if "=" in case else "steps=6"
+    refused([config, "resume=auto", change], run.parent, REFUSED[case])
     assert_free(run)
 
 
