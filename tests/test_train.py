@@ -17,7 +17,6 @@ from one_by_one import slow_logprobs
 from shown import shown_prompt
 from tiny_runs import assert_same, metrics_of, names, read_lines, weights_of
 
-import rewards
 import train
 from config import load_config
 from data import load_samples
@@ -98,12 +97,6 @@ def test_rollouts_file(finished):
         assert line["length"] == np.mean([r["length"] for r in step])
 
 
-def test_rewards_of_the_rollouts_are_scored_again(finished, capsys):
-    rewards.main([str(finished / "rollouts.jsonl")])
-    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert again == read_lines(finished / "rollouts.jsonl")
-
-
 def test_same_seed_same_run(grpo_config, finished, tmp_path):
     """Byte for byte; an earlier run makes room. Another seed is another run."""
     (tmp_path / "run").mkdir()
@@ -156,19 +149,9 @@ def test_warm_up_and_weight_decay(tmp_path, grpo_config, taught):
     torch.testing.assert_close(moves[10.0], moves[0.0] - shrunk, rtol=0, atol=1e-6)
 
 
-def test_true_completion_earns_the_full_reward(qwen2_5, write_config, tmp_path):
-    config = load_config(write_config(tmp_path))
-    for sample, prompt in zip(samples_of(config), prompts_of(qwen2_5, config), strict=True):
-        completion = train.true_completion(qwen2_5, prompt, sample.truth(1.0), config)
-        assert completion.ids[-1] == qwen2_5.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert qwen2_5.tokenizer.decode(completion.ids[:-1]) == completion.text
-        total = score(completion.text, sample.truth(1.0)).rewards["total"]
-        assert total == pytest.approx(5, abs=0.05)  # rounding to the text's grid
-
-
 def test_supervised_loss_is_that_of_the_true_answers(taught, checkpoints):
-    """The mean negative log-probability of their tokens, which the run has logged, and which has fallen; the
-    gradient is that of this mean."""
+    """These earn the full reward. The loss is the mean negative log-probability of their tokens, which the
+    run has logged, and which has fallen; the gradient is that of this mean."""
     losses = [line["loss"] for line in metrics_of(taught, "sft")]
     assert len(losses) == 36 and losses[-1] < 0.1 * losses[0]
     config = train.sft_config(load_config(taught / "config.yaml", ["max_grad_norm=1e9"]))
@@ -176,6 +159,11 @@ def test_supervised_loss_is_that_of_the_true_answers(taught, checkpoints):
         policy = load_policy(str(folder), torch.float64)
         prompts, truths = prompts_of(policy, config), [s.truth(1.0) for s in samples_of(config)]
         completions = [[train.true_completion(policy, *p, config)] for p in zip(prompts, truths, strict=True)]
+        for (completion,), truth in zip(completions, truths, strict=True):
+            assert completion.ids[-1] == policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+            assert policy.tokenizer.decode(completion.ids[:-1]) == completion.text
+            total = score(completion.text, truth, think=False).rewards["total"]
+            assert total == pytest.approx(4, abs=0.05)  # the full reward, up to the text's grid
         direct = copy.deepcopy(policy.model)
         ids = [[c.ids for c in group] for group in completions]
         packed = pack_completions(policy, prompts, ids)
