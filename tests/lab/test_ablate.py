@@ -52,18 +52,23 @@ def test_a_run_that_fails_is_reported_at_the_end(tmp_path, monkeypatch, capsys):
     assert "train.py" in (tmp_path / "logs/rft_seed0.log").read_text()
 
 
-def test_ctrl_c_asks_the_runs_to_end_and_waits(tmp_path):
-    (tmp_path / "logs").mkdir()
-    asked = "sleep 60 & trap 'kill $!; echo saved; exit' TERM; kill -INT $PPID; wait"
+def test_ctrl_c_asks_the_runs_to_end_and_waits(tmp_path, monkeypatch):
+    log = tmp_path / "logs/run.log"
+    log.parent.mkdir()
+
+    def ctrl_c(seconds):  # once the run has begun
+        if log.read_text() == "begun\n":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablate.time, "sleep", ctrl_c)
+    run = ["sh", "-c", "trap 'kill $!; echo saved; exit' TERM; sleep 60 & echo begun; wait"]
     with pytest.raises(KeyboardInterrupt):
-        ablate.train({tmp_path / "run": ["sh", "-c", asked], tmp_path / "never": ["false"]}, jobs=1)
-    assert (tmp_path / "logs/run.log").read_text() == "saved\n"
-    assert not (tmp_path / "logs/never.log").exists()
+        ablate.train({tmp_path / "run": run, tmp_path / "never": ["false"]}, jobs=1)
+    assert log.read_text() == "begun\nsaved\n" and not (tmp_path / "logs/never.log").exists()
 
 
 @pytest.mark.parametrize("row", PAPER)
-def test_your_settings_lie_beneath_the_rows(tmp_path, row):
-    """On train.py's command line `steps=9` would train the row that is not to be trained."""
+def test_your_settings_lie_beneath_the_rows(tmp_path, row):  # above them, steps=9 would train `base`
     config = plan(tmp_path, row, "steps=9", "sft.batch_size=5")
     assert config.steps == (0 if row in ("base", "sft") else 9) and config.sft.batch_size == 5
     assert config.sft.steps == (350 if row == "sft" else 0)
