@@ -17,11 +17,11 @@ Below the row (metrics.py) it prints what the final boxes gain over the thinking
 answers, what a video took (Table 9; set eval_batch=1 to answer one video at a time as the paper does).
 """
 
-import argparse
 import contextlib
 import json
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from config import DTYPES, Config, ConfigError, load_config
 from data import DROPS, Report, check_videos, count_sentences, format_report, load_samples
 from metrics import format_gain, format_table, score_answers, think_gain, tube_of
 from model import make_prompt, rollout
-from prompts import Answer, Items
+from prompts import Answer
 from qwen.checkpoint import Policy, load_policy
 from rewards import score
 from runtime import distributed
@@ -53,9 +53,6 @@ from samples import Sample, Truth
 from toy import world as toy_world
 from video.loader import FrameLoader
 
-# ----------------------------------------------------------------------------------------------------------
-# From a model to answers
-
 
 def answer_batch(
     policy: Policy, batch: list[tuple[int, Sample]], loader: FrameLoader, config: Config
@@ -65,12 +62,10 @@ def answer_batch(
     batch: each sample with its number in the split, from which its random numbers are drawn. A sample whose
     video cannot be read (on_bad_video: skip) gets an empty answer, which is a failure. Raises RewardError.
     """
-    clips = {number: loader.frames(sample) for number, sample in batch}
-    prompts = {
-        number: make_prompt(policy, sample, clips[number], config.text_format)
-        for number, sample in batch
-        if clips[number] is not None
-    }
+    prompts = {}
+    for number, sample in batch:
+        if (clip := loader.frames(sample)) is not None:
+            prompts[number] = make_prompt(policy, sample, clip, config.text_format)
     keys = [(config.seed, number) for number in prompts]
     answers = rollout(policy, [*prompts.values()], 1, config.max_new_tokens, config.eval_temperature, keys)
     completions, records = dict(zip(prompts, answers, strict=True)), []
@@ -94,18 +89,14 @@ def answer_record(
 ) -> dict:
     """What predictions.jsonl and rollouts.jsonl say about an answer: its text, the truth in steps, and what
     was parsed, with boxes in [0, 1]."""
-
-    def rounded(items: Items | None) -> list | None:
-        return items and [[step, [round(v, 4) for v in box]] for step, box in items]
-
     framed = answer and answer.in_frame(scale)
     boxes = {str(step): list(box) for step, box in truth.boxes.items()}
     record = {"completion": text, "truth": {"span": list(truth.span), "boxes": boxes}}
     record |= {"scale": list(scale), "think": think, "span": answer and list(answer.span)}
-    return record | {
-        "think_boxes": framed and rounded(framed.think),
-        "pred_boxes": framed and rounded(framed.pred),
-    }
+    for name in ("think", "pred"):
+        items = framed and getattr(framed, name)
+        record[f"{name}_boxes"] = items and [[step, [round(v, 4) for v in box]] for step, box in items]
+    return record
 
 
 def decode_split(
@@ -146,10 +137,6 @@ def decode_split(
     return [done[sample.id] for sample in samples]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# From answers to the paper's row
-
-
 def score_predictions(predictions: list[dict], samples: list[Sample], config: Config) -> dict[str, dict]:
     """protocol -> the paper's row (metrics.score_answers).
 
@@ -159,9 +146,7 @@ def score_predictions(predictions: list[dict], samples: list[Sample], config: Co
     """
     by_id = {prediction["id"]: prediction for prediction in predictions}
     for key in by_id.keys() - {sample.id for sample in samples}:
-        raise DataError(
-            f"prediction {key!r}: no such sentence in {config.eval_annotations}; is it from another split?"
-        )
+        raise DataError(f"prediction {key!r}: no such sentence in {config.eval_annotations}; name its split")
     tubes = (tube_of(by_id.get(sample.id), sample, config) for sample in samples)
     return score_answers(tubes, samples, config.text_format)
 
@@ -176,19 +161,12 @@ def load_split(config: Config, annotations: str) -> tuple[list[Sample], Report]:
         distributed.barrier()
     samples, report = load_samples(config.dataset, annotations, config.videos, config.vidor)
     if rank == 0:
-        counts = count_sentences(samples, report)
-        print(f"{annotations}: {counts}\n{format_report(report)}", file=sys.stderr)
+        print(f"{annotations}: {count_sentences(samples, report)}\n{format_report(report)}", file=sys.stderr)
     return samples, report
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The script
-
-
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="RUN | CHECKPOINT CONFIG ... | key=value")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="score these answers")
     parser.add_argument("--data", nargs="+", metavar="CONFIG", help="the configuration they belong to")
@@ -265,10 +243,7 @@ def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, 
         checkpoint /= "checkpoint"
     run = checkpoint.parent  # not output_dir: a run may have been moved
     if not (run / "config.yaml").is_file():
-        raise ConfigError(
-            f"{places[0]} is neither a run of train.py nor a checkpoint in one; for another checkpoint name"
-            " a configuration too, such as configs/toy.yaml"
-        )
+        raise ConfigError(f"{places[0]}: neither a run of train.py nor a checkpoint in one; add a CONFIG")
     if not checkpoint.is_dir():
         others = sorted(map(str, [*run.glob("*_[0-9]*/"), *run.parent.glob(f"{run.name}.[0-9]*/")]))
         raise ConfigError(f"{run} has no {checkpoint.name} yet; there is {', '.join(others) or 'no other'}")
@@ -331,9 +306,5 @@ def cost_of(decoded: list[dict], seconds: float, config: Config) -> dict | None:
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(sys.argv[1:]),
-        "the file of answers",
-        "free some space, or choose another place with --output",
-        "stopped: the answers so far are kept; start again to resume",
-    )
+    stopped = "stopped: the answers so far are kept; start again to resume"
+    run_script(lambda: main(sys.argv[1:]), "the file of answers", "free space, or change --output", stopped)

@@ -41,9 +41,6 @@ AREA_EDGES = tuple(k * k / 100 for k in range(11))  # STVG-o1, Fig. 4: shares of
 COLUMNS = ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")
 CEILINGS = {"ceiling_m_tIoU": "best tIoU", "ceiling_m_vIoU": "best vIoU"}  # key in a row -> head in a table
 
-# ----------------------------------------------------------------------------------------------------------
-# From an answer to a tube
-
 
 def tube_from_answer(
     answer: Answer | None,
@@ -93,10 +90,8 @@ def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int
     match prediction.get("scale"):
         case [int(width), int(height)] if width > 0 and height > 0:
             return width, height
-    raise DataError(
-        f'prediction {sample.id!r}: with coordinates: resized each needs "scale": [width, height], the'
-        " size in pixels of the frames that the model saw"
-    )
+    what = '"scale": [width, height], the size in pixels of the frames that the model saw'
+    raise DataError(f"prediction {sample.id!r}: with coordinates: resized each needs {what}")
 
 
 def ceiling_tubes(samples: Iterable[Sample], text_format: TextFormat) -> Iterator[Tube]:
@@ -105,10 +100,6 @@ def ceiling_tubes(samples: Iterable[Sample], text_format: TextFormat) -> Iterato
     for sample in samples:
         answer = truth_answer(sample.truth(text_format.step_seconds), scale)
         yield tube_from_answer(answer, sample, text_format, scale)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# From a tube to its scores: three protocols
 
 
 def native_scores(tube: Tube | None, sample: Sample) -> Scores:
@@ -154,10 +145,8 @@ def tubedetr_frames(sample: Sample) -> list[int]:
     """
     begin = sample.begin_frame
     rate = TUBEDETR_FPS / sample.fps  # rounded before it multiplies, as theirs is: int() can tell
-    kept = [begin]
-    for frame in range(begin, begin + sample.num_frames - 1):
-        if int(frame * rate) > int(kept[-1] * rate):
-            kept.append(frame)
+    later = range(begin + 1, begin + sample.num_frames - 1)
+    kept = [begin, *(frame for frame in later if int(frame * rate) > int((frame - 1) * rate))]
     if len(kept) > TUBEDETR_FRAMES:
         kept = [kept[j * len(kept) // TUBEDETR_FRAMES] for j in range(TUBEDETR_FRAMES)]
     return [frame - begin for frame in kept]
@@ -179,10 +168,6 @@ def _scores(tube: Tube | None, sample: Sample, truth: range, frames: Iterable[in
     judged = [f for f in frames if (f in predicted or f in truth) and f not in holes]
     overlap = sum(iou(boxes[f], sample.boxes[f]) for f in judged if f in common and f in boxes)
     return {"tIoU": len(common) / max(union, 1), "vIoU": overlap / max(len(judged), 1), "failures": 0}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# From scores to the paper's table
 
 
 def summarize(scores: list[Scores]) -> Row:
@@ -242,10 +227,9 @@ def viou_by_area(samples: list[Sample], scores: dict[str, list[Scores]]) -> list
     places, bins = np.digitize(areas, AREA_EDGES[1:-1]), []  # places: (N,), 0 to 9
     for k, (low, high) in enumerate(pairwise(AREA_EDGES)):
         inside = np.flatnonzero(places == k)
-        bins.append({"low": low, "high": high, "N": len(inside)})
-        for name, values in scores.items():
-            vious = [values[n]["vIoU"] for n in inside]
-            bins[-1][name] = 100 * float(np.mean(vious)) if vious else None
+        vious = {name: [values[n]["vIoU"] for n in inside] for name, values in scores.items()}
+        means = {name: 100 * float(np.mean(v)) if v else None for name, v in vious.items()}
+        bins.append({"low": low, "high": high, "N": len(inside)} | means)
     return bins
 
 
@@ -254,8 +238,7 @@ def format_table(rows: dict[str, Row]) -> str:
     row those of its question types. Raises ValueError for a row whose vIoU@0.5 is above its vIoU@0.3."""
     lines = {}
     for name, row in rows.items():
-        lines[name] = row
-        lines |= {f"{name} {kind}": row[kind] for kind in QUESTION_TYPES if kind in row}
+        lines |= {name: row} | {f"{name} {kind}": row[kind] for kind in QUESTION_TYPES if kind in row}
     width = max(12, *map(len, lines))
     ceilings = {key: head for key, head in CEILINGS.items() if any(key in row for row in lines.values())}
     heads = (*COLUMNS, "N", "failed", *ceilings.values())
@@ -287,16 +270,12 @@ def think_gain(predictions: list[dict], samples: list[Sample], config: Config) -
         return None
     think, pred = 100 * np.array(vious).T  # (N,), (N,)
     gains, count = pred - think, len(vious)
-    return {
-        "N": count,
-        "m_vIoU_think": float(think.mean()),
-        "m_vIoU_pred": float(pred.mean()),
-        "gain": float(gains.mean()),
-        "standard_error": float(gains.std(ddof=1) / count**0.5) if count > 1 else None,
-        "better": 100 * float((gains > 0).mean()),
-        "worse": 100 * float((gains < 0).mean()),
-        "equal": 100 * float((gains == 0).mean()),
-    }
+    means = {"m_vIoU_think": think, "m_vIoU_pred": pred, "gain": gains}
+    means = {name: float(values.mean()) for name, values in means.items()}
+    error = float(gains.std(ddof=1) / count**0.5) if count > 1 else None
+    shares = {"better": gains > 0, "worse": gains < 0, "equal": gains == 0}
+    shares = {name: 100 * float(share.mean()) for name, share in shares.items()}
+    return {"N": count, **means, "standard_error": error, **shares}
 
 
 def format_gain(gain: dict) -> str:

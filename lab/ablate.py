@@ -52,10 +52,8 @@ def main(arguments: list[str]) -> None:
     train({run.folder: command for run, command in plans if not finished(run.folder)}, options.jobs)
     done = [read_run(run.folder) for run, _ in plans if finished(run.folder)]
     print(format_runs(done))
-    if len(done) < len(plans):
-        raise UserError(
-            f"{len(plans) - len(done)} of {len(plans)} runs failed; the same command resumes them"
-        )
+    if failed := len(plans) - len(done):
+        raise UserError(f"{failed} of {len(plans)} runs failed; the same command resumes them")
 
 
 def finished(folder: Path) -> bool:
@@ -83,18 +81,18 @@ def train(commands: dict[Path, list[str]], jobs: int) -> None:
     Ctrl-C, or another exception in here, asks the runs to end; each finishes its step and saves first.
     """
     waiting, running = list(commands), {}
+    logs = {folder: folder.parent / f"logs/{folder.name}.log" for folder in commands}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 folder = waiting.pop(0)
-                with log_of(folder).open("wb") as log:  # a session of its own: one signal, not two, on Ctrl-C
-                    running[folder] = subprocess.Popen(
-                        commands[folder], stdout=log, stderr=log, start_new_session=True
-                    )
+                with logs[folder].open("wb") as log:  # a session of its own: one signal, not two, on Ctrl-C
+                    streams = {"stdout": log, "stderr": log, "start_new_session": True}
+                    running[folder] = subprocess.Popen(commands[folder], **streams)
             time.sleep(0.1)
             for folder in [folder for folder, process in running.items() if process.poll() is not None]:
                 del running[folder]
-                how = "finished" if finished(folder) else f"FAILED, see {log_of(folder)}"
+                how = "finished" if finished(folder) else f"FAILED, see {logs[folder]}"
                 left = len(waiting) + len(running)
                 print(f"{folder.name}: {how}; {left} of {len(commands)} left", file=sys.stderr)
     finally:
@@ -104,15 +102,7 @@ def train(commands: dict[Path, list[str]], jobs: int) -> None:
             process.wait()
 
 
-def log_of(folder: Path) -> Path:
-    return folder.parent / "logs" / f"{folder.name}.log"
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it ends the runs, too
-    run_script(
-        lambda: main(sys.argv[1:]),
-        "--output",
-        "free some space, or choose another --output",
-        "stopped; the same command resumes",
-    )
+    stopped = "stopped; the same command resumes"
+    run_script(lambda: main(sys.argv[1:]), "--output", "free some space, or change --output", stopped)

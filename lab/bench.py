@@ -82,10 +82,6 @@ def term_weights(weights: dict) -> dict[str, float]:
     return {term: weights[term] for term in (*TERMS, *plugins(weights))}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# From lines to scores
-
-
 def score_file(path: Path, config: Config) -> Scored:
     """Score every line, one at a time. Raises DataError, and RewardError if a plug-in fails."""
     numbers, parsed, starts, groups = array("d"), 0, Counter(), {}
@@ -121,10 +117,6 @@ def read_record(record: dict, think: bool) -> tuple[str, Truth, tuple[float, flo
     if not good:
         raise ValueError(f"{json.dumps(given)[:200]} cannot be used; write {FORM}")
     return record["completion"], Truth((first, last), boxes), (width, height), given["think"]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What the terms do
 
 
 def term_table(scored: Scored, weights: dict) -> dict[str, list[float]]:
@@ -173,7 +165,6 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def summary(scored: Scored, weights: dict) -> str:
-    """The table, as it is printed."""
     lines = [f"{len(scored.vious)} answers, {scored.parsed} of them parse; {len(scored.groups)} groups"]
     if not len(scored.vious):
         return lines[0]
@@ -184,8 +175,7 @@ def summary(scored: Scored, weights: dict) -> str:
         rounded = (round(number, 3) + 0.0 for number in numbers)  # + 0.0: no -0.000
         cells = ("-" if np.isnan(number) else f"{number:.3f}" for number in rounded)
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
-    r = table["total"][HEADS.index("vIoU r")]
-    if r < 0:
+    if (r := table["total"][HEADS.index("vIoU r")]) < 0:
         lines.append(f"The total falls where vIoU rises (r = {r:.2f}): this reward prefers worse answers.")
     return "\n".join([*lines, "The columns are explained by python -m lab.bench --help."])
 

@@ -18,12 +18,11 @@ import sys
 from pathlib import Path
 
 from config import Config, ConfigError, load_config
-from data import load_samples
+from evaluate import load_split
 from prompts import Answer, format_answer
 from runtime.files import run_script
 from runtime.predictions import read_predictions
 from samples import Box
-from toy import world as toy_world
 
 # The clock of a chat model: 5, 5.0, 5s, 0:05, 00:00:05. Not in the middle of a longer number.
 CLOCK = r"(?<![0-9:.])((?:[0-9]{1,2}:){1,2}[0-9]{2}|[0-9]{1,5})(?:\.[0-9]{1,20})?(?![0-9:])"
@@ -98,15 +97,12 @@ def convert(text: str) -> tuple[str, bool]:
 
 def print_questions(config: Config) -> None:
     """One JSON object for each held-out sentence."""
-    if config.toy:
-        toy_world.make_world(config.videos)
-    samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
+    samples, _ = load_split(config, config.eval_annotations)
     for sample in samples[: config.eval_limit or None]:
         begin, end = sample.begin_frame, sample.begin_frame + sample.num_frames
         clip = {"begin": round(begin / sample.fps, 3), "end": round(end / sample.fps, 3)}  # seconds
         question = {"id": sample.id, "video": sample.video} | clip
-        question["prompt"] = build_csv_prompt(sample.sentence)
-        print(json.dumps(question, ensure_ascii=False))
+        print(json.dumps(question | {"prompt": build_csv_prompt(sample.sentence)}, ensure_ascii=False))
 
 
 def print_converted(answers: Path) -> None:
@@ -117,9 +113,7 @@ def print_converted(answers: Path) -> None:
         unread, clamped = unread + (text == record["completion"]), clamped + outside
         print(json.dumps(record | {"completion": text}))
     if unread:
-        print(
-            f"{unread} answers cannot be read: they stay as they are, and count as failures", file=sys.stderr
-        )
+        print(f"{unread} answers cannot be read: they stay, and count as failures", file=sys.stderr)
     if clamped:
         print(f"{clamped} answers have coordinates outside 0 to 1, which were clamped", file=sys.stderr)
 
@@ -131,9 +125,7 @@ def main(arguments: list[str]) -> None:
         case ["convert", answers, config, *settings]:
             chosen = load_config(config, settings)
             if (chosen.time_unit, chosen.think, chosen.coordinates) != ("second", False, "norm1000"):
-                raise ConfigError(
-                    f"{config}: converted answers need time_unit: second, think: false, coordinates: norm1000"
-                )
+                raise ConfigError(f"{config}: set time_unit: second, think: false, coordinates: norm1000")
             print_converted(Path(answers))
         case _:
             sys.exit(__doc__.strip())

@@ -211,9 +211,6 @@ def memory(config: Config, model: nn.Module, gpus: int, lora: bool, n=None, cpu=
     }
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The table
-
 NOTES = f"""
 train, rollout: the peaks. They can be less than the sums, since activations, logits and buffers (weights in
 use, and their gradients) are at their largest at different times, and KV is of rollouts only. Assumed: every

@@ -47,13 +47,9 @@ def render(
     gains = {}
     for name, answers in evaluations.items() if config.think else ():
         gains[name] = think_gain([a.record for a in answers.values()], list(samples.values()), config)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # sentences, answers and names are text, whatever stands in them
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    strict = {"autoescape": True, "undefined": jinja2.StrictUndefined}  # sentences and answers are text
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     environment.filters |= {"svg": svg_uri, "jpeg": jpeg_uri, "decimals": sheet.decimals}
     text = environment.get_template("page.html").render(
         title=f"{run.resolve().name}: a run of STVG-o1",
@@ -83,8 +79,7 @@ def progress(run: Path, config: Config, metrics: list[dict]) -> str:
             parts.append(f"{lines[phase][-1]['step'] if lines[phase] else 0} of {planned} {phase} steps")
     parts.append("finished" if (run / "summary.json").is_file() else "under way or stopped")
     text = f"{config.model} on {config.train_annotations}: {', '.join(parts)}."
-    rewards = [line["reward"] for line in lines["grpo"]]
-    if rewards:
+    if rewards := [line["reward"] for line in lines["grpo"]]:
         few = max(1, len(rewards) // 10)  # as in summary.json
         first, last = np.mean(rewards[:few]), np.mean(rewards[-few:])
         text += f" Mean reward, first and last {few} of {len(rewards)} steps: {first:.2f} → {last:.2f}."
@@ -166,13 +161,11 @@ def read_prompts(path: Path, config: Config) -> list[tuple[Card, dict[int, list[
 
 def svg_uri(figure: Figure) -> str:
     """A figure as a data URI."""
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    figure.savefig(file := io.BytesIO(), format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def jpeg_uri(clip: sheet.Clip) -> str:
     """The frames of a clip side by side, as a data URI."""
-    file = io.BytesIO()
-    Image.fromarray(np.concatenate(list(clip.frames), axis=1)).save(file, "jpeg", quality=88)
+    Image.fromarray(np.concatenate([*clip.frames], axis=1)).save(file := io.BytesIO(), "jpeg", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -63,8 +63,7 @@ def draw_run(run: Path) -> list[Path]:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG file whole or not at all; its folder is made. Raises OSError."""
     path.parent.mkdir(exist_ok=True)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=sheet.DPI, format="png")
+    figure.savefig(picture := io.BytesIO(), dpi=sheet.DPI, format="png")
     write_whole(path, picture.getvalue())
 
 
@@ -91,8 +90,7 @@ def read_evaluations(run: Path, metrics: list[dict], config: Config) -> tuple[Ev
 
 
 def draw_areas(answers: dict[str, ShownAnswer], samples: dict[str, Sample], config: Config) -> Figure:
-    """Draw the mean vIoU of think and pred boxes by the share of the frame that the subject takes (STVG-o1,
-    Fig. 4)."""
+    """Draw the mean vIoU of think and pred boxes by the subject's share of the frame (STVG-o1, Fig. 4)."""
     asked, scores = [samples[key] for key in answers], {}
     for name in ("think", "pred") if config.think else ("pred",):
         tubes = [tube_of(answers[sample.id].record, sample, config, name) for sample in asked]
