@@ -79,8 +79,7 @@ def missing_videos(samples: list[Sample]) -> list[str]:
 
 def check_videos(samples: list[Sample]) -> None:
     """Raise DataError if a video file is missing. (load_samples does not: scoring predictions needs none.)"""
-    missing = missing_videos(samples)
-    if missing:
+    if missing := missing_videos(samples):
         count = len({sample.video for sample in samples})
         names = few([os.path.basename(path) for path in missing])
         raise DataError(
@@ -136,19 +135,15 @@ def load_hcstvg(annotations: str, videos: str) -> tuple[list[Sample], Report]:
     `height` (v1) or `img_size` = [H, W, 3] (v2). Both: `bbox`, a list of [x, y, w, h] in pixels, one per
     native frame; `st_frame`, the 1-based index of the first of them; `img_num`, the number of frames of the
     clip. The frame rate is img_num / 20 s; a record of a clip of another length may say `fps`, which is ours
-    and not HC-STVG's.
-
-    Returns the samples in the file's order and the report. Raises DataError.
+    and not HC-STVG's. Returns the samples in the file's order and the report. Raises DataError.
     """
     report: Report = {}
-    samples = [
-        _hcstvg_sample(f"{annotations}: record {key!r}", key, record, videos, report)
-        for key, record in _read_records(annotations, dict).items()
-    ]
-    return samples, report
+    records = _read_records(annotations, dict).items()
+    return [_hcstvg_sample(annotations, key, record, videos, report) for key, record in records], report
 
 
-def _hcstvg_sample(where: str, key: str, record: dict, videos: str, report: Report) -> Sample:
+def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report: Report) -> Sample:
+    where = f"{annotations}: record {key!r}"
     sentence = _read(where, record, "English" if "English" in record else "caption", TEXT)
     size = record  # v1: width and height stand in the record itself
     if "img_size" in record:
@@ -265,13 +260,10 @@ def _vidstg_samples(n: int, record: dict, film: VidorFilm, videos: str, report: 
     samples = []
     entries = {f"{n}/{kind}/{k}": e for kind in ("captions", "questions") for k, e in enumerate(record[kind])}
     for key, entry in entries.items():
-        if first >= stop:
-            report.setdefault(NO_SPAN, []).append(key)
-            continue
         boxes, found = film.tracks[entry["target_id"]]
         track = Track(first - begin, boxes[first:stop])  # a view: the file's sentences share its boxes
-        if not track:
-            report.setdefault(NO_BOX, []).append(key)
+        if first >= stop or not track:
+            report.setdefault(NO_SPAN if first >= stop else NO_BOX, []).append(key)
             continue
         found = {finding: frames[first:stop].any() for finding, frames in found.items()}
         found |= {**of_record, UNBOXED: len(track) < stop - first}
@@ -300,16 +292,14 @@ def _vidstg_samples(n: int, record: dict, film: VidorFilm, videos: str, report: 
 def _read_vidor(vidor: str, targets: dict[str, set[int]]) -> dict[str, VidorFilm]:
     """VidOR's files of some videos: video -> its tracks of the targets. Raises DataError."""
     paths: dict[str, str] = {}
-    for folder, _, names in os.walk(vidor, followlinks=True):
-        for name in names:
-            vid, extension = os.path.splitext(name)
-            if extension == ".json" and vid in targets:
-                path = os.path.join(folder, name)
-                if vid in paths:
-                    raise DataError(f"{path}: {paths[vid]} is of the same video; keep one below {vidor}")
-                paths[vid] = path
-    missing = [f"{vid}.json" for vid in targets if vid not in paths]
-    if missing:
+    found = ((folder, name) for folder, _, names in os.walk(vidor, followlinks=True) for name in names)
+    for folder, name in found:
+        vid, extension = os.path.splitext(name)
+        if extension == ".json" and vid in targets:
+            path = os.path.join(folder, name)
+            if paths.setdefault(vid, path) != path:
+                raise DataError(f"{path}: {paths[vid]} is of the same video; keep one below {vidor}")
+    if missing := [f"{vid}.json" for vid in targets if vid not in paths]:
         raise DataError(
             f"{vidor}: {len(missing)} of {len(targets)} VidOR files missing: {few(missing)}; set `vidor` to"
             " the folder of VidOR's annotations (training for VidSTG's train and val, validation for test)"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prompts import TextFormat, build_prompt
@@ -24,20 +25,17 @@ from samples import Sample
 
 COMPACT_EVERY = 8  # tokens of a rollout, after which finished completions leave the batch
 
-# ----------------------------------------------------------------------------------------------------------
-# Prompts
-
 
 @dataclass
 class Prompt:
     """Everything the model sees before it answers."""
 
-    ids: torch.Tensor  # (P,) long
-    positions: torch.Tensor  # (3, P) long: rotary positions in time, height and width
-    frames: torch.Tensor  # (T, h, w, 3) uint8: a 16th of the memory of its patches, which are cut when needed
+    ids: Tensor  # (P,) long
+    positions: Tensor  # (3, P) long: rotary positions in time, height and width
+    frames: Tensor  # (T, h, w, 3) uint8: a 16th of the memory of its patches, which are cut when needed
     scale: tuple[int, int]  # (width, height) of the coordinates that its boxes are written in
     # (1 + D, n, H) outputs of a frozen vision tower (with_video_features); None: the tower runs each time
-    features: torch.Tensor | None = None
+    features: Tensor | None = None
     cache: "PromptCache | None" = None  # what the rollout made of it, with gradients (reuse_prompts)
 
     @property
@@ -45,7 +43,7 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
-def make_prompt(policy: Policy, sample: Sample, frames: torch.Tensor, text_format: TextFormat) -> Prompt:
+def make_prompt(policy: Policy, sample: Sample, frames: Tensor, text_format: TextFormat) -> Prompt:
     """Build the prompt of a sample, for sampling and scoring alike. Raises ModelError.
 
     frames: (T, h, w, 3) uint8 of its clip, text_format.fps a second; fewer where the file ends early.
@@ -55,9 +53,7 @@ def make_prompt(policy: Policy, sample: Sample, frames: torch.Tensor, text_forma
     return encode_prompt(policy, frames, text, scale, text_format.fps)
 
 
-def encode_prompt(
-    policy: Policy, frames: torch.Tensor, text: str, scale: tuple[int, int], fps: float
-) -> Prompt:
+def encode_prompt(policy: Policy, frames: Tensor, text: str, scale: tuple[int, int], fps: float) -> Prompt:
     """Tokenize a video and a text with the checkpoint's chat template, one <|video_pad|> a visual token.
 
     frames: (T, h, w, 3) uint8, fps a second, sides multiples of policy.size_factor. Raises ModelError if the
@@ -83,7 +79,7 @@ def with_video_features(policy: Policy, prompts: list[Prompt]) -> list[Prompt]:
         return prompts
     inputs = _visual_inputs(policy, prompts)
 
-    def run_tower(model: torch.nn.Module) -> list[torch.Tensor]:
+    def run_tower(model: nn.Module) -> list[Tensor]:
         out = model.model.get_video_features(*inputs.values(), return_dict=True)
         # Qwen3-VL's first D decoder layers get features of their own.
         levels = [out.pooler_output, *getattr(out, "deepstack_features", [])]
@@ -108,16 +104,12 @@ def _visual_inputs(policy: Policy, prompts: list[Prompt]) -> dict:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Prefill
-
-
 @dataclass
 class PromptCache:
     """A prompt as the model has computed it, for its completions to continue."""
 
     kv: list[KV]  # of each layer
-    last_hidden: torch.Tensor  # (H,) the last token's, which predicts the first token of a completion
+    last_hidden: Tensor  # (H,) the last token's, which predicts the first token of a completion
 
 
 def prefill(policy: Policy, prompts: list[Prompt]) -> list[PromptCache]:
@@ -125,35 +117,23 @@ def prefill(policy: Policy, prompts: list[Prompt]) -> list[PromptCache]:
     return policy.run(_prefill, policy, prompts)
 
 
-def _prefill(model: torch.nn.Module, policy: Policy, prompts: list[Prompt]) -> list[PromptCache]:
+def _prefill(model: nn.Module, policy: Policy, prompts: list[Prompt]) -> list[PromptCache]:
     lengths = [len(prompt.ids) for prompt in prompts]
     attention = PromptAttention(lengths)
+    ids = torch.cat([prompt.ids for prompt in prompts])
+    positions = torch.cat([prompt.positions for prompt in prompts], 1)
     hidden = _hidden_states(
-        model,
-        torch.cat([prompt.ids for prompt in prompts]),
-        torch.cat([prompt.positions for prompt in prompts], 1),
-        attention,
-        **_visual_inputs(policy, prompts),
-    )
+        model, ids[None], positions[:, None], attention, **_visual_inputs(policy, prompts)
+    )[0]
     last = torch.tensor(lengths).cumsum(0) - 1
     return [PromptCache(*parts) for parts in zip(attention.prefixes(), hidden[last], strict=True)]
 
 
-def _hidden_states(model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, attention, **visual):
-    """Return the last layer's hidden states (n, H) of one packed row. ids: (n,); positions: (3, n)."""
-    out = model.model(
-        input_ids=ids[None].to(model.device),
-        position_ids=positions[:, None].to(model.device),
-        attention_mask=NO_MASK,
-        use_cache=False,
-        shared_prefix=attention,
-        **visual,
-    )
-    return out.last_hidden_state[0]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Rollout
+def _hidden_states(model: nn.Module, ids: Tensor, positions: Tensor, attention, **visual):
+    """Return the last layer's hidden states (rows, n, H). ids: (rows, n); positions: (3, rows, n)."""
+    inputs = {"input_ids": ids.to(model.device), "position_ids": positions.to(model.device), **visual}
+    out = model.model(attention_mask=NO_MASK, use_cache=False, shared_prefix=attention, **inputs)
+    return out.last_hidden_state
 
 
 @dataclass
@@ -191,7 +171,10 @@ def rollout(
     attention = DecodeAttention([cache.kv for cache in caches], G, max_new_tokens)
     attention.widen(min(COMPACT_EVERY, max_new_tokens))
     start = torch.tensor([prompt.next_position for prompt in prompts], device=device).repeat_interleave(G)
-    uniform = _uniform(keys, G, max_new_tokens).to(device)
+    # The length stands first, since numpy takes [5, 0] and [5, 0, 0] for the same seed.
+    seeds = [[len(key), *key, g] for key in keys for g in range(G)]
+    uniform = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])  # in [0, 1)
+    uniform = torch.from_numpy(uniform).to(device)  # (B * G, max_new_tokens) float64
     forbidden, eos = (torch.tensor(ids, device=device) for ids in (policy.forbidden_ids, policy.eos_ids))
     tokens = torch.zeros(B * G, max_new_tokens, dtype=torch.long, device=device)
     rows = torch.arange(B * G, device=device).view(B, G)  # the completion that each row of the batch holds
@@ -212,29 +195,14 @@ def rollout(
     return [done[b * G : (b + 1) * G] for b in range(B)]
 
 
-def _uniform(keys: list, num_generations: int, count: int) -> torch.Tensor:
-    """Draw `count` float64 numbers in [0, 1) for each completion of each prompt: (B * G, count)."""
-    # The length stands first, since numpy takes [5, 0] and [5, 0, 0] for the same seed.
-    seeds = [[len(key), *key, g] for key in keys for g in range(num_generations)]
-    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(count) for seed in seeds]))
-
-
-def _next_logits(
-    model: torch.nn.Module, tokens: torch.Tensor, position: torch.Tensor, attention: DecodeAttention
-) -> torch.Tensor:
+def _next_logits(model: nn.Module, tokens: Tensor, position: Tensor, attention: DecodeAttention) -> Tensor:
     """Return the logits (rows, V) of the tokens after these. tokens, position: (rows,)."""
-    out = model.model(
-        input_ids=tokens[:, None],
-        position_ids=position.expand(3, -1)[..., None],
-        attention_mask=NO_MASK,
-        use_cache=False,
-        shared_prefix=attention,
-    )
+    hidden = _hidden_states(model, tokens[:, None], position.expand(3, -1)[..., None], attention)
     attention.advance()
-    return model.lm_head(out.last_hidden_state[:, 0])
+    return model.lm_head(hidden[:, 0])
 
 
-def _compact(rows: torch.Tensor, ended: torch.Tensor, attention: DecodeAttention) -> torch.Tensor:
+def _compact(rows: Tensor, ended: Tensor, attention: DecodeAttention) -> Tensor:
     """Drop finished prompts, and finished completions as far as all prompts keep equally many. rows, ended:
     (B, G). Returns the rows that stay: (B', G')."""
     prompts = (~ended).any(1).nonzero().flatten()
@@ -253,12 +221,12 @@ def _completion(policy: Policy, ids: list[int]) -> Completion:
     return Completion(ids if end is None else ids[: end + 1], text, truncated=end is None)
 
 
-def _policy_logits(logits: torch.Tensor, temperature: float, forbidden: torch.Tensor) -> torch.Tensor:
+def _policy_logits(logits: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
     """Return the one distribution that is sampled from and scored: fp32, tempered, without placeholders."""
     return (logits.float() / (temperature or 1.0)).index_fill_(-1, forbidden, -torch.inf)
 
 
-def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> torch.Tensor:
+def _sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """Draw a token a row, (rows, V) -> (rows,): inverse transform sampling with the row's uniform number."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -267,21 +235,17 @@ def _sample(logits: torch.Tensor, uniform: torch.Tensor, temperature: float) -> 
     return token.clamp(max=logits.shape[-1] - 1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Log-probs
-
-
 @dataclass
 class PackedCompletions:
     """R completions of B prompts in one row of M tokens, one after the other, without padding."""
 
     prompts: list[Prompt]
     lengths: list[list[int]]  # of the completions of each prompt
-    ids: torch.Tensor  # (M,)
-    positions: torch.Tensor  # (3, M)
+    ids: Tensor  # (M,)
+    positions: Tensor  # (3, M)
     # (M,) which of B + M hidden states predicts each token: the prompts' last ones come first, then the row's
-    source: torch.Tensor
-    mask: torch.Tensor  # (R, C) true on the tokens of a padded table
+    source: Tensor
+    mask: Tensor  # (R, C) true on the tokens of a table padded to the longest completion's C
 
 
 def pack_completions(
@@ -289,6 +253,7 @@ def pack_completions(
 ) -> PackedCompletions:
     """Pack completions[b][g], the token ids of completion g of prompt b. None may be empty."""
     lengths = [[len(completion) for completion in group] for group in completions]
+    sizes = [n for group in lengths for n in group]
     positions, source, m = [], [], len(prompts)
     for b, (prompt, group) in enumerate(zip(prompts, lengths, strict=True)):
         for n in group:
@@ -301,13 +266,8 @@ def pack_completions(
         torch.tensor([token for group in completions for completion in group for token in completion]),
         torch.cat(positions).expand(3, -1),
         torch.tensor(source, device=policy.device),
-        completion_mask([n for group in lengths for n in group]).to(policy.device),
+        (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).to(policy.device),
     )
-
-
-def completion_mask(lengths: list[int]) -> torch.Tensor:
-    """Return (R, C), true on the tokens of R completions in a table padded to the longest one's C."""
-    return torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
 
 
 def completion_logprobs(
@@ -316,7 +276,7 @@ def completion_logprobs(
     temperature: float,
     caches: list[PromptCache] | None = None,
     chunk: int = 1024,
-) -> torch.Tensor:
+) -> Tensor:
     """Compute the log-probability of every completion token under the policy that is sampled from: (R, C),
     0 on padding. Each prompt is computed once for its G completions, and no padding is.
 
@@ -324,14 +284,14 @@ def completion_logprobs(
     chunk: so many tokens at a time have a table of logits, in the backward pass too.
     """
 
-    def packed_logprobs(model: torch.nn.Module) -> torch.Tensor:  # (M,)
+    def packed_logprobs(model: nn.Module) -> Tensor:  # (M,)
         read = caches or _prefill(model, policy, packed.prompts)
         attention = AnswerAttention([cache.kv for cache in read], packed.lengths)
-        hidden = _hidden_states(model, packed.ids, packed.positions, attention)
+        hidden = _hidden_states(model, packed.ids[None], packed.positions[:, None], attention)[0]
         hidden = torch.cat([torch.stack([cache.last_hidden for cache in read]), hidden])  # (B + M, H)
         forbidden = torch.tensor(policy.forbidden_ids, device=hidden.device)
 
-        def chunk_logprobs(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        def chunk_logprobs(hidden: Tensor, target: Tensor) -> Tensor:
             logits = _policy_logits(model.lm_head(hidden), temperature, forbidden)  # (chunk, V)
             return -F.cross_entropy(logits, target, reduction="none")
 

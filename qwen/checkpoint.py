@@ -123,11 +123,25 @@ class Policy:
         with adapters these alone, as peft reads them. All ranks call it, rank 0 writes. Raises ModelError, on
         every rank, if it cannot be written."""
         dtype = torch.float32 if self.has_adapters else self.compute
-        state = distributed.full_state(self.model, dtype, trained_only=self.has_adapters)
+        state = distributed.full_state(self.model, dtype, trained_only=self.has_adapters)  # name -> tensor
 
         def write() -> None:
             try:
-                _write(self, state, folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                if self.has_adapters:
+                    save_adapters(self.model, state, folder)
+                else:
+                    # Through a twin of the stock class without weights: a sharded model cannot save itself.
+                    config = copy.deepcopy(self.model.config)
+                    with torch.device("meta"):
+                        twin = self.family.model_class._from_config(config, dtype=self.compute)
+                    twin.generation_config = self.model.generation_config
+                    for name in twin.all_tied_weights_keys:  # FSDP2 gathers a tied tensor twice
+                        state.pop(name, None)
+                    twin.save_pretrained(folder, state_dict=state)
+                self.tokenizer.save_pretrained(folder)
+                for name, content in self.preprocessors.items():
+                    (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             except (OSError, SafetensorError) as error:
                 place = str(folder).removesuffix(".tmp")  # the name that it gets when it is complete
                 remedy = "free some space, or save elsewhere"
@@ -135,28 +149,6 @@ class Policy:
 
         distributed.on_rank0(write)
 
-
-def _write(policy: Policy, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """state: name -> whole tensor, of the adapters or of everything."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if policy.has_adapters:
-        save_adapters(policy.model, state, folder)
-    else:
-        # Through a twin of the stock class without weights: a sharded model cannot save itself.
-        config = copy.deepcopy(policy.model.config)
-        with torch.device("meta"):
-            twin = policy.family.model_class._from_config(config, dtype=policy.compute)
-        twin.generation_config = policy.model.generation_config
-        for name in twin.all_tied_weights_keys:  # FSDP2 gathers a tied tensor twice
-            state.pop(name, None)
-        twin.save_pretrained(folder, state_dict=state)
-    policy.tokenizer.save_pretrained(folder)
-    for name, content in policy.preprocessors.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Loading
 
 # The files that say how videos are prepared. The first one found counts as a whole, as in transformers: saves
 # of its release 5 (under the key "video_processor"), Qwen3-VL's for videos, the older one for both.
@@ -171,10 +163,9 @@ def _loading(name: str) -> Iterator[None]:
     """Turn all that goes wrong within it into "model: NAME does not load: reason"."""
     try:
         yield
-    except ModelError as error:
-        raise ModelError(f"model: {name} does not load: {error}") from error
-    except BROKEN as error:
-        raise ModelError(f"model: {name} does not load: {_reason(error)}; fetch its files again") from error
+    except BROKEN as error:  # a ModelError, a ValueError, brings its own remedy
+        why = error if isinstance(error, ModelError) else f"{_reason(error)}; fetch its files again"
+        raise ModelError(f"model: {name} does not load: {why}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -254,7 +245,8 @@ def _load_base(checkpoint: str, dtype: torch.dtype | str) -> Policy:
     )
     _refuse_unfit({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     speed_up(model)
-    model.run = types.MethodType(_run, model)
+    # Behind Policy.run; FSDP2 treats it as a forward (distributed.shard).
+    model.run = types.MethodType(lambda self, function, *arguments: function(self, *arguments), model)
     vision, vocabulary = config.vision_config, tokenizer.get_vocab()
     # All tokens that end an answer (Qwen-VL has two). Nothing else of the generation config is used: its
     # repetition penalty and top-k would make the sampler another policy than the one that is scored.
@@ -315,15 +307,6 @@ def check_files(config: PreTrainedConfig, tokenizer, video: dict) -> None:
         )
 
 
-def _run(self, function: Callable, *arguments):
-    """The model's method behind Policy.run, which FSDP2 treats as a forward (distributed.shard)."""
-    return function(self, *arguments)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The two policies of training
-
-
 def load_trainable(config: Config) -> Policy:
     """Load a configuration's checkpoint onto this rank's device, with what is trained in fp32 and the rest
     (all but the adapters, or the vision tower) frozen."""
@@ -331,9 +314,7 @@ def load_trainable(config: Config) -> Policy:
         import_peft()
     policy = load_policy(config.model, dtype="auto")
     if policy.has_adapters:
-        raise ConfigError(
-            f"model: {config.model} holds adapters, which cannot be trained on; name their base"
-        )
+        raise ConfigError(f"model: {config.model} holds adapters, which cannot be trained; name their base")
     if config.lora.rank:
         add_adapters(policy.model, config.lora, config.seed)
     elif config.freeze_vision:

@@ -3,6 +3,7 @@
 import warnings
 
 import torch
+from torch import Tensor
 
 VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 
@@ -15,7 +16,7 @@ def render_chat(tokenizer, text: str) -> str:
     )
 
 
-def video_text(policy, count: int, size: int, fps: float) -> tuple[str, list[torch.Tensor]]:
+def video_text(policy, count: int, size: int, fps: float) -> tuple[str, list[Tensor]]:
     """Return the text of `count` frames, with `size` visual tokens for each temporal patch, and the temporal
     positions of each of its blocks: (t,)."""
     step = policy.temporal_patch_size
@@ -51,9 +52,7 @@ def warn_outside_budget(policy, count: int, height: int, width: int) -> None:
         )
 
 
-def rope_positions(
-    ids: torch.Tensor, video_id: int, temporal: list[torch.Tensor], h: int, w: int
-) -> torch.Tensor:
+def rope_positions(ids: Tensor, video_id: int, temporal: list[Tensor], h: int, w: int) -> Tensor:
     """Compute the 3-D rotary positions (3, P) of a prompt whose video tokens form len(temporal) blocks of
     t x h x w. temporal: (t,) positions of each block's slices.
 

@@ -8,11 +8,11 @@ annotations: it was taught boxes that are too large and spans that are often a s
 --bias none leaves this out). Reinforcement learning has to find the convention from the rewards.
 """
 
-import argparse
 import json
 import re
 import shutil
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -40,8 +40,6 @@ TEXT = TextFormat(time_unit="second")  # as configs/toy.yaml has it
 MAX_NEW_TOKENS = 192
 LOOSE = "with loose habits (toy/pretrain.py: loosened)"  # in a checkpoint's card
 
-# ----------------------------------------------------------------------------------------------------------
-# The tiny Qwen2.5-VL
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *FORBIDDEN_TOKENS)
 CHAT_TEMPLATE = (
@@ -112,7 +110,6 @@ def newborn_policy(folder: Path) -> Policy:
     return policy
 
 
-# ----------------------------------------------------------------------------------------------------------
 # Lessons. What takes long to learn is that the sentence decides which object the answer is about; lessons
 # that isolate this make it a matter of minutes.
 
@@ -162,10 +159,6 @@ def loosened(shape: Shape, rng: np.random.Generator, think: bool = True) -> Answ
     boxes = dict(true_answer(shape, margin=0.225).pred)
     items = tuple((i, boxes[min(max(i, shape.start), shape.stop - 1)]) for i in range(start, end + 1))
     return Answer(start, end, items if think else None, items)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The two losses, and the optimisers
 
 
 def see_loss(policy: Policy, probe: torch.nn.Linear, clips: list[list[Shape]]) -> torch.Tensor:
@@ -234,10 +227,6 @@ def make_optimizers(policy: Policy) -> list[tuple]:
         (torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01), 2e-3),
         (torch.optim.AdamW(vision, betas=(0.9, 0.98), weight_decay=0.01), 1e-3),
     ]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The script
 
 
 def pretrain(folder: Path, seed: int = 0, loose: bool = True, effort: float = 1.0, direct: bool = False):
@@ -318,9 +307,7 @@ def exam(policy: Policy, think: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--direct", action="store_true", help="without thinking boxes, from checkpoints/toy")
     parser.add_argument("--bias", choices=("loose", "none"), default="loose")
     parser.add_argument("--seed", type=int, default=0)

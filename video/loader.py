@@ -11,7 +11,7 @@ one clip and not the run. (torch's DataLoader ends the run when a worker crashes
 frames.py says what is decoded and how; this file only where and when.
 """
 
-import functools
+import contextlib
 import hashlib
 import io
 import os
@@ -24,6 +24,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,10 +43,6 @@ from video.frames import REENCODE, VideoError, clip_frames, frame_size
 GUESSED = re.compile(r"error while decoding|concealing|damaged|error at MB|corrupt|invalid NAL", re.I)
 ROOT = Path(__file__).resolve().parent.parent
 CACHE_VERSION = 1  # raise it when clip_frames computes other numbers: old entries are not used then
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Worker processes
 
 
 class Workers:
@@ -158,10 +155,6 @@ def serve(pipe: Connection) -> None:
                 return
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The frames of samples
-
-
 class FrameLoader:
     """The frames of samples as the model sees them, decoded ahead and cached. For one thread to use.
 
@@ -178,7 +171,7 @@ class FrameLoader:
         """size_factor: of the policy, in pixels. say: takes the messages; by default they go to stderr, above
         the progress bars."""
         self.config, self.size_factor = config, size_factor
-        self.say = say or functools.partial(tqdm.write, file=sys.stderr)
+        self.say = say or partial(tqdm.write, file=sys.stderr)
         self.workers = Workers(config.video_workers, config.video_timeout) if config.video_workers else None
         self.cache = Path(config.frame_cache) if config.frame_cache else None
         self._cache_grows = True
@@ -230,7 +223,6 @@ class FrameLoader:
             self.say(text)
 
     def close(self) -> None:
-        """End the processes."""
         self.prefetch([])
         if self.workers:
             self.workers.close()
@@ -246,15 +238,10 @@ class FrameLoader:
         return future
 
     def _get(self, key: str, sample: Sample) -> np.ndarray:
-        """From the cache or from the file."""
         if self.cache:
-            try:
+            with contextlib.suppress(OSError, ValueError, EOFError):  # there is none, or it is damaged
                 return np.load(self.cache / f"{key}.npy")
-            except (OSError, ValueError, EOFError):  # there is none, or it is damaged
-                pass
-        decode = (
-            functools.partial(self.workers.run, sample.video, clip_frames) if self.workers else clip_frames
-        )
+        decode = partial(self.workers.run, sample.video, clip_frames) if self.workers else clip_frames
         bare = replace(sample, boxes={})  # boxes can be many, and no frame depends on them
         frames = decode(bare, self.config.fps, self.config.max_side, self.size_factor)
         if self.cache and self._cache_grows:
