@@ -122,14 +122,13 @@ def _prefill(model: nn.Module, policy: Policy, prompts: list[Prompt]) -> list[Pr
     attention = PromptAttention(lengths)
     ids = torch.cat([prompt.ids for prompt in prompts])
     positions = torch.cat([prompt.positions for prompt in prompts], 1)
-    hidden = _hidden_states(
-        model, ids[None], positions[:, None], attention, **_visual_inputs(policy, prompts)
-    )[0]
+    video = _visual_inputs(policy, prompts)
+    hidden = _hidden_states(model, ids[None], positions[:, None], attention, **video)[0]
     last = torch.tensor(lengths).cumsum(0) - 1
     return [PromptCache(*parts) for parts in zip(attention.prefixes(), hidden[last], strict=True)]
 
 
-def _hidden_states(model: nn.Module, ids: Tensor, positions: Tensor, attention, **visual):
+def _hidden_states(model: nn.Module, ids: Tensor, positions: Tensor, attention, **visual) -> Tensor:
     """Return the last layer's hidden states (rows, n, H). ids: (rows, n); positions: (3, rows, n)."""
     inputs = {"input_ids": ids.to(model.device), "position_ids": positions.to(model.device), **visual}
     out = model.model(attention_mask=NO_MASK, use_cache=False, shared_prefix=attention, **inputs)

@@ -22,9 +22,8 @@ def video_text(policy, count: int, size: int, fps: float) -> tuple[str, list[Ten
     step = policy.temporal_patch_size
     t, pads = -(-count // step), "<|video_pad|>" * size
     if policy.family.timed != "text":
-        rate = 1.0
-        if policy.family.timed == "seconds":
-            rate = policy.model.config.vision_config.tokens_per_second * (step / fps)
+        vision = policy.model.config.vision_config
+        rate = vision.tokens_per_second * (step / fps) if policy.family.timed == "seconds" else 1.0
         positions = (torch.arange(t) * rate).floor()  # in float before the floor
         return VIDEO_BLOCK.replace("<|video_pad|>", pads * t), [positions]
     # Qwen3-VL: a block for each temporal patch, after the mean time of its frames, in place of the one block.

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from model import Prompt, completion_logprobs, encode_prompt, pack_completions, rollout
 from prompts import Answer, TextFormat, build_prompt, format_answer, truth_answer
-from qwen.checkpoint import FORBIDDEN_TOKENS, Policy, load_policy
+from qwen.checkpoint import FORBIDDEN_TOKENS, TOKEN_IDS, Policy, load_policy
 from rewards import intersection, score
 from runtime.files import run_script, write_whole
 from samples import Truth
@@ -91,9 +91,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGe
     vision = both | {"depth": 2, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": 64}
     vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2}
     vision |= {"window_size": 112, "fullatt_block_indexes": [0, 1]}
-    marks = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-    marks |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
-    marks = {f"{name}_token_id": ids[mark] for name, mark in marks.items()}
+    marks = {"image_token_id": ids["<|image_pad|>"]} | {name: ids[mark] for name, mark in TOKEN_IDS.items()}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **marks)
     return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
 

@@ -68,8 +68,7 @@ def render(objects: list[Shape], fps: float) -> np.ndarray:
     y, x = (np.mgrid[0:SIDE, 0:SIDE] + 0.5) / SIDE
     for shape in objects:
         for f, frame in enumerate(frames):
-            box = shape.box(f / fps)
-            if box is None:
+            if (box := shape.box(f / fps)) is None:
                 continue
             x1, y1, x2, y2 = box
             inside = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)

@@ -24,6 +24,7 @@ HELD_SECONDS = 0.5  # how long the last frame is held where a file ends before i
 NO_SUBSTITUTES = 1e-6  # decord's fault_tol: the share of frames that may be copies of others; 0 means any
 # What decord raises.
 FAILURES = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration)
+Size = tuple[int, int]  # (width, height) in pixels
 REENCODE = "re-encode it: ffmpeg -i OLD -c:v libx264 -crf 18 NEW"
 
 
@@ -94,15 +95,13 @@ def clip_frames(sample: Sample, fps: float, max_side: int, factor: int) -> np.nd
     return read_clip(sample, times, frame_size(sample.width, sample.height, max_side, factor))
 
 
-def read_clip(sample: Sample, times: list[float], size: tuple[int, int] | None = None) -> np.ndarray:
+def read_clip(sample: Sample, times: list[float], size: Size | None = None) -> np.ndarray:
     """Check the file of a sample's clip and read the frames at certain times, as read_frames does."""
     check_header(sample, probe(sample.video))
     return read_frames(sample.video, times, sample.begin_frame / sample.fps, size)
 
 
-def read_frames(
-    path: str, times: list[float], begin: float = 0.0, size: tuple[int, int] | None = None
-) -> np.ndarray:
+def read_frames(path: str, times: list[float], begin: float = 0.0, size: Size | None = None) -> np.ndarray:
     """The frames on screen at certain times of a clip.
 
     times: seconds from the beginning of the clip, ascending, none below 0. begin: where the clip begins, in
@@ -192,7 +191,7 @@ def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Ite
         raise VideoError(f"{path}: a frame cannot be decoded; fetch or re-encode the file") from error
 
 
-def frame_size(width: int, height: int, max_side: int, factor: int) -> tuple[int, int]:
+def frame_size(width: int, height: int, max_side: int, factor: int) -> Size:
     """(width, height) of the frames shown to the model, both multiples of `factor` = patch size x merge size.
 
     The longer side shrinks to max_side, aspect kept (STVG-o1, section 4); smaller frames are not enlarged.
@@ -207,7 +206,7 @@ def frame_size(width: int, height: int, max_side: int, factor: int) -> tuple[int
     return columns * factor, rows * factor
 
 
-def resize(frames: np.ndarray | torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize(frames: np.ndarray | torch.Tensor, size: Size) -> torch.Tensor:
     """uint8 (T, H, W, 3) -> uint8 (T, h, w, 3) with size = (w, h), by HF's kernel: bicubic, antialiased.
 
     On uint8: the float kernel, rounded, gives another value in 14-18 % of the pixels and takes ten times as
