@@ -281,6 +281,15 @@ def test_first_update_has_ratio_one(qwen2_5, write_config, tmp_path):
     assert (totals[1] - totals[0]) @ torch.cat(advantages) > 0
 
 
+def test_the_gradient_is_clipped_as_a_whole(qwen2_5, write_config, tmp_path):
+    """One step of plain descent goes the learning rate times max_grad_norm far, over all weights together."""
+    config = load_config(write_config(tmp_path), ["kl_beta=0", "max_grad_norm=1e-3"])
+    start, optimizer = flat(qwen2_5.model), torch.optim.SGD(qwen2_5.model.parameters(), lr=100)
+    metrics = train.update(qwen2_5, None, optimizer, *random_groups(qwen2_5, config), config)
+    assert metrics["grad_norm"] > 0.01
+    assert (flat(qwen2_5.model) - start).norm().item() == pytest.approx(100 * 1e-3, rel=1e-3)
+
+
 # rollout_batch, micro_batch, reuse_prompts, gradient_checkpointing
 WAYS = ((3, 3, 0, 0), (1, 1, 0, 0), (2, 3, 0, 1), (3, 2, 1, 0), (2, 1, 1, 1))
 
