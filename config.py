@@ -144,10 +144,6 @@ AT_LEAST = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Reading and writing
-
-
 def load_config(paths: str | Path | list[str], overrides: list[str] = ()) -> Config:
     """Read a YAML file, lay others over it (such as configs/ablations/), and `key=value` settings over those.
 

@@ -18,7 +18,6 @@ until then. All ranks must see the same files and call these functions together,
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import re
 import shutil
@@ -33,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from config import Config, ConfigError
 from runtime import distributed
-from runtime.files import UserError, read_json, write_whole
+from runtime.files import UserError, read_json, write_json
 from runtime.fingerprints import settings_of
 
 PROGRESS = "state/progress.json"
@@ -66,7 +65,7 @@ def save(folder: Path, policy, optimizer, progress: Progress, fingerprints: dict
         positions = {path.name: path.stat().st_size for path in logs if path.exists()}
         progress_now = dataclasses.asdict(dataclasses.replace(progress, positions=positions))
         record = {"progress": progress_now, "fingerprints": fingerprints}
-        write_whole(temporary / PROGRESS, json.dumps(record, indent=2).encode())
+        write_json(record, temporary / PROGRESS)
 
     with _replacing(folder) as temporary:
         policy.save(temporary)
@@ -89,7 +88,7 @@ def note_best(folder: Path, best: dict) -> None:
     def note() -> None:
         record = read_json(folder / PROGRESS)
         record["progress"]["best"] = best
-        write_whole(folder / PROGRESS, json.dumps(record, indent=2).encode())
+        write_json(record, folder / PROGRESS)
 
     distributed.on_rank0(note)
 

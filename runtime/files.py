@@ -73,6 +73,10 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def write_json(value: object, path: Path) -> None:
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
 def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
     """Write one JSON object a line: a whole new file, or with `append` more lines at its end."""
     text = "".join(json.dumps(record) + "\n" for record in records).encode()

@@ -5,7 +5,6 @@ import dataclasses
 import fcntl
 import functools
 import itertools
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from config import Config, ConfigError, load_config, save_config
 from runtime import checkpoints, distributed
 from runtime.checkpoints import Progress
-from runtime.files import read_jsonl, write_jsonl, write_whole
+from runtime.files import read_jsonl, write_json, write_jsonl, write_whole
 from runtime.fingerprints import fingerprints, settings_of
 from runtime.logs import DRIFT_STEPS, Log, check_trackers, clock, drifts_apart, peak_memory, summarize
 from runtime.plugins import load_plugins, plugin_fingerprints
@@ -49,9 +48,6 @@ class Run:
     batch: list[Sample] = field(default_factory=list)  # of the step that is running, on all ranks
     recent: list[tuple[float, float]] = field(default_factory=list)  # (reward, vIoU) of the last steps
     evaluated: int = 0  # step of the last evaluation
-
-    # ------------------------------------------------------------------------------------------------------
-    # Steps
 
     def steps(
         self,
@@ -98,16 +94,11 @@ class Run:
         VideoError in the first step, where `videos` is probably the wrong folder."""
         if distributed.all_reduce_sum(len(prompts)):
             return False
-        what = (
-            f"none of the {len(self.batch)} videos of step {step + 1} can be read: {self.batch[0].video}, ..."
-        )
+        what = f"none of the {len(self.batch)} videos of step {step + 1} can be read: {self.batch[0].video}"
         if step == 0:
             raise VideoError(f"{what}; is `videos` the right folder?")
         self.loader.say_once(f"skipped: {what}")
         return True
-
-    # ------------------------------------------------------------------------------------------------------
-    # Logs
 
     def log_sft(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics.jsonl. metrics: of train.update."""
@@ -146,9 +137,6 @@ class Run:
             checkpoints.replace_best(self.folder, self.policy, self.progress.step)
             if when == "after":
                 checkpoints.note_best(self.folder / "checkpoint", best)
-
-    # ------------------------------------------------------------------------------------------------------
-    # Checkpoints
 
     @property
     def sft_checkpoint(self) -> Path:
@@ -218,10 +206,6 @@ def step_cost(tokens: float) -> dict:
     seconds = {part: float(np.mean([lap[part] for lap in laps])) for part in laps[0]}
     peak = distributed.all_reduce_max(peak_memory())
     return {"tokens_per_second": tokens / seconds["step"], "peak_memory": peak, "seconds": seconds}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Begin and end
 
 
 @contextlib.contextmanager
@@ -316,10 +300,6 @@ def _create_folder(config: Config, run: Path) -> None:
         write_whole(run / "rewards" / path.strip("/").replace("/", "_"), Path(path).read_bytes())
     packages = {package.__name__: package.__version__ for package in (torch, transformers, decord, np)}
     write_json({"python": platform.python_version(), **packages}, run / "versions.json")
-
-
-def write_json(value: dict, path: Path) -> None:
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def _lock(run: Path, stack: contextlib.ExitStack) -> None:
