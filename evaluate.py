@@ -255,8 +255,7 @@ def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, 
 def open_checkpoint(
     checkpoint: str, config: Config, samples: list[Sample]
 ) -> Iterator[tuple[Policy | None, FrameLoader | None]]:
-    """The policy, and the loader of the samples' videos, which must exist (on_bad_video: error). (None, None)
-    for no samples."""
+    """The policy, and the loader of the samples' videos, which must exist; (None, None) for no samples."""
     if not samples:
         yield None, None
         return

@@ -51,8 +51,7 @@ def group_advantages(rewards: Tensor, scale_rewards: bool = True) -> Tensor:
 
 
 def clamped_log_ratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
-    """log(p / q), clamped to +-20. The clamp comes before exp: after it, 0 * inf would make the gradient
-    NaN."""
+    """log(p / q), clamped to +-20, and before exp: after it, 0 * inf would make the gradient NaN."""
     return (logprobs - other_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 

@@ -75,8 +75,7 @@ def tube_from_answer(
 
 
 def tube_of(prediction: dict | None, sample: Sample, config: Config, which: str = "pred") -> Tube | None:
-    """The tube of a record, with the boxes of one list, "pred" or "think"; None for a failure. Raises
-    DataError as scale_of does."""
+    """The tube of a record, of its "pred" or "think" boxes; None for a failure. Raises DataError."""
     if prediction is None:
         return None
     answer = parse_answer(prediction["completion"], config.think)

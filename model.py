@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from prompts import TextFormat, build_prompt
 from qwen.attention import KV, NO_MASK, AnswerAttention, DecodeAttention, PromptAttention
 from qwen.checkpoint import Policy
-from qwen.inputs import VIDEO_BLOCK, render_chat, rope_positions, video_text, warn_outside_budget
+from qwen.inputs import VIDEO_BLOCK, render_chat, rope_positions, video_text
 from runtime.files import ModelError
 from samples import Sample
 
@@ -57,12 +57,11 @@ def encode_prompt(policy: Policy, frames: Tensor, text: str, scale: tuple[int, i
     """Tokenize a video and a text with the checkpoint's chat template, one <|video_pad|> a visual token.
 
     frames: (T, h, w, 3) uint8, fps a second, sides multiples of policy.size_factor. Raises ModelError if the
-    text holds special tokens; warns if the frames lie outside the checkpoint's pixel budget.
+    text holds special tokens.
     """
     if "<|" in text:
         raise ModelError(f"the text {text!r} holds '<|', which begins Qwen's special tokens: remove it")
     h, w = (side // policy.size_factor for side in frames.shape[1:3])
-    warn_outside_budget(policy, *frames.shape[:3])
     video, temporal = video_text(policy, len(frames), h * w, fps)
     chat = render_chat(policy.tokenizer, text).replace(VIDEO_BLOCK, video)
     ids = torch.tensor(policy.tokenizer(chat, add_special_tokens=False)["input_ids"])

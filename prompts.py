@@ -107,8 +107,7 @@ class Answer:
 
     @functools.cached_property
     def think_boxes(self) -> dict[int, Box]:
-        """step -> box, in the answer's order; the first box counts if a step is named twice. Empty without
-        thinking."""
+        """step -> box, in the answer's order; of a step that is named twice the first box counts."""
         return _first_of_each(self.think or ())
 
     @functools.cached_property

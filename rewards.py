@@ -106,8 +106,7 @@ def consistency_reward(answer: Answer, truth: Truth) -> float:
 
 
 def temporal_reward(answer: Answer, truth: Truth) -> float:
-    """IoU of the two spans, in steps; in [0, 1] (Eq. 5). Where they share a step, their union is their
-    hull."""
+    """IoU of the two spans, in steps (Eq. 5). Where they share a step, their union is their hull."""
     shared = min(answer.end, truth.span[1]) - max(answer.start, truth.span[0]) + 1
     hull = max(answer.end, truth.span[1]) - min(answer.start, truth.span[0]) + 1
     return max(shared, 0) / hull
@@ -190,8 +189,7 @@ def score(
 
 
 def diagnose(parsed: Answer | None, truth: Truth, scale: tuple[int, int]) -> dict[str, float]:
-    """What to watch beside the reward; all 0 for a text that does not parse. docs/glossary.md explains
-    each."""
+    """What to watch beside the reward (docs/glossary.md); all 0 for a text that does not parse."""
     names = ("overlap", "span_ratio", "one_step", "invalid_boxes", "out_of_frame", "copied", "think_gap")
     names += ("tiou", "viou_think", "viou_pred")
     if parsed is None:
@@ -231,8 +229,7 @@ def _viou(answer: Answer, truth: Truth, which: str) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the lines of rollouts.jsonl or predictions.jsonl again with new "rewards", and print the
-    means."""
+    """Write the lines of rollouts.jsonl or predictions.jsonl with new "rewards"; print the means."""
     if not arguments or arguments[0].startswith("-"):
         sys.exit(__doc__.strip())
     weights = {}

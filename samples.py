@@ -53,8 +53,7 @@ class Truth:
     boxes: dict[int, Box]  # step -> box in [0, 1]; a step of the span may have none
 
     def before(self, num_steps: int) -> "Truth | None":
-        """The part in steps below num_steps, which is what a video that ends early shows. None if no box is
-        left."""
+        """The part below num_steps, as a video that ends early shows it. None if no box is left."""
         boxes = {step: box for step, box in self.boxes.items() if step < num_steps}
         return Truth((self.span[0], min(self.span[1], num_steps - 1)), boxes) if boxes else None
 

@@ -60,8 +60,6 @@ from runtime.run import Run, Stopped, check_start, describe, open_run
 from samples import Sample, Truth
 from video.loader import FrameLoader
 
-ROOT = Path(__file__).parent
-
 
 def train(run: Run, phase: str, reference: Policy | None, samples: list[Sample], evaluate: Callable) -> None:
     """The loop. phase: "grpo", or "sft": supervised fine-tuning (Table 5), which is the same update with the
@@ -276,7 +274,9 @@ def main(arguments: list[str]) -> None:
     for word in arguments:
         if word.startswith("-"):
             raise ConfigError(f"{word}: no such option; settings are written key=value")
-    files = [word for word in arguments if "=" not in word] or [str(ROOT / "configs/toy.yaml")]
+    files = [word for word in arguments if "=" not in word] or [
+        str(Path(__file__).parent / "configs/toy.yaml")
+    ]
     config = load_config(files, [word for word in arguments if "=" in word])
     rank, _ = distributed.init()
     check_start(config)
@@ -360,9 +360,5 @@ def report(run: Run, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    run_script(
-        lambda: main(sys.argv[1:]),
-        "output_dir",
-        "free some space, or choose another output_dir",
-        "stopped at once; resume from the last checkpoint with: the same command and resume=auto",
-    )
+    stopped = "stopped at once; resume from the last checkpoint with: the same command and resume=auto"
+    run_script(lambda: main(sys.argv[1:]), "output_dir", "free space, or change output_dir", stopped)

@@ -41,8 +41,7 @@ CHUNK = 1024  # tokens whose logits exist at once (model.completion_logprobs)
 
 
 def named_model(name: str) -> nn.Module:
-    """The model of a checkpoint folder, of a hub id in the local cache, or of PUBLISHED, without memory for
-    its parameters. Raises ModelError."""
+    """A model without memory: of a folder, a hub id in the local cache, or PUBLISHED. Raises ModelError."""
     name = base_of(name)
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=True)

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import math
 import pickle
 import types
 from collections.abc import Callable, Iterator
@@ -46,7 +45,6 @@ class Family:
     image_mean: tuple[float, ...]  # of its preprocessor's class, for a checkpoint that does not say
     image_std: tuple[float, ...]
     timed: str  # what tells a frame's time: "index" | "seconds" (rotary position) | "text" (in the prompt)
-    budget_per: str  # what its pixel budget limits: h * w of a "frame" | T * h * w of a "video"
     coordinates: str  # in which it was pre-trained to write boxes: a name of prompts.COORDINATES
 
 
@@ -56,9 +54,9 @@ QWEN2 = "Qwen2-VL", transformers.Qwen2VLForConditionalGeneration
 QWEN2_5 = "Qwen2.5-VL", transformers.Qwen2_5_VLForConditionalGeneration
 QWEN3 = "Qwen3-VL", transformers.Qwen3VLForConditionalGeneration
 FAMILIES = {  # by the model_type of config.json
-    "qwen2_vl": Family(*QWEN2, *CLIP, timed="index", budget_per="frame", coordinates="norm1000"),
-    "qwen2_5_vl": Family(*QWEN2_5, *CLIP, timed="seconds", budget_per="frame", coordinates="resized"),
-    "qwen3_vl": Family(*QWEN3, *HALF, timed="text", budget_per="video", coordinates="norm1000"),
+    "qwen2_vl": Family(*QWEN2, *CLIP, timed="index", coordinates="norm1000"),
+    "qwen2_5_vl": Family(*QWEN2_5, *CLIP, timed="seconds", coordinates="resized"),
+    "qwen3_vl": Family(*QWEN3, *HALF, timed="text", coordinates="norm1000"),
 }
 # Never sampled, never scored: in a completion they would ask the vision tower for features of nothing.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -80,7 +78,6 @@ class Policy:
     temporal_patch_size: int
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
-    pixel_budget: tuple[float, float]  # fewest and most pixels of a family.budget_per that it was trained on
     preprocessors: dict[str, dict]  # PREPROCESSORS as found, to be saved beside the trained model
     eos_ids: list[int]  # tokens that end an answer
     end_id: int  # the one that ends the true answers of supervised fine-tuning: <|im_end|>
@@ -251,9 +248,6 @@ def _load_base(checkpoint: str, dtype: torch.dtype | str) -> Policy:
     # All tokens that end an answer (Qwen-VL has two). Nothing else of the generation config is used: its
     # repetition penalty and top-k would make the sampler another policy than the one that is scored.
     ends = model.generation_config.eos_token_id or []
-    size = video.get("size") or {}
-    low = video.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge")
-    high = video.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge")
     return Policy(
         model=model,
         tokenizer=tokenizer,
@@ -263,7 +257,6 @@ def _load_base(checkpoint: str, dtype: torch.dtype | str) -> Policy:
         temporal_patch_size=vision.temporal_patch_size,
         image_mean=tuple(video.get("image_mean", family.image_mean)),
         image_std=tuple(video.get("image_std", family.image_std)),
-        pixel_budget=(low or 0, high or math.inf),
         preprocessors=preprocessors,
         eos_ids=sorted({vocabulary["<|im_end|>"], *(ends if isinstance(ends, list) else [ends])}),
         end_id=vocabulary["<|im_end|>"],
@@ -280,8 +273,7 @@ def _read_json(checkpoint: str, name: str) -> dict:
 
 
 def check_files(config: PreTrainedConfig, tokenizer, video: dict) -> None:
-    """Raise ModelError if a checkpoint's files would make training wrong in silence. video: settings of its
-    preprocessor."""
+    """Raise ModelError if files would make training wrong in silence. video: the preprocessor's settings."""
     vision, vocabulary = config.vision_config, tokenizer.get_vocab()
     if missing := [token for token in (*TOKEN_IDS.values(), "<|im_end|>") if token not in vocabulary]:
         raise ModelError(f"its tokenizer lacks {', '.join(missing)}; use the one shipped with Qwen-VL")

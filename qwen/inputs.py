@@ -1,7 +1,5 @@
 """The text and the positions that Qwen-VL reads a video by. `policy` is a qwen.checkpoint.Policy."""
 
-import warnings
-
 import torch
 from torch import Tensor
 
@@ -33,22 +31,6 @@ def video_text(policy, count: int, size: int, fps: float) -> tuple[str, list[Ten
     times = [(first / fps + last / fps) / 2 for first, last in spans]
     blocks = [f"<{time:.1f} seconds>{VIDEO_BLOCK.replace('<|video_pad|>', pads)}" for time in times]
     return "".join(blocks), [torch.zeros(1)] * t
-
-
-def warn_outside_budget(policy, count: int, height: int, width: int) -> None:
-    """Warn, once for each size of frames, that the checkpoint was not trained on such videos. No error: the
-    paper chooses the size (section 4), and a long clip of VidSTG exceeds the budget of Qwen3-VL."""
-    (low, high), unit = policy.pixel_budget, policy.family.budget_per
-    padded = count + -count % policy.temporal_patch_size
-    pixels = height * width * (padded if unit == "video" else 1)
-    if not low <= pixels <= high:
-        change = "raise max_side" if pixels < low else "lower max_side" + " or fps" * (unit == "video")
-        # Without the number of frames it is one text for all clips of a size, which Python shows once.
-        warnings.warn(
-            f"frames of {width} x {height}: {'fewer' if pixels < low else 'more'} pixels a {unit} than the"
-            f" {low:,} to {high:,} that this checkpoint was trained on; {change}, or let it learn them",
-            stacklevel=3,
-        )
 
 
 def rope_positions(ids: Tensor, video_id: int, temporal: list[Tensor], h: int, w: int) -> Tensor:

@@ -85,8 +85,7 @@ class Log:
                 self._send(metrics)
 
     def write(self, metrics: dict) -> None:
-        """Add a line. metrics: "phase", "step", and numbers by name, which may be nested; trackers call those
-        phase/name/name."""
+        """Add a line. metrics: "phase", "step", and numbers by name, which may be nested."""
         write_jsonl([metrics], self._path, append=True)
         self._send(metrics)
 

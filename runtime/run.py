@@ -125,8 +125,7 @@ class Run:
         self.bar.set_postfix_str(f"reward {reward:.2f}, vIoU {viou:.2f}{warning}", refresh=False)
 
     def log_eval(self, scores: dict, when: str) -> None:
-        """Write the held-out scores to metrics.jsonl, and keep the weights as best_STEP if they are the
-        best."""
+        """Write the held-out scores to metrics.jsonl; keep the weights as best_STEP if they are the best."""
         if self.log:
             self.log.write({"phase": "eval", "step": self.progress.step, **scores})
         self.evaluated = self.progress.step
@@ -144,8 +143,7 @@ class Run:
         return self.folder / f"checkpoint_sft_{self.config.sft.steps}"
 
     def restore(self, phase: str, optimizer: torch.optim.Optimizer) -> None:
-        """Load weights and optimizer from the checkpoint that the run resumes from, if it is of this
-        phase."""
+        """Load weights and optimizer from the checkpoint of this phase that the run resumes from, if any."""
         if self.checkpoint and (phase == "sft" or self.progress.step):
             checkpoints.load(self.checkpoint, self.policy.model, optimizer)
 
@@ -191,16 +189,14 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def local_part(batch: list[Sample]) -> list[tuple[int, Sample]]:
-    """This rank's part of a batch, each sample with its place in the batch. Ranks take neighbours, so that
-    their parts, one after the other, are the batch."""
+    """This rank's part of a batch, each sample with its place in it; in order the parts are the batch."""
     rank, world_size = distributed.init()
     size = len(batch) // world_size
     return list(enumerate(batch))[rank * size : (rank + 1) * size]
 
 
 def step_cost(tokens: float) -> dict:
-    """Seconds by part (mean of the ranks), tokens per second and peak memory of one step. tokens: completion
-    tokens of this rank."""
+    """Seconds by part (mean of the ranks), tokens per second, peak memory. tokens: of this rank's answers."""
     tokens = distributed.all_reduce_sum(tokens)
     laps = distributed.all_gather(clock.lap())
     seconds = {part: float(np.mean([lap[part] for lap in laps])) for part in laps[0]}
@@ -248,8 +244,7 @@ def open_run(config: Config, policy, loader: FrameLoader, samples: list[Sample])
 def _open_folder(
     config: Config, run: Path, identity: dict, stack: contextlib.ExitStack
 ) -> tuple[Path | None, Progress]:
-    """Open output_dir, and lock it until `stack` closes. Returns the checkpoint to resume from, if there is
-    one, and its progress."""
+    """Open output_dir, locked until `stack` closes. Returns the checkpoint to resume, and its progress."""
     exists = distributed.broadcast((run / "config.yaml").is_file(), 0)  # rank 0 may soon make it
     resuming, found, progress = config.resume == "auto" and exists, None, Progress()
     if resuming:
@@ -303,8 +298,7 @@ def _create_folder(config: Config, run: Path) -> None:
 
 
 def _lock(run: Path, stack: contextlib.ExitStack) -> None:
-    """Keep other processes out of the folder until `stack` closes or this process ends. Raises
-    ConfigError."""
+    """Keep other processes out until `stack` closes or this process ends. Raises ConfigError."""
     folder = os.open(run, os.O_RDONLY)
     stack.callback(os.close, folder)
     try:
@@ -330,8 +324,7 @@ def describe(config: Config, policy, train_samples: list[Sample], eval_samples: 
 
 
 def check_start(config: Config) -> None:
-    """Find what would end the run later: load plug-ins and trackers; a group lives on one rank, so the
-    prompts of a step must divide among the ranks. Raises UserError."""
+    """Find what would end the run later. (A group lives on one rank.) Raises UserError."""
     check_trackers(config)
     load_plugins(config.rewards)
     _, world_size = distributed.init()
@@ -339,5 +332,5 @@ def check_start(config: Config) -> None:
         if part.steps and part.batch_size % world_size:
             below = part.batch_size // world_size * world_size
             nearest = f"{below} or {below + world_size}" if below else str(world_size)
-            prompts = f"{part.batch_size} prompts do not divide among {world_size} ranks"
-            raise ConfigError(f"{key}: {prompts}; {nearest} would")
+            what = f"{part.batch_size} prompts do not divide among {world_size} ranks; {nearest} would"
+            raise ConfigError(f"{key}: {what}")

@@ -6,8 +6,6 @@ that the weights were trained with, and position by position.
 
 import copy
 import math
-import re
-import warnings
 from dataclasses import replace
 from fractions import Fraction
 
@@ -155,34 +153,6 @@ def test_prompt_of_a_sample(qwen2_5, world, fps, count):
     assert f"{count} steps of {1 / fps:g} s" in qwen2_5.tokenizer.decode(prompt.ids)
     with pytest.raises(VideoError, match="max_side: 27"):
         shown_prompt(qwen2_5, sample, 27, TextFormat())
-
-
-@pytest.mark.parametrize(
-    ("family", "budget", "size", "says"),
-    [  # the budget of Qwen2.5-VL is of a frame, that of Qwen3-VL of the whole video
-        ("qwen2_5_vl", (3136, 10**7), (60, 28, 112), None),
-        (
-            "qwen2_5_vl",
-            (3136, 10**7),
-            (4, 28, 84),
-            "fewer pixels a frame than the 3,136 to .*; raise max_side",
-        ),
-        ("qwen2_5_vl", (3136, 10000), (4, 112, 112), "more pixels a frame .*; lower max_side,"),
-        ("qwen3_vl", (4096, 40000), (4, 32, 32), None),  # or three and a copy: just enough
-        ("qwen3_vl", (4096, 40000), (2, 32, 32), "fewer pixels a video"),
-        ("qwen3_vl", (4096, 40000), (12, 64, 64), "more pixels a video .*; lower max_side or fps"),
-    ],
-)
-def test_frames_outside_the_pixel_budget_are_reported_once(checkpoints, family, budget, size, says):
-    policy = replace(load_policy(str(checkpoints[family])), pixel_budget=budget)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        for length in (size[0], size[0] - 1):
-            frames = torch.zeros(length, *size[1:], 3, dtype=torch.uint8)
-            encode_prompt(policy, frames, "a dog", (1000, 1000), 2.0)
-    assert len(caught) == (says is not None)
-    for warning in caught:
-        assert re.search(f"frames of {size[2]} x {size[1]}: {says}", str(warning.message))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -168,8 +168,7 @@ class FrameLoader:
     """
 
     def __init__(self, config: Config, size_factor: int, say: Callable[[str], None] | None = None):
-        """size_factor: of the policy, in pixels. say: takes the messages; by default they go to stderr, above
-        the progress bars."""
+        """size_factor: of the policy, in pixels. say: takes the messages; by default tqdm.write to stderr."""
         self.config, self.size_factor = config, size_factor
         self.say = say or partial(tqdm.write, file=sys.stderr)
         self.workers = Workers(config.video_workers, config.video_timeout) if config.video_workers else None
