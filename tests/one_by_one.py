@@ -100,15 +100,6 @@ def gradients_of(policy):
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
 
 
-def copy_of(source, target, leave_out=()):
-    """Copy a checkpoint folder."""
-    target.mkdir()
-    for path in source.iterdir():
-        if path.name not in leave_out:
-            (target / path.name).write_bytes(path.read_bytes())
-    return target
-
-
 def edit_json(path, *keys, **changes):
     """Change values of a JSON file, in the object at the path `keys`."""
     content = inner = json.loads(path.read_text())

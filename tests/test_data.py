@@ -71,8 +71,7 @@ def test_second_dialect_and_a_mixture_in_the_order_of_the_file(tmp_path):
     assert sample.sentence == "She turns."
     assert (sample.width, sample.height, sample.num_frames, sample.fps) == (800, 400, 600, 30.0)  # [H, W, 3]
     assert (sample.first_frame, sample.stop_frame) == (60, 61)
-    assert sample.boxes == {60: (0.125, 0.125, 0.175, 0.425)}
-    assert report == {}
+    assert sample.boxes == {60: (0.125, 0.125, 0.175, 0.425)} and report == {}
 
 
 def test_what_is_read(tmp_path):
@@ -183,18 +182,9 @@ def test_errors_name_file_record_and_value(tmp_path, key, value):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_errors_name_the_box(tmp_path):
-    with pytest.raises(DataError, match=r"bbox\[1\] is \[640, 0, 9, 9\], must be inside the 640 x 360 video"):
-        load_one(tmp_path, bbox=[[0, 0, 9, 9], [640, 0, 9, 9]])
-    with pytest.raises(DataError, match="has no 'width'; its keys are height"):
-        load_one(tmp_path, img_size=[360])
-
-
 FILES = {
     "{}": "holds no records",
     "[]": "hcstvg: a JSON object, .* vidstg: a JSON list",
-    "3": "holds no records",
-    "": "is not a JSON file: .* line 1 column 1",
     '{"a.mp4": {\n"bbox": [[1, 2, 3, 4],]}}': "is not a JSON file: .* line 2 column",
     "[" * 100_000: "is not a JSON file",
     '{"a.mp4": 3}': r"record 'a\.mp4' is 3, must be an object",
@@ -222,9 +212,7 @@ def test_missing_videos_are_listed(tmp_path):
     record = V1["12_AbCdEfGhIjK.mp4"]
     samples, _ = load_hcstvg(write(tmp_path, {f"{i}.mp4": record for i in range(6)}), str(tmp_path))
     (tmp_path / "0.mp4").write_bytes(b"x")
-    with pytest.raises(
-        DataError, match=r"5 of 6 videos missing: 1\.mp4, 2\.mp4, 3\.mp4, \.\.\.; set"
-    ) as caught:
+    with pytest.raises(DataError, match=r"5 of 6 videos missing: 1\.mp4, 2\.mp4, 3\.mp4, \.\.\.") as caught:
         check_videos(samples)
     assert str(caught.value).startswith(f"{tmp_path}: ")
     check_videos(samples[:1])

@@ -129,28 +129,19 @@ def test_without_a_prefix_it_is_the_usual_attention(rows):
     torch.testing.assert_close(out[0], written_out(rows)[0][: PROMPTS[0]], rtol=0, atol=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Sampling
-
-
-@pytest.fixture
-def compact_every(monkeypatch):
-    return lambda tokens: monkeypatch.setattr(model, "COMPACT_EVERY", tokens)
-
-
-def test_compaction_changes_no_answer(policy, compact_every):
+def test_compaction_changes_no_answer(policy, monkeypatch):
     policy, prompts = with_many_ends(policy), make_prompts(policy)
     expected = ids_of(rollout(policy, prompts, 5, 16, 1.0, KEYS))
     assert len({len(ids) for group in expected for ids in group}) > 4
     for tokens in (1, 5, 99):
-        compact_every(tokens)
+        monkeypatch.setattr(model, "COMPACT_EVERY", tokens)
         assert ids_of(rollout(policy, prompts, 5, 16, 1.0, KEYS)) == expected
 
 
-def test_finished_rows_leave(qwen2_5, compact_every):
+def test_finished_rows_leave(qwen2_5, monkeypatch):
     """How many rows the model computes for each token: as many as answers that had not ended, filled up to
     the same number for each prompt."""
-    compact_every(1)
+    monkeypatch.setattr(model, "COMPACT_EVERY", 1)
     policy, prompts, rows = with_many_ends(qwen2_5), make_prompts(qwen2_5), []
     policy.model.lm_head.register_forward_hook(lambda _, inputs, out: rows.append(len(out)))
     answers = ids_of(rollout(policy, prompts, 5, 16, 1.0, KEYS))
@@ -190,7 +181,7 @@ def test_nothing_is_asked_of_the_device_between_compactions(qwen2_5):
     assert waits[0] == waits[1] < waits[2]
 
 
-def test_a_token_is_one_compiled_piece(qwen2_5, monkeypatch, compact_every):
+def test_a_token_is_one_compiled_piece(qwen2_5, monkeypatch):
     """torch.compile takes the work of a token whole (fullgraph), and once for all tokens between compactions:
     no shape changes. (With a backend that runs the graph as it is; a GPU's would record it.)"""
     policy, prompts, compiled = with_many_ends(qwen2_5), make_prompts(qwen2_5), []
@@ -203,6 +194,6 @@ def test_a_token_is_one_compiled_piece(qwen2_5, monkeypatch, compact_every):
     torch._dynamo.reset()
     step = torch.compile(model._next_logits, backend=backend, fullgraph=True, dynamic=False)
     monkeypatch.setattr(model, "_next_logits", step)
-    compact_every(99)
+    monkeypatch.setattr(model, "COMPACT_EVERY", 99)
     assert ids_of(rollout(policy, prompts, 3, 20, 1.0, KEYS)) == expected
     assert len(compiled) == 1

@@ -8,11 +8,12 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 import torch
-from one_by_one import answer_logits, copy_of, edit_json, some_frames
+from one_by_one import answer_logits, edit_json, some_frames
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -33,10 +34,7 @@ TEMPLATES = {Q2: QWEN2_TEMPLATE, Q25: QWEN2_TEMPLATE, Q3: QWEN3_TEMPLATE}
 TIED = {Q2: True, Q25: False, Q3: False}
 CONFIG, GENERATION, SETTINGS = "config.json", "generation_config.json", "tokenizer_config.json"
 SAVED, VIDEO, OLD = "processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json"
-CLIP = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 SIZES = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 FLAT = {"min_pixels": 3136, "max_pixels": 12845056, **SIZES, **CLIP}
@@ -61,10 +59,8 @@ def hub_config(family, config):
     whole = take(config, "image_token_id video_token_id vision_start_token_id vision_end_token_id")
     whole |= {"architectures": [FAMILIES[family].model_class.__name__], "model_type": family}
     whole |= {"tie_word_embeddings": TIED[family], "transformers_version": "4.41.2"}
-    words = take(
-        text, "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    )
-    words |= take(text, "rms_norm_eps vocab_size bos_token_id eos_token_id")
+    words = take(text, "hidden_size intermediate_size num_hidden_layers num_attention_heads")
+    words |= take(text, "num_key_value_heads rms_norm_eps vocab_size bos_token_id eos_token_id")
     words |= {"hidden_act": "silu", "use_cache": True, "rope_theta": rope["rope_theta"]}
     sight = take(vision, "depth hidden_size num_heads patch_size spatial_merge_size temporal_patch_size")
     sections = {"mrope_section": rope["mrope_section"]}
@@ -151,10 +147,6 @@ def logits_of(policy, like=None):
         return answer_logits(policy, prompt, [9, 10, 11, 12])
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What loads
-
-
 def test_a_hub_folder_is_the_original_model(original):
     """No weight is missing or left over; logits are equal to the last bit; the files' settings are read."""
     family, policy, folder = original
@@ -189,7 +181,7 @@ def test_patches_are_bit_identical_to_hf(originals, family):
 def test_the_file_about_videos_wins(originals, tmp_path):
     """As in transformers: first what release 5 saves, then video_preprocessor_config.json, then the old one,
     each as a whole."""
-    folder = copy_of(originals[Q3][1], tmp_path / "three")
+    folder = copytree(originals[Q3][1], tmp_path / "three")
     edit_json(folder / OLD, image_mean=[0.1, 0.2, 0.3])
     assert load_policy(str(folder)).image_mean == (0.5, 0.5, 0.5)
     edit_json(folder / VIDEO, image_mean=[0.4, 0.5, 0.6], size={"shortest_edge": 5, "longest_edge": 7})
@@ -237,10 +229,6 @@ def test_prompts_are_the_chat_template_token_by_token(originals, fps, count):
         expected += [begin, *ids("user\n"), *video, *ids(text), end, *ids("\n"), begin, *ids("assistant\n")]
         prompt = encode_prompt(policy, some_frames(policy, count), text, (1000, 1000), fps)
         assert prompt.ids.tolist() == expected, family
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What is saved
 
 
 def tensors_of(folder):
@@ -317,10 +305,6 @@ def test_two_ranks_save_every_tensor(originals, tmp_path):
                 assert value.dtype == compute and torch.equal(value, 2 * published[name].to(compute)), name
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What is refused
-
-
 def change(file, *keys, **changes):
     return lambda folder: edit_json(folder / file, *keys, **changes)
 
@@ -346,24 +330,17 @@ OPEN, QUANTIZED = "{{ '<|im_start|>assistant\n' }}", {"quant_method": "awq", "bi
 WEIGHTS = "model-00001-of-00003.safetensors"
 SPOILED = [  # family, what is done to its folder, what the message says
     (Q25, change(OLD, patch_size=16), "patch_size is 14 in its config.json, but 16 in its preprocessor"),
-    (Q25, change(OLD, merge_size=1), "merge_size is 2 .* but 1"),
     (Q3, change(VIDEO, temporal_patch_size=1), "temporal_patch_size is 2 .* but 1"),
     (Q25, change(CONFIG, video_token_id=8), "video_token_id is 8 .* but 7 in its tokenizer"),
-    (Q3, change(CONFIG, vision_start_token_id=0), "vision_start_token_id is 0"),
     (Q2, lacks("<|video_pad|>"), "lacks .*video_pad"),
-    (Q3, lacks("<|im_end|>"), "lacks .*im_end"),
     (Q25, change(CONFIG, quantization_config=QUANTIZED), "quantized"),
     (Q25, change(SETTINGS, chat_template=None), "template gives 'ValueError"),
     (Q25, template("{{ messages[0]['content'] + '!' }}"), "template gives 'TypeError"),  # it knows text only
-    (Q25, template("{% for m in messages %}"), "template gives .TemplateSyntaxError"),
     (Q25, template(f"{SAY}{OPEN}"), "template gives 'What happens"),
     (Q25, template(f"{BLOCK}{BLOCK}{SAY}{OPEN}"), "not <.vision_start"),
-    (Q25, template(f"{SAY}{BLOCK}{OPEN}"), "not <.vision_start"),
     (Q25, template(f"{BLOCK}{SAY}"), "not <.vision_start"),
     (Q3, template(f"{BLOCK}{SAY}{OPEN}<think>"), "<think>', not"),  # of "Thinking" checkpoints
     (Q3, damage(CONFIG), "good config.json"),
-    (Q3, damage(CONFIG, b"{}"), "good config.json"),
-    (Q3, damage(VIDEO), "does not load: JSONDecodeError"),
     (Q3, damage(GENERATION), "does not load: JSONDecodeError"),  # transformers passes over it in silence
     (Q25, damage("tokenizer.json"), "does not load: "),
     (Q25, damage(WEIGHTS, b"8"), "does not load: SafetensorError"),
@@ -376,22 +353,14 @@ SPOILED = [  # family, what is done to its folder, what the message says
 @pytest.mark.parametrize(("family", "spoil", "says"), SPOILED, ids=[says[:30] for *_, says in SPOILED])
 def test_folders_that_would_train_wrong_are_refused(originals, tmp_path, family, spoil, says):
     """In one line that names the folder and a remedy."""
-    folder = copy_of(originals[family][1], tmp_path / "spoiled")
+    folder = copytree(originals[family][1], tmp_path / "spoiled")
     spoil(folder)
     with pytest.raises(ModelError, match=says) as caught:
         load_policy(str(folder))
     assert re.fullmatch(f"model: '{folder}' does not load: .*; [^;\n]*", str(caught.value))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "says"),
-    [
-        ("qwen3_5", r"'qwen3_5' \(not supported yet\); use one of"),
-        ("qwen3_vl_moe", "not supported yet"),
-        ("llava", "'llava'; use one of qwen2_vl"),
-        ("qwen9_vl", "qwen9_vl"),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "says"), [("qwen3_5", "not supported yet"), ("llava", "llava'; use")])
 def test_other_families_are_refused_by_name(tmp_path, model_type, says):
     (tmp_path / CONFIG).write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ModelError, match=says):

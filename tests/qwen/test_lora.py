@@ -131,10 +131,6 @@ def test_gradients_of_adapters_equal_one_at_a_time(policy, checkpointing):
     assert_gradients_close(gradients_of(policy), expected, 2e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Checkpoints of adapters
-
-
 def test_saved_adapters_are_those_of_peft(policy, tmp_path):
     """PeftModel.from_pretrained on stock transformers gives the same logits; load_policy's are equal to the
     last bit. What it saves again is the same, byte for byte."""
@@ -195,7 +191,6 @@ LEFT_OVER = {"base_model.model.lm_head.more.lora_A.weight": torch.zeros(3, 48)}
         ("1, such as model.language", spoil(lambda state: dict(list(state.items())[1:]))),
         ("1, such as .*lm_head.more", spoil(lambda state: state | LEFT_OVER)),
         ("does not load: RuntimeError", edit(r=2)),
-        ("does not load: FileNotFound", lambda folder: (folder / "adapter_model.safetensors").unlink()),
     ],
 )
 def test_broken_adapters_are_refused(qwen2_5, tmp_path, says, change):
@@ -223,9 +218,6 @@ def test_peft_is_needed_for_adapters_alone(qwen2_5, tmp_path, monkeypatch):
         with pytest.raises(ModelError, match="pip install peft=="):
             use()
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Two ranks
 
 COMPLETIONS = [[[9, 20, 31], [40, 41]], [[17] * 7]]
 SHARES = ([1], [0, 2])  # of the prompts, for sampling: unequal

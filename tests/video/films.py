@@ -24,17 +24,13 @@ def numbers(frames):
     found = np.zeros(len(frames), dtype=int)
     for bit in range(ROWS * COLUMNS):
         row, column = divmod(bit, COLUMNS)
-        top, left = int((row + 0.3) * height / ROWS), int((column + 0.3) * width / COLUMNS)
-        field = frames[
-            :, top : int((row + 0.7) * height / ROWS), left : int((column + 0.7) * width / COLUMNS)
-        ]
-        found |= (field.mean((1, 2, 3)) > 125).astype(int) << bit
+        rows = slice(int((row + 0.3) * height / ROWS), int((row + 0.7) * height / ROWS))
+        columns = slice(int((column + 0.3) * width / COLUMNS), int((column + 0.7) * width / COLUMNS))
+        found |= (frames[:, rows, columns].mean((1, 2, 3)) > 125).astype(int) << bit
     return found.tolist()
 
 
-def write_film(
-    path, count, fps=30, size=(160, 90), codec="libx264", milliseconds=None, rotation=0, **options
-):
+def write_film(path, count, fps=30, size=(160, 90), codec="libx264", milliseconds=(), rotation=0, **options):
     """`count` numbered frames, fps a second or, with `milliseconds`, each at its own time. rotation: degrees
     by which a player is told to turn them. options: the encoder's, and movflags. Returns the path."""
     options = {"preset": "ultrafast", **options} if codec in ("libx264", "libx265") else options
