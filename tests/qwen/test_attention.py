@@ -116,10 +116,8 @@ def test_decoding_computes_in_fp32(autocast):
         torch.cat([prompt, own], 2)[0].transpose(0, 1).double()
         for prompt, own in zip(rows[:3], rows[3:], strict=True)
     )
-    expected = torch.cat(
-        [((keys[:, h // 2] @ query[-1, h]).softmax(0) @ values[:, h // 2])[None] for h in range(A)]
-    )
-    torch.testing.assert_close(out[0, 0].double(), expected, rtol=2**-8, atol=1e-3)
+    expected = [(keys[:, h // 2] @ query[-1, h]).softmax(0) @ values[:, h // 2] for h in range(A)]
+    torch.testing.assert_close(out[0, 0].double(), torch.stack(expected), rtol=2**-8, atol=1e-3)
 
 
 def test_without_a_prefix_it_is_the_usual_attention(rows):

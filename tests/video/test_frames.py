@@ -110,12 +110,10 @@ def film(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("films"), {}
 
     def get(name, seconds=None):
-        if (name, seconds) not in made:
-            path = folder / f"{seconds}_{name}"
-            made[name, seconds] = (
-                cut(get(name), path, seconds) if seconds else write_film(path, **FILMS[name])
-            )
-        return made[name, seconds]
+        path = folder / f"{seconds}_{name}"
+        if path not in made:
+            made[path] = cut(get(name), path, seconds) if seconds else write_film(path, **FILMS[name])
+        return made[path]
 
     return get
 

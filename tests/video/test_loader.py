@@ -131,7 +131,7 @@ def test_pictures_that_the_decoder_guessed_are_reported(workers, tmp_path, capsy
     loader.frames(make_sample(path))
     said = capsys.readouterr().err  # once
     assert said.count("\n") == 1 and said.startswith(
-        f"{path}: damaged, some pictures are the decoder's guess ("
+        f"{path}: damaged, some pictures are the decoder's guess"
     )
 
 
