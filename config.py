@@ -83,9 +83,7 @@ class Config:
     scale_rewards: bool = True  # divide advantages by the standard deviation of the group (Eq. 11)
     temperature: float = 1.0  # of sampling and scoring. Not in the paper
     max_new_tokens: int = 2048  # not in the paper; a box costs about 22 tokens and every step has two
-    kl_beta: float = (
-        0.01  # of the KL to the frozen reference (Eq. 12); 0 needs no reference. Not in the paper
-    )
+    kl_beta: float = 0.01  # of the KL to the frozen reference (Eq. 12); 0 needs none. Not in the paper
     clip_eps: float = 0.2  # probability ratios are clipped to 1 +- this (Eq. 12). Not in the paper
     updates_per_batch: int = 1  # optimiser steps on one batch; with 1 the ratio is 1. Not in the paper
     loss_aggregation: str = "token-mean"  # token-mean | sequence-mean | constant (grpo.py). Not in the paper
@@ -103,9 +101,7 @@ class Config:
     # --- how it runs; none of these changes what is learned, except for rounding
     rollout_batch: int = 4  # prompts whose answers are sampled together
     micro_batch: int = 1  # prompts whose answers are scored and trained on together
-    reuse_prompts: bool = (
-        False  # the update reuses the rollout's activations of the prompts: faster, more memory
-    )
+    reuse_prompts: bool = False  # the update reuses the rollout's work on the prompts: faster, more memory
     # exchange gradients among ranks in the last backward pass of a step, or in every one: last | every. The
     # first communicates less, and takes 4 * (1 - 1 / ranks) bytes a parameter more on every GPU
     sync_gradients: str = "last"

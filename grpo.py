@@ -5,17 +5,14 @@ Nothing here knows a model, a text or a video.
 
 Shapes: G completions of one prompt; B rows (completions of one or more prompts) of C tokens.
 
-The paper gives Eq. 11 and Eq. 12. What it leaves open is done as in verl, the framework that the authors
-used:
+The paper gives Eq. 11 and Eq. 12. The rest is done as in verl, the framework that the authors used:
 
 - standard deviation of the group: the sample's (n - 1), plus 1e-6;
 - importance ratio: one per token (the paper writes one per answer);
 - clipping: 1 +- clip_eps on both sides (verl: 0.2). verl's second clip, at ratio 3 for negative advantages,
-is
-  not in Eq. 12 and is left out;
+  is not in Eq. 12 and is left out;
 - KL: estimator k3, in the loss, with the log-ratio clamped to +-20. verl also clamps the estimate at 10,
-which
-  stops the gradient of the tokens that have drifted furthest; we do not;
+  which stops the gradient of the tokens that have drifted furthest; we do not;
 - aggregation: "token-mean", every token of the global batch weighs the same.
 
 Why is my loss 0? GRPO's loss does not measure progress. With one update per batch every ratio is 1, and the

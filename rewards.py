@@ -2,9 +2,8 @@
 
     python rewards.py FILE.jsonl [CONFIG.yaml ...] > scored.jsonl      score saved answers; needs no model
 
-**To try another reward**, write a function of an answer and the truth in a file of yours, and name it with
-its
-weight beside the paper's five:
+**To try another reward**, write a function of an answer and the truth in a file of yours, and name it, with
+its weight, beside the paper's five:
 
     def smoothness(answer, truth):                 # my_rewards.py
         ...
@@ -14,8 +13,7 @@ weight beside the paper's five:
 It is called for every answer that parses. It gets what the functions below get: an Answer whose boxes are in
 [0, 1] of the frame (answer.span, answer.think_boxes and answer.pred_boxes: step -> box), and the Truth (span,
 boxes). Boxes may be missing, and may have no inside; a span may end before it starts. It may import
-everything here (`from rewards import giou, common_steps`). Its term is logged, and with weight 0 it is only
-watched.
+everything here (`from rewards import giou, common_steps`). Weight 0 only logs it.
 
 Bounds, for any text and any truth with boxes in [0, 1]: format and consistency are 0 or 1; temporal is in
 [0, 1]; a box earns GIoU - L1 >= -1 - 4, so spatial is in [-5, 1] and think in [0, 6]. With the paper's

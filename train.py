@@ -6,9 +6,8 @@
     torchrun --nproc_per_node=8 train.py CONFIG            on eight GPUs, the same steps
     torchrun train.py CONFIG resume=auto                   resume a run that was stopped or killed
 
-Evaluate; fine-tune on true answers if `sft.steps` says so; then `steps` times sample, score, compare,
-improve,
-log; evaluate again. Everything goes to output_dir:
+Evaluate; fine-tune on true answers if `sft.steps` says so; then, `steps` times, *sample, score, compare,
+improve, log*; evaluate again. Everything goes to output_dir:
 
     config.yaml, versions.json       all settings; versions of the packages
     metrics.jsonl                    one line an optimiser step, and one an evaluation
@@ -18,8 +17,8 @@ log; evaluate again. Everything goes to output_dir:
     checkpoint_STEP/, best_STEP/     the same every save_every steps, and of the best evaluation along the way
     summary.json, pictures/          scores before and after; curves, answers and a page (where matplotlib is)
 
-SIGTERM or Ctrl-C end the run after the step at hand, with a checkpoint. Departures from the paper are the
-settings in config.py that say "not in the paper".
+SIGTERM or Ctrl-C end the run after the step at hand, with a checkpoint. `step` is here one of the optimiser;
+the steps of a clip occur in make_prompts alone. Departures from the paper: config.py, "not in the paper".
 """
 
 import contextlib
@@ -70,6 +69,7 @@ def train(run: Run, phase: str, reference: Policy | None, samples: list[Sample],
     run.restore(phase, optimizer)
 
     # Between two steps `run.steps` evaluates, saves, and ends the run after a signal.
+    # batch: this rank's (k, sample), k being the place in the global batch.
     for step, batch in run.steps(phase, config, samples, optimizer, evaluate):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1, (step + 1) / max(1, config.warmup_steps))
@@ -84,7 +84,7 @@ def train(run: Run, phase: str, reference: Policy | None, samples: list[Sample],
 
         # Sample: G answers to each prompt, which is encoded once for all of them.
         keys = [(config.seed, step, k) for k, _ in batch]  # of the random numbers
-        prompts, completions = sample(policy, prompts, keys, config)  # completions[b][g]
+        prompts, completions = sample_answers(policy, prompts, keys, config)  # completions[b][g]
 
         # Score: the paper's five rewards, and yours.
         with clock("score"), distributed.errors_on_all_ranks():
@@ -129,7 +129,7 @@ def make_prompts(
     return readable, truths, prompts
 
 
-def sample(
+def sample_answers(
     policy: Policy, prompts: list[Prompt], keys: list[tuple], config: Config
 ) -> tuple[list[Prompt], list[list[Completion]]]:
     """G completions of each prompt, rollout_batch prompts at a time. The prompts come back with what the

@@ -21,7 +21,7 @@ everywhere but here (complete_torchvision). Without it only ours are printed.
    clock) of every step but the first, in which the worker starts, and how many of them it waited for frames.
    Without a worker frames are decoded when they are asked for: that line shows what a worker hides.
 
-A file is read in order from its start, never by seeking (README, "Videos"). So a clip far into a long file
+A file is read in order from its start, never by seeking (docs/data.md). So a clip far into a long file
 costs the decoding of what lies before it, which a reader that seeks is spared: the clip "last".
 
 The film is made by PyAV: a texture that moves, with noise, as H.264. All takes 80 s, and 70 MB of disk

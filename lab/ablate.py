@@ -1,4 +1,4 @@
-"""Train every row of the paper's Tables 5-8 with several seeds, and print the tables.
+"""Train every row of the paper's Tables 5-8, and print the tables.
 
     python -m lab.ablate                                    the toy: nine rows, seeds 0 1 2
     python -m lab.ablate --rows rft rft_think --seeds 0     some rows, one seed

@@ -1,4 +1,4 @@
-"""Show what each reward does in saved answers: its mean, its spread, and how often it decides.
+"""Show what each reward does in saved answers: mean, spread, decisions.
 
     python -m lab.bench FILE.jsonl [--config C ...]   rollouts.jsonl, predictions.jsonl, or lines of your own
     python -m lab.bench RUN [--config C ...]          RUN/rollouts.jsonl, with the rewards of RUN/config.yaml

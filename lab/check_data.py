@@ -1,4 +1,4 @@
-"""Check a configuration's data before training: counts, flaws, lengths of the answers, the videos.
+"""Check annotations and videos before training.
 
     python -m lab.check_data configs/vidstg.yaml             annotations, true answers, headers of the videos
     python -m lab.check_data configs/vidstg.yaml --decode    and every clip, which fills frame_cache

@@ -1,4 +1,4 @@
-"""Score closed chat models: print the questions to ask (the paper's Fig. 8), then convert their CSV answers.
+"""Ask closed chat models (the paper's Fig. 8), and score their CSV answers.
 
     python -m lab.closed_models questions configs/closed_model.yaml > questions.jsonl
     python -m lab.closed_models convert answers.jsonl configs/closed_model.yaml > converted.jsonl

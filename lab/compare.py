@@ -1,4 +1,4 @@
-"""Print finished runs in the layout of the paper's Tables 5-8, beside the paper's figures.
+"""Print finished runs as the paper's Tables 5-8, beside the paper's figures.
 
     python -m lab.compare RUN [RUN ...]          RUN: an output_dir of train.py or lab.ablate
 

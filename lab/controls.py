@@ -1,4 +1,4 @@
-"""Ask a model about replaced frames (blank, shuffled, another video's): does it look at the video?
+"""Ask about replaced frames: does the model look at the video?
 
     python -m lab.controls RUN [blank shuffled other] [key=value ...]    a run of train.py; default: all three
     python -m lab.controls CHECKPOINT CONFIG [blank shuffled other]      any Qwen-VL, as in evaluate.py

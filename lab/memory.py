@@ -1,4 +1,4 @@
-"""The memory that a run takes on each of 1 to 16 GPUs, worked out from the shapes of its model.
+"""Work out the memory that a run takes on each of 1 to 16 GPUs.
 
     python -m lab.memory CONFIG.yaml [key=value ...]
 

@@ -1,10 +1,10 @@
-"""Pictures of a run: the curves of its training, its answers on the frames, and a page with all of it.
+"""Draw a run: its curves, its answers on the frames, and a page.
 
     python -m lab.pictures RUN [RUN ...]
 
     RUN/pictures/run.html       scores, curves, sampled answers along the training, all held-out answers: one
                                 file, to be opened in a browser
-    RUN/pictures/curves.png     the curves of metrics.jsonl (README, "Glossary")
+    RUN/pictures/curves.png     the curves of metrics.jsonl (docs/glossary.md)
     RUN/pictures/area.png       vIoU of think and pred boxes by the size of the subject (STVG-o1, Fig. 4)
     RUN/pictures/answers.png    held-out answers from the worst to the best, before and after training: truth
                                 green, think boxes blue, pred boxes red (STVG-o1, Fig. 3)
@@ -111,15 +111,15 @@ def draw_areas(answers: dict[str, ShownAnswer], samples: dict[str, Sample], conf
     return figure
 
 
-SHARES = "span_ratio", "one_step", "invalid_boxes", "out_of_frame", "copied", "truncated", "zero_spread"
+SHARES = "overlap", "one_step", "invalid_boxes", "out_of_frame", "copied", "truncated", "zero_spread"
 PARTS = "step", "decode", "rollout", "score", "reference", "update", "wait"
 PANELS = {  # title -> phase and keys of lines of metrics.jsonl
     "Reward of sampled answers": ("grpo", ("reward",)),
     "Reward terms, unweighted": ("grpo", TERMS),
     "Held-out split, greedy answers (%)": ("eval", COLUMNS),
-    "IoU of sampled answers, on steps": ("grpo", ("overlap", "viou_think", "viou_pred")),
-    "KL to the reference": ("grpo", ("kl",)),
-    "Loss and gradient norm": ("grpo", ("loss", "grad_norm")),
+    "IoU of sampled answers, in steps": ("grpo", ("tiou", "viou_think", "viou_pred")),
+    "Loss, KL, gradient norm": ("grpo", ("loss", "kl", "grad_norm")),
+    "Answered steps / true steps": ("grpo", ("span_ratio",)),
     "Tokens of an answer": ("grpo", ("length",)),
     "Diagnostics of sampled answers": ("grpo", (*SHARES, "drift")),
     "Seconds of a step": ("grpo", tuple(f"seconds/{part}" for part in PARTS)),
