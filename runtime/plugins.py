@@ -57,9 +57,8 @@ def load_plugins(weights: dict) -> None:
 
 def plugin_fingerprints(weights: dict) -> dict[str, str]:
     """file -> a fingerprint of its text when it was loaded, for the files of all plug-ins."""
-    return {
-        path: load_file(path)[1] for path in sorted({name.rpartition(":")[0] for name in plugins(weights)})
-    }
+    files = sorted({name.rpartition(":")[0] for name in plugins(weights)})
+    return {path: load_file(path)[1] for path in files}
 
 
 def call_plugin(name: str, answer, truth, completion: str) -> float:
