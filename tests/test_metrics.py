@@ -49,10 +49,6 @@ def tube(answer, sample):
     return tube_from_answer(answer, sample, FRAME, NORM)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Tubes
-
-
 def test_cells_and_interpolation_by_hand():
     """Steps 2 and 3 are frames 20 .. 39; from 20 to 30 the box goes right by 100, then it stands still."""
     sample = make_sample(0, 100)
@@ -106,9 +102,6 @@ def test_either_list_of_boxes():
     for which, viou in (("think", 1), ("pred", 0)):
         assert native_scores(tube_from_answer(answer, sample, FRAME, NORM, which), sample)["vIoU"] == viou
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Scores
 
 LEFT_TEXT, WIDE_TEXT = (0, 0, 500, 1000), (0, 0, 1000, 1000)  # IoU with LEFT: 1 and 1/2
 
@@ -167,19 +160,12 @@ def every_box(span, box=LEFT):
 @pytest.mark.parametrize(("box", "right"), [(LEFT, 1), ((0, 0, 1, 1), 0.5), (RIGHT, 0)])
 def test_protocols_by_hand(truth, span, native, hcstvg, vidstg, tubedetr, box, right):
     tube = every_box(span, box)
-    for question_type, protocol, (tiou, viou) in [
-        (None, native_scores, native),
-        ("declarative", native_scores, native),
-        (None, stcat_scores, hcstvg),
-        ("declarative", stcat_scores, vidstg),
-        ("interrogative", stcat_scores, vidstg),
-        (None, tubedetr_scores, tubedetr),
-        ("declarative", tubedetr_scores, tubedetr),
-    ]:
-        expected = pytest.approx((float(Fraction(tiou)), right * float(Fraction(viou))))
-        scores = protocol(tube, make_sample(*truth, question_type=question_type))
-        assert (scores["tIoU"], scores["vIoU"]) == expected, (protocol, question_type)
-        assert scores["failures"] == 0
+    for question_type, stcat in ((None, hcstvg), ("declarative", vidstg), ("interrogative", vidstg)):
+        sample = make_sample(*truth, question_type=question_type)
+        for name, figures in {"native": native, "stcat": stcat, "tubedetr": tubedetr}.items():
+            tiou, viou = (float(Fraction(figure)) for figure in figures)
+            expected = {"tIoU": tiou, "vIoU": right * viou, "failures": 0}
+            assert PROTOCOLS[name](tube, sample) == pytest.approx(expected), (name, question_type)
 
 
 def test_holes_in_all_protocols():
@@ -282,10 +268,6 @@ def test_at_most_200_frames_of_tubedetr():
     assert tubedetr_frames(make_sample(0, 1, num_frames=1001, fps=25.0)) == list(range(0, 1000, 5))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Rows and tables
-
-
 def test_summary():
     """Failures stay in every mean, and a tie with a threshold is not above it."""
     vious = [0.3, 0.3000001, 0.5, 0.9, 0.0]
@@ -317,8 +299,7 @@ def some_answers(kinds):
 
 @pytest.mark.parametrize("kinds", [[None] * 4, [QUESTION_TYPES[k % 2] for k in (0, 1, 1, 0, 1, 1, 1, 0)]])
 def test_rows(kinds):
-    """The row of each protocol, with the ceiling; the rows of question types are what their sentences get
-    alone."""
+    """The row of each protocol, with the ceiling; that of a question type is what its sentences get alone."""
     tubes, samples = some_answers(kinds)
     result = score_answers(iter(tubes), samples, FRAME)
     assert list(result) == ["native", "stcat", "tubedetr"]
@@ -344,8 +325,6 @@ def test_every_answer_needs_its_sample():
     for answers, truths in [(tubes[:2], samples), (tubes, samples[:2])]:
         with pytest.raises(ValueError, match="argument"):
             score_answers(iter(answers), truths, FRAME)
-    with pytest.raises(ValueError, match="the split is empty"):
-        score_answers([], [], FRAME)
 
 
 def test_table():
@@ -368,10 +347,6 @@ def test_table():
     for impossible in (row | {"vIoU@0.5": 74.0}, row | {"vIoU@0.5": float("nan")}):
         with pytest.raises(ValueError, match=r"stcat: vIoU@0.5 .* vIoU@0.3 73.0"):
             format_table({"native": row, "stcat": impossible})
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Against a slow version: sets of frames, exact fractions
 
 
 def slow_iou(a, b):
@@ -496,10 +471,6 @@ def test_any_tube_against_the_slow_version(case):
         assert 0 <= scores["vIoU"] <= 1 and 0 <= scores["tIoU"] <= 1 and scores["failures"] == 0
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The grid's ceiling: what the truth, in steps, is worth
-
-
 def slow_truth_steps(sample, step):
     """Steps whose frame on screen lies in the truth; where there is none, the step the truth begins in."""
     fps = Fraction(sample.fps)
@@ -510,8 +481,7 @@ def slow_truth_steps(sample, step):
 
 
 def ceiling_samples():
-    """Clips of 2 s with boxes on the text's grid: one in steady motion, one that jumps and has a hole,
-    ..."""
+    """Clips with boxes on the text's grid: one in steady motion, one that jumps and has a hole, ..."""
     moving = {f: (f / 100, 0.25, f / 100 + 0.5, 0.75) for f in range(7, 33)}
     jumps = {f: f * 37 % 50 / 100 for f in range(12, 40) if f != 20}
     jumping = {f: (x, 0.0, 0.5 + x, 1.0) for f, x in jumps.items()}
@@ -577,13 +547,8 @@ def test_no_ceiling_is_above_the_best_answer(sample):
         assert 0 < scores["tIoU"] <= best[name][0] and scores["vIoU"] <= best[name][1] + 1e-12
 
 
-# ----------------------------------------------------------------------------------------------------------
-# By the size of the subject
-
-
 def test_viou_by_area_by_hand():
-    """Areas: 0.005 and 0.012, mean 0.0085; 1/128 and 0.0121875, mean 0.01, an edge; 0.25, an edge, twice;
-    1."""
+    """Areas: 0.005 and 0.012, mean 0.0085; 1/128 and 0.0121875, mean 0.01, an edge; 0.25 twice, too; 1."""
     assert AREA_EDGES == (0, 0.01, 0.04, 0.09, 0.16, 0.25, 0.36, 0.49, 0.64, 0.81, 1)  # Fig. 4
     boxes = [
         {0: (0.5, 0.5, 0.55, 0.6), 1: (0.5, 0.5, 0.6, 0.62)},

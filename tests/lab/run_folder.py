@@ -5,6 +5,7 @@ import json
 from config import Config, save_config
 from prompts import Answer, format_answer
 from rewards import TERMS, score
+from runtime.files import write_jsonl
 from samples import Truth
 
 TRUTH = Truth((2, 3), dict.fromkeys((2, 3), (0.25, 0.25, 0.5, 0.75)))
@@ -24,10 +25,6 @@ for _step in range(1, 13):
     line |= dict.fromkeys((*TERMS, "viou_think", "viou_pred", "copied", "truncated"), 0.5)
     METRICS.append(line | {"loss": 0.0, "seconds": {"rollout": 2.0, "step": 3.25}})
 METRICS += [{"phase": "eval", "step": 12, **evaluated(90.0, 50.0, 80.0, 60.0)}]
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def record_of(text, key, **more):
@@ -67,13 +64,13 @@ def make_run(folder, videos=10, seconds=6, **settings):
         records = [record_of(answer_text(d, d), f"{k}.y4m") for k, d in enumerate(shifts)]
         if scale > 1:
             records[0] = record_of("<time> 2", "0.y4m", truncated=True)
-        write_jsonl(run / f"{name}.jsonl", records)
+        write_jsonl(records, run / f"{name}.jsonl")
     lines = []
     for step, k in sorted((step, k) for k, steps in SAMPLED.items() if k < videos for step in steps):
         texts = [answer_text(0, 100 * generation) for generation in range(3)] + ["no idea"]
         for generation, text in enumerate(texts):
             more = {"step": step, "generation": generation, "advantage": 1.5 - generation}
             lines.append(record_of(text, f"{k}.y4m", **more))
-    write_jsonl(run / "rollouts.jsonl", lines)
-    write_jsonl(run / "metrics.jsonl", METRICS)
+    write_jsonl(lines, run / "rollouts.jsonl")
+    write_jsonl(METRICS, run / "metrics.jsonl")
     return run

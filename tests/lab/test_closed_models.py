@@ -108,9 +108,8 @@ def test_from_question_to_score(tmp_path, write_config, capsys, monkeypatch):
     first; of seven lines one cannot be read, and one has pixels."""
     monkeypatch.setattr(toy_world, "SPLITS", {"test": (7, 3)})
     places = {"videos": f"{tmp_path}/new", "eval_annotations": f"{tmp_path}/new/test.json"}
-    place = write_config(
-        tmp_path, toy=True, think=False, train_annotations=f"{tmp_path}/new/train.json", **places
-    )
+    places["train_annotations"] = f"{tmp_path}/new/train.json"
+    place = write_config(tmp_path, toy=True, think=False, **places)
     closed_models.main(["questions", place, "eval_limit=6"])
     questions = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     samples = load_samples("hcstvg", places["eval_annotations"], places["videos"])[0]

@@ -61,9 +61,7 @@ def test_frames_depend_on_the_sample_alone(write_config, tmp_path, samples, cont
         if control == "shuffled":
             assert sorted(frames.flatten(1).tolist()) == sorted(own.flatten(1).tolist())
         else:
-            assert torch.equal(
-                frames, {"blank": torch.full_like(own, 128), "other": real[(n + 1) % 6]}[control]
-            )
+            assert torch.equal(frames, torch.full_like(own, 128) if control == "blank" else real[(n + 1) % 6])
 
 
 def test_controls_of_a_run(taught, tmp_path, world, capsys):
