@@ -17,14 +17,7 @@ import tiny_runs
 import torch
 import yaml
 from hypothesis import settings
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qwen.checkpoint import load_policy
 from toy.pretrain import tiny_tokenizer
@@ -35,71 +28,36 @@ settings.register_profile("default", max_examples=50, deadline=None)
 settings.register_profile("slow", max_examples=1000, deadline=None)  # pytest --hypothesis-profile=slow
 settings.load_profile("default")
 
-TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]},
-}
-MERGER = {"spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 2, "depth": 2}
-FAMILIES = {
-    "qwen2_vl": (
-        Qwen2VLConfig,
-        Qwen2VLForConditionalGeneration,
-        {"patch_size": 14, "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2, **MERGER},
-        TEXT,
-    ),
-    "qwen2_5_vl": (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        {
-            "patch_size": 14,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "out_hidden_size": 48,
-            "tokens_per_second": 2,  # as in the published checkpoints; the default of the class is 4
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-            **MERGER,
-        },
-        TEXT,
-    ),
-    "qwen3_vl": (
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        {
-            "patch_size": 16,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "out_hidden_size": 48,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
-            **MERGER,
-        },
-        {**TEXT, "head_dim": 24, "rope_parameters": {**TEXT["rope_parameters"], "mrope_interleaved": True}},
-    ),
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]}
+TEXT = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "rope_parameters": ROPE}
+TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+TOWER = {"spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 2, "depth": 2}
+LATER = {**TOWER, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 48}
+# as in the published checkpoints, whose tokens_per_second is not the default of the class
+WINDOWS = {"tokens_per_second": 2, "window_size": 56, "fullatt_block_indexes": [1]}
+DEEPSTACK = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+INTERLEAVED = {"head_dim": 24, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
+FAMILIES = {  # -> (vision tower, decoder)
+    "qwen2_vl": ({"patch_size": 14, "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2, **TOWER}, TEXT),
+    "qwen2_5_vl": ({"patch_size": 14, **LATER, **WINDOWS}, TEXT),
+    "qwen3_vl": ({"patch_size": 16, **LATER, **DEEPSTACK}, {**TEXT, **INTERLEAVED}),
 }
 
 
 def save_checkpoint(family, folder):
     """A checkpoint folder of one family: random weights, so large that the logits differ by O(1)."""
-    config_class, model_class, vision, text = FAMILIES[family]
+    vision, text = FAMILIES[family]
     tokenizer = tiny_tokenizer()
-    marks = {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    }
-    ids = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    special = dict(zip(("eos_token_id", "bos_token_id", "pad_token_id"), (*ends, ends[1]), strict=True))
-    text = {**text, "vocab_size": len(tokenizer), **special}
-    config = config_class(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    id_of = tokenizer.convert_tokens_to_ids
+    marks = ("image_pad", "video_pad", "vision_start", "vision_end")
+    ids = {f"{mark.removesuffix('_pad')}_token_id": id_of(f"<|{mark}|>") for mark in marks}
+    ends = id_of(["<|im_end|>", "<|endoftext|>"])
+    text = {**text, "vocab_size": len(tokenizer), "eos_token_id": ends[0]}
+    text |= dict.fromkeys(("bos_token_id", "pad_token_id"), ends[1])
+    ids |= {"text_config": text, "vision_config": vision}
+    config = AutoConfig.for_model(family, tie_word_embeddings=True, **ids)
     torch.manual_seed(0)
-    model = model_class._from_config(config, attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
@@ -142,8 +100,7 @@ def world(tmp_path_factory):
     records = {}
     for n in range(6):
         objects = draw_objects(np.random.default_rng((7, n)))
-        frames = render(objects, NATIVE_FPS)
-        write_y4m(folder / f"{n}.y4m", frames, NATIVE_FPS)
+        write_y4m(folder / f"{n}.y4m", render(objects, NATIVE_FPS), NATIVE_FPS)
         records[f"{n}.y4m"] = hcstvg_record(objects[0])
     (folder / "all.json").write_text(json.dumps(records), encoding="utf-8")
     return folder
@@ -162,28 +119,14 @@ def write_config(world, checkpoints):
     """write_config(folder, key=value, ...) -> folder/config.yaml: a tiny run on that world, in folder/run."""
 
     def write(folder, **changes):
-        settings = {
-            "model": str(checkpoints["qwen2_5_vl"]),
-            "train_annotations": str(world / "all.json"),
-            "eval_annotations": str(world / "all.json"),
-            "videos": str(world),
-            "output_dir": str(folder / "run"),
-            "max_side": 56,
-            "time_unit": "second",
-            "max_new_tokens": 24,
-            "num_generations": 4,
-            "batch_size": 2,
-            "steps": 2,
-            "learning_rate": 1e-3,
-            "rollout_batch": 2,
-            "micro_batch": 2,
-            "eval_batch": 6,
-            "threads": 1,
-            "video_workers": 0,
-            "precision": "fp32",
-        }
+        settings = {"model": str(checkpoints["qwen2_5_vl"]), "output_dir": str(folder / "run")}
+        settings |= dict.fromkeys(("train_annotations", "eval_annotations"), str(world / "all.json"))
+        settings |= {"videos": str(world), "max_side": 56, "time_unit": "second", "max_new_tokens": 24}
+        settings |= {"num_generations": 4, "batch_size": 2, "steps": 2, "learning_rate": 1e-3}
+        settings |= {"rollout_batch": 2, "micro_batch": 2, "eval_batch": 6, "precision": "fp32"}
+        settings |= {"threads": 1, "video_workers": 0, **changes}
         path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump({**settings, **changes}), encoding="utf-8")
+        path.write_text(yaml.safe_dump(settings), encoding="utf-8")
         return str(path)
 
     return write

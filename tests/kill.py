@@ -9,7 +9,7 @@ weights, logs (but for the seconds), rollouts and held-out answers must be equal
 """
 
 import argparse
-import json
+import contextlib
 import os
 import random
 import signal
@@ -19,11 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from tiny_runs import BYTES, metrics_of
+
 ROOT = Path(__file__).resolve().parent.parent
-TIMED = ("seconds", "tokens_per_second", "peak_memory")  # of metrics.jsonl: never twice the same
 SETTINGS = "steps=24 batch_size=4 eval_batch=4 save_every=1 eval_every=6 eval_limit=32 keep_checkpoints=3"
 MOMENTS = ("start", "step", "save", "evaluation", "step", "save")
-FILES = ("rollouts.jsonl", "predictions_before.jsonl", "predictions.jsonl", "checkpoint/model.safetensors")
 
 
 def start(ranks: int, folder: Path, name: str) -> subprocess.Popen:
@@ -78,25 +78,21 @@ def kill(process: subprocess.Popen, rng: random.Random) -> str:
             sys.exit("error: the job hangs, two minutes after a rank was killed")
         return f"rank {victim}"
     for pid in [*ranks, process.pid]:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     process.wait()
     return "all"
 
 
 def outcome(run: Path) -> dict[str, object]:
     """All that must be equal: file name -> content."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in line.items() if k not in TIMED} for line in metrics]
-    return {"metrics.jsonl": timeless} | {name: (run / name).read_bytes() for name in FILES}
+    files = {name: (run / name).read_bytes() for name in (*BYTES, "checkpoint/model.safetensors")}
+    return {"metrics.jsonl": metrics_of(run), **files}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(formatter_class=raw, description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)

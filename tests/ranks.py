@@ -13,17 +13,17 @@ import torch.distributed as dist
 from runtime import distributed
 
 
-def on_ranks(size, function, *arguments, environment=(), timeout=300):
+def on_ranks(size, function, *arguments, timeout=300):
     """Call function(*arguments) on `size` ranks; return what each rank returned, which must be picklable.
 
     function enters the process group by distributed.init(), as under torchrun: this process plays torchrun's
     agent, which holds the store where the ranks meet. A rank's error is raised here with its traceback; then,
-    or after `timeout` seconds, the other ranks are killed. environment: more variables, (name, text) pairs.
+    or after `timeout` seconds, the other ranks are killed.
     """
     assert not dist.is_initialized(), "an earlier test has left a process group behind"
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     variables = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-    variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", **dict(environment)}
+    variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     fork, ranks = multiprocessing.get_context("fork"), {}
     for rank in range(size):
         receive, send = fork.Pipe(duplex=False)

@@ -18,15 +18,12 @@ def films(tmp_path_factory):
 
 def test_the_films_are_what_the_clips_say(films):
     film, long = films
-    assert [(h.frames, h.seconds, h.width, h.height) for h in map(probe, map(str, films))] == [
-        (50, pytest.approx(2), 160, 96),
-        (150, pytest.approx(6), 160, 96),
-    ]
+    for n, header in enumerate(map(probe, map(str, films))):
+        assert (header.frames, header.width, header.height) == ((50, 150)[n], 160, 96)
+        assert header.seconds == pytest.approx((2, 6)[n])
     clips = clips_of(film, long, seconds=2)
-    assert [(c.begin_frame, c.num_frames, c.file_frames) for c in clips.values()] == [
-        (0, 50, 50),
-        (100, 50, 150),
-    ]
+    spans = [(c.begin_frame, c.num_frames, c.file_frames) for c in clips.values()]
+    assert spans == [(0, 50, 50), (100, 50, 150)]
     assert list(clips_of(film, film, seconds=2)) == ["first"]
 
 

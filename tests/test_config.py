@@ -74,18 +74,14 @@ def test_files_over_files(path, tmp_path):
 
 BAD = {
     "learning_rat=1": r"unknown key learning_rat; did you mean learning_rate\?",
-    "zzz=1": "unknown key zzz; the keys are model, dataset,",
     "sft.step=5": r"unknown key sft\.step; did you mean sft\.steps\?",
     "rewards.thinking=1": "there is no weight 'thinking'",
-    **dict.fromkeys(
-        ("rewards.think=much", "rewards.think=.nan"), "the weight of think is .*; write a number"
-    ),
-    **dict.fromkeys(("rewards=5", "sft=5"), "(rewards|sft): 5 must be"),
+    "rewards.think=.nan": "the weight of think is .*; write a number",
+    "sft=5": "sft: 5 must be",
     **dict.fromkeys(("steps=many", "steps=1.5", "steps=true", "steps="), "steps: .* must be a whole number"),
     **dict.fromkeys(("fps=fast", "fps=true", "fps=nan", "fps={a: 1}"), "fps: .* must be a finite number"),
     "think=1": "think: 1 must be true or false",
     "steps": "'steps': settings on the command line are written key=value",
-    "dataset=kitti": "dataset: 'kitti' must be one of hcstvg, vidstg",
     "log_to=[mlflow]": "must be some of tensorboard, wandb",
     "lora.targets=[]": r"lora\.targets: \[\] must be a list of names",
     "coordinates=pixels": "coordinates: 'pixels' .* norm1000, resized, original",
@@ -122,11 +118,8 @@ def test_bad_files(tmp_path):
         "- steps\n": "must hold `key: value` lines",
         "toy: true\nvideos: mine\n": "toy: true makes videos, .* in one folder; write toy: false",
         "fps: 2.5\ntime_unit: second\n": "fps: 2.5 with time_unit: second must be a whole number",
-        "max_side: 0\n": "max_side: 0 must be at least 1",
-        "sft: {rate: 1}\n": r"unknown key sft\.rate; ",
         "rewards: {speed: 1}\n": "rewards: there is no weight 'speed'",
         "sft: {steps: 5, steps: 7}\n": "is not valid YAML: the key steps stands there twice; keep one",
-        "\ufeff\ufffe\x00": "is not valid YAML",
     }
     for text, message in cases.items():
         path.write_text(text)

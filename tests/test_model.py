@@ -379,7 +379,7 @@ def test_what_a_frozen_tower_saw(policy):
 
 def test_levels_of_features_keep_their_order(checkpoints, tmp_path, monkeypatch):
     """The tiny Qwen3-VL has one level beside the last; here two, as the published ones have three."""
-    monkeypatch.setitem(conftest.FAMILIES["qwen3_vl"][2], "deepstack_visual_indexes", [0, 1])
+    monkeypatch.setitem(conftest.FAMILIES["qwen3_vl"][0], "deepstack_visual_indexes", [0, 1])
     policy = load_policy(str(conftest.save_checkpoint("qwen3_vl", tmp_path / "deep")))
     policy.model.requires_grad_(False)
     prompts, completions = make_prompts(policy), random_completions(policy, LENGTHS)

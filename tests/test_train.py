@@ -21,7 +21,7 @@ import train
 from config import load_config
 from data import load_samples
 from model import Completion, completion_logprobs, pack_completions
-from qwen.checkpoint import freeze, load_policy
+from qwen.checkpoint import load_policy
 from rewards import TERMS, WEIGHTS, score
 from runtime.files import UserError
 from runtime.run import global_batch
@@ -29,8 +29,6 @@ from video.frames import VideoError
 from video.loader import FrameLoader
 
 ROOT = Path(__file__).parent.parent
-
-
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
@@ -44,10 +42,6 @@ def prompts_of(policy, config):
 
 def flat(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Whole runs
 
 
 def test_files_of_a_run(finished, taught):
@@ -179,10 +173,6 @@ def test_supervised_loss_is_that_of_the_true_answers(taught, checkpoints):
         if folder == checkpoints["qwen2_5_vl"]:
             assert metrics["nll"] == pytest.approx(losses[0], abs=1e-4)  # the first batch, in fp32
     assert metrics["nll"] < 0.1 * losses[0]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# One update
 
 
 def random_groups(policy, config, lengths=((9, 4, 1, 6), (5, 5, 8, 3), (2, 7, 7, 4))):
@@ -324,16 +314,6 @@ def test_ways_of_a_step_change_nothing(grpo_config, tmp_path, updates):
         assert (other_moves - moves).norm() <= 4e-5 * moves.norm()
 
 
-def test_reference_does_not_move(qwen2_5, write_config, tmp_path):
-    config = load_config(write_config(tmp_path), ["updates_per_batch=2"])
-    reference, before = freeze(qwen2_5, config), flat(qwen2_5.model)
-    optimizer = torch.optim.AdamW(qwen2_5.model.parameters(), lr=1e-3)
-    train.update(qwen2_5, reference, optimizer, *random_groups(qwen2_5, config), config)
-    assert torch.equal(flat(reference.model), before) and not reference.model.training
-    assert not any(p.requires_grad for p in reference.model.parameters())
-    assert (flat(qwen2_5.model) != before).all()
-
-
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nothing_is_learnt_from_what_is_not_finite(qwen2_5, write_config, tmp_path, what):
     config = load_config(write_config(tmp_path), ["kl_beta=0"])
@@ -413,10 +393,6 @@ def test_a_video_that_ends_early(qwen2_5, tmp_path, write_config, world, capsys)
         train.make_prompts(qwen2_5, [(0, after)], loader, config)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What is wrong is said in one line
-
-
 def test_exit_code_and_stderr(tmp_path, write_config):
     """The one test in a process of its own: exit code 1, one line on stderr, nothing on stdout."""
     command = [sys.executable, str(ROOT / "train.py"), write_config(tmp_path), "learning_rat=1"]
@@ -427,12 +403,9 @@ def test_exit_code_and_stderr(tmp_path, write_config):
 
 WRONG = {
     "--steps": "--steps: no such option; settings are written key=value",
-    "steps=many": "steps: 'many' must be a whole number",
-    "train_annotations=": "no annotation file is named",
     "train_annotations={}/none.json": r"none\.json: cannot be read",
     "videos={}": r"6 of 6 videos missing: 0\.y4m, 1\.y4m, 2\.y4m, \.\.\.; set `videos`",
     "model={}": "name a checkpoint folder",
-    "dataset=vidstg": "dataset: vidstg needs `vidor`",
     "rewards.{}/no.py:f=1": r"there is no file .*/no\.py",
     "output_dir={}/precious": "precious exists and is no run of train.py; choose another",
     "output_dir={}/precious/data": "data exists and is no run of train.py; choose another",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 SHORT = {"think": False, "max_new_tokens": 72}  # as the `taught` checkpoint answers
 GRPO = {**SHORT, "steps": 4, "eval_every": 2, "learning_rate": 1e-4, "kl_beta": 0.05, "seed": 3}
 TIMED = ("seconds", "tokens_per_second", "peak_memory")  # of metrics.jsonl: never twice the same
+BYTES = ("rollouts.jsonl", "predictions_before.jsonl", "predictions.jsonl")
 
 
 @contextlib.contextmanager
@@ -75,13 +76,9 @@ def names(folder, part=""):
 
 
 def contents(folder):
-    """All that is in a folder: relative path -> hash, None for a folder."""
-    return {
-        str(path.relative_to(folder)): None
-        if path.is_dir()
-        else hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-    }
+    """All that is in a folder: relative path -> hash, False for a folder."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {k: p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() for k, p in found.items()}
 
 
 def assert_same(run, whole):
@@ -90,10 +87,5 @@ def assert_same(run, whole):
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, whole)]
     assert [s.pop("seconds") > 0 for s in summaries] and summaries[0] == summaries[1]
     (weights,) = (whole / "checkpoint").glob("*.safetensors")
-    for name in (
-        "rollouts.jsonl",
-        "predictions_before.jsonl",
-        "predictions.jsonl",
-        f"checkpoint/{weights.name}",
-    ):
+    for name in (*BYTES, f"checkpoint/{weights.name}"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name

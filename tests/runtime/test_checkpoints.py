@@ -213,13 +213,10 @@ def test_the_furthest_one(run):
     assert checkpoints.last_checkpoint(run).folder == run / "checkpoint"
 
 
-def test_no_state_is_left(run):
+def test_a_record_that_cannot_be_read(run):
     plain(run, "checkpoint_2", step=2)
     (run / "checkpoint_2/state/progress.json").write_text("")
     with pytest.raises(DataError, match=r"checkpoint_2/state/progress.json: is not a JSON file"):
-        checkpoints.last_checkpoint(run)
-    shutil.rmtree(run / "checkpoint_2/state")
-    with pytest.raises(UserError, match=f"no checkpoint in {run} has its state/"):
         checkpoints.last_checkpoint(run)
 
 
@@ -234,13 +231,9 @@ def test_state_that_cannot_be_read(trained, base, run):
     assert "\n" not in str(caught.value)
 
 
-LEFT = {  # what a kill leaves of NAME -> which of it NAME is afterwards
-    "tmp": None,  # the first time, while it is written
-    "name tmp": "name",  # while it is written again
-    "old tmp": "old",  # between the two renames
-    "name old": "name",  # while what was there is removed
-    "old": "old",
-}
+# What a kill leaves of NAME -> which of it NAME is afterwards: while it is written, the first time or again;
+# between the two renames; while what was there is removed.
+LEFT = {"tmp": None, "name tmp": "name", "old tmp": "old", "name old": "name", "old": "old"}
 
 
 @pytest.mark.parametrize("name", ["checkpoint_4", "checkpoint_sft_4", "checkpoint", "best_4"])
@@ -305,18 +298,6 @@ def test_prune(run, monkeypatch):
     assert names(run) == {*stay, "checkpoint_10.tmp", "checkpoint_11"}
 
 
-def test_the_best_one(base, run):
-    policy, _ = new_policy(base)
-    checkpoints.replace_best(run, policy, 5)
-    with torch.no_grad():
-        policy.model.lm_head.weight.add_(1)
-    for _ in range(2):
-        checkpoints.replace_best(run, policy, 10)
-        assert names(run) == {"best_10"} and not (run / "best_10/state").exists()
-        saved = load_policy(str(run / "best_10")).model.lm_head.weight
-        assert torch.equal(saved, policy.model.lm_head.weight)
-
-
 def test_logs_are_cut_back(run):
     metrics, rollouts = run / "metrics.jsonl", run / "rollouts.jsonl"
     metrics.write_bytes(b"1\n2\n3\n")
@@ -360,25 +341,18 @@ def test_the_same_run_resumes(run, write_config, world, base, tmp_path):
 CHANGED = {
     "steps=4": "after 5 steps; steps: 4 cannot be fewer",
     "learning_rate=1e-5": "with learning_rate: 0.001; this run has learning_rate: 1e-05; go back",
-    "sft.steps=3": "with sft.steps: 0; this run has sft.steps: 3; go back",
     "rewards.giou=2": "with rewards.giou: 1.0; this run has rewards.giou: 2.0",
     "seed=1 precision=bf16": "with seed: 0, precision: fp32; this run has seed: 1, precision: bf16",
     "rewards.{root}/examples/viou.py:viou=0": "viou.py:viou: None, ",
     "model={qwen2_vl}": "with weights of the model: ",
-    "model=Qwen/Qwen2.5-VL-7B-Instruct": "this run has weights of the model: Qwen/Qwen2.5-VL-7B-Instruct",
-    "train_annotations={other}": "with data: ",
-    "eval_annotations={other}": "with data: ",
 }
 
 
 @pytest.mark.parametrize("changes", CHANGED)
-def test_another_run(run, write_config, checkpoints, world, tmp_path, changes):
-    records = json.loads((world / "all.json").read_text())
-    records["1.y4m"]["caption"] += " again"
-    (tmp_path / "all.json").write_text(json.dumps(records))
+def test_another_run(run, write_config, checkpoints, changes):
     root = Path(__file__).resolve().parent.parent.parent
-    changes_now = changes.format(root=root, other=tmp_path / "all.json", **checkpoints).split()
-    assert CHANGED[changes] in refusal(run, write_config, changes_now)
+    changed = changes.format(root=root, **checkpoints).split()
+    assert CHANGED[changes] in refusal(run, write_config, changed)
 
 
 def test_settings_of_other_versions(run, write_config):
@@ -405,6 +379,5 @@ def test_the_fingerprint_of_the_data(world, write_config, run):
     changes += [{"stop_frame": first.stop_frame - 1}, {"sentence": "x"}, {}]
     found = {fingerprint(dataclasses.replace(first, **change), *rest) for change in changes}
     assert len(found | {fingerprint(*rest, first), fingerprint(*rest)}) == 7
-    assert fingerprint(dataclasses.replace(first, video="/elsewhere/0.y4m"), *rest) == fingerprint(
-        first, *rest
-    )
+    moved = dataclasses.replace(first, video="/elsewhere/0.y4m")
+    assert fingerprint(moved, *rest) == fingerprint(first, *rest)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
-from tiny_runs import SHORT, assert_same, metrics_of, no_pictures, read_lines, weights_of
+from tiny_runs import SHORT, assert_same, metrics_of, read_lines, weights_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
@@ -27,12 +26,7 @@ from runtime.run import check_start, global_batch
 from video.loader import FrameLoader
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_pictures():
-    with no_pictures():
-        yield
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +81,8 @@ def assert_close(run, wanted):
     assert apart.norm() < 0.02 * moved.norm() and moved.abs().max() > 1e-4
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The same run on any number of ranks
-
-
 @pytest.fixture(scope="module")
 def one(run_on):
-    """A run in one process."""
     return run_on(1)
 
 
@@ -221,9 +210,8 @@ def test_answers_of_unequal_length(checkpoints):
     assert (first, second) == (3, 60) and rest == others
     sampling, exchanges, norm = rest
     layers, groups = 2, 2 + 2 + 1  # decoder layers, vision blocks, the rest
-    assert (
-        sampling == 0 and exchanges == {"last": [0, 0, groups + layers], "every": [groups] * 3} and norm > 0
-    )
+    assert sampling == 0 and norm > 0
+    assert exchanges == {"last": [0, 0, groups + layers], "every": [groups] * 3}
 
 
 def test_a_rank_without_a_video(tmp_path, configure, run_on, world):
@@ -242,18 +230,12 @@ def test_a_rank_without_a_video(tmp_path, configure, run_on, world):
     assert_close(two, one)
 
 
-@pytest.mark.parametrize(
-    ("key", "size", "said"), [("batch_size", 100, "96 or 104"), ("sft.batch_size", 3, "8")]
-)
-def test_a_batch_that_does_not_divide(tmp_path, configure, monkeypatch, key, size, said):
+@pytest.mark.parametrize(("key", "size", "near"), [("batch_size", 100, "96 or"), ("sft.batch_size", 3, "8")])
+def test_a_batch_that_does_not_divide(tmp_path, configure, monkeypatch, key, size, near):
     config = load_config(configure(tmp_path, batch_size=8), [f"{key}={size}", "sft.steps=1"])
     monkeypatch.setattr(distributed, "init", lambda: (0, 8))
-    with pytest.raises(ConfigError, match=f"{key}: {size} prompts .* 8 ranks; {said} would"):
+    with pytest.raises(ConfigError, match=f"{key}: {size} prompts .* 8 ranks; {near} "):
         check_start(config)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# What ends a run, and how it resumes
 
 
 def rank0_fails():
@@ -267,17 +249,6 @@ def rank0_fails():
 
 def test_an_error_of_rank_0_reaches_all():
     assert on_ranks(2, rank0_fails) == [("of rank 0", 0)] * 2
-
-
-def meet(attempt):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
-    return distributed.all_reduce_sum(1 + distributed.init()[0])
-
-
-def test_ranks_that_start_again_find_one_another():
-    """In the store of torchrun, which still has the addresses of the dead ones."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    assert [on_ranks(2, meet, n, environment={"MASTER_PORT": store.port}) for n in (0, 1)] == [[3, 3]] * 2
 
 
 def second_rank_sees_a_file(arguments):
@@ -320,9 +291,8 @@ def test_a_signal_in_an_evaluation(tmp_path, configure, capfd):
     """It ends between two answers; the answers stay, and are not asked for again."""
     path, run = configure(tmp_path, eval_limit=6, max_new_tokens=8, steps=0, eval_batch=1), tmp_path / "run"
     on_ranks(1, main_with_a_signal, [path], 3)
-    assert (
-        "stopped after step 0" in capfd.readouterr().out and not (run / "predictions_before.jsonl").exists()
-    )
+    assert "stopped after step 0; resume with" in capfd.readouterr().out
+    assert not (run / "predictions_before.jsonl").exists()
     answers = len(read_lines(run / "predictions_before.rank0.jsonl"))
     assert 1 <= answers < 6
     on_ranks(1, train.main, [path, "resume=auto"])
@@ -344,20 +314,6 @@ def test_a_second_signal_is_obeyed_at_once():
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.slow
-def test_sigterm_to_torchrun(tmp_path, configure, two):
-    """All ranks end together after a step, with a checkpoint, from which the run resumes."""
-    path, run = configure(tmp_path, save_every=1), tmp_path / "run"
-    process = torchrun([path], tmp_path)
-    wait_for(run / "metrics.jsonl", process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate()  # torchrun itself ends with a code of its own
-    (step,) = re.findall(r"^stopped after step (\d); resume with", out, re.M) or [err]
-    assert metrics_of(run)[-1]["step"] == int(step)
-    on_ranks(2, train.main, [path, "resume=auto"])
-    assert_same(run, two)
-
-
 def test_kill_9_and_torchrun_starts_again(tmp_path, configure, two):
     """One rank dies; torchrun starts both again, and the run ends as if nothing had happened. (`python
     tests/kill.py` kills at many moments.)"""
@@ -377,19 +333,8 @@ def error_of(arguments):
     return str(caught.value)
 
 
-def test_weights_that_explode(tmp_path, configure):
-    """Both ranks stop in the same step, with the ids, and what they had before it is kept."""
-    path, run = configure(tmp_path, batch_size=2, max_new_tokens=8, learning_rate=1e30), tmp_path / "run"
-    first, second = on_ranks(2, error_of, [path])
-    config = load_config(path)
-    samples, _ = evaluate.load_split(config, config.train_annotations)
-    ids = ", ".join(sample.id for sample in global_batch(samples, 2, 1, config.seed))
-    assert first == second and first.startswith("after step 1: loss ") and f"The batch was {ids};" in first
-    assert (run / "checkpoint_1/state/progress.json").is_file()
-
-
 def test_a_reward_that_fails(tmp_path, configure):
-    """On one of two ranks, after the first step: both stop, with the answer, and what they had is kept."""
+    """On one of two ranks, in the second step: both stop with the answer and the batch; the rest is kept."""
     (tmp_path / "mine.py").write_text(
         "import os, pathlib\n"
         "def f(answer, truth):\n"
@@ -400,4 +345,5 @@ def test_a_reward_that_fails(tmp_path, configure):
     path = configure(tmp_path, steps=9, rewards={f"{tmp_path}/mine.py:f": 1})
     first, second = on_ranks(2, error_of, [path])
     assert first == second and "mine.py:f raised ZeroDivisionError" in first and "'<time>" in first
+    assert first.partition("The batch was ")[2].count(".y4m") == 4  # of both ranks
     assert (tmp_path / "run/checkpoint_1/state/progress.json").is_file()

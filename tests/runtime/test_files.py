@@ -70,9 +70,8 @@ def script(body, **environment):
     code = f"import os, time\nfrom runtime.files import DataError, run_script\ndef main():\n    {body}\n"
     code += "run_script(main, 'the output', 'free some space', 'stopped: resume')"
     command = ["bash", "-c", 'set -o pipefail; "$0" -c "$1" | head -1', sys.executable, code]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr
 
 
@@ -91,9 +90,7 @@ def test_scripts_end_in_one_line(body, size):
     assert script(body, WORLD_SIZE=size) == (1, SAID[body])
 
 
-@pytest.mark.parametrize(
-    ("rank", "error"), [("1", "DataError('said by rank 0')"), ("0", "RuntimeError('lost')")]
-)
+@pytest.mark.parametrize(("rank", "error"), [("1", "DataError('of rank 0')"), ("0", "RuntimeError('lost')")])
 def test_what_another_rank_says_better(rank, error):
     """A rank waits before it speaks; here it is ended in the meantime, as by torchrun."""
     body = f"time.sleep = lambda _: os._exit(9); raise {error}"

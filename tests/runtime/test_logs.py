@@ -47,13 +47,6 @@ def tags(line):
     return flat | {f"{line['phase']}/seconds/{k}": v for k, v in line.get("seconds", {}).items()}
 
 
-def test_lines_are_appended(run):
-    write(run, LINES[:2])
-    write(run, LINES[2:])
-    assert read_jsonl(run / "metrics.jsonl") == LINES
-    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
-
-
 def test_numbers_are_found_in_nested_dicts():
     nested = {"a": 1, "b": {"c": 2.5, "d": {"e": -1}}, "f": "text", "g": None, "h": [1]}
     assert flatten(nested) == {"a": 1, "b/c": 2.5, "b/d/e": -1}

@@ -62,7 +62,6 @@ def test_the_example_by_hand():
 FAULTS = {
     "return 1 / 0": r"raised ZeroDivisionError: division by zero \(line 5\)",
     "return math.nan": r"the reward .*mine\.py:f is nan",
-    "return 1e308 * 1e10": r"the reward .*mine\.py:f is inf",
     "pass": r"raised TypeError: float\(\) argument must be",
     "raise SystemExit(3)": r"raised SystemExit: 3 \(line 5\)",
 }
@@ -79,19 +78,14 @@ def test_a_fault_names_the_reward_and_the_answer(plugin, body):
 UNLOADABLE = {
     "return (": r"mine\.py cannot be loaded: SyntaxError: .*; correct it",
     "pass\n1 / 0": r"mine\.py cannot be loaded: ZeroDivisionError: .* \(line 6\)",
-    "pass\nraise SystemExit(3)": r"mine\.py cannot be loaded: SystemExit: 3",
     "pass\ndel f": r"mine\.py has no function 'f'; write FILE\.py:FUNCTION",
-    "": r"there is no file /.*mine\.py; correct the path",
 }
 
 
 @pytest.mark.parametrize("body", UNLOADABLE)
 def test_what_cannot_be_loaded(plugin, body):
-    name = plugin(body)
-    if not body:
-        Path(name.removesuffix(":f")).unlink()
     with pytest.raises(UserError, match=f"^rewards: .*{UNLOADABLE[body]}"):
-        load_plugins({"think": 1, name: 1.0})
+        load_plugins({"think": 1, plugin(body): 1.0})
 
 
 def test_a_file_is_run_once_and_may_hold_what_python_files_hold(tmp_path):

@@ -6,13 +6,9 @@ Each must end with the bytes of a run that nothing has happened to.
 import fcntl
 import json
 import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +20,7 @@ import train
 from runtime.files import UserError
 from runtime.run import global_batch
 
-ROOT = Path(__file__).parent.parent.parent
 ONE = {"eval_every": 0, "eval_limit": 1}  # as few evaluations as can be
-
-
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
@@ -72,10 +65,6 @@ def test_batches_are_epochs():
     assert all(Counter(epoch) == Counter(letters) for epoch in epochs) and len(set(epochs)) == 6
     assert stream[:3] == global_batch(letters, 3, 0, seed=5) != global_batch(letters, 3, 0, seed=6)
     assert Counter(global_batch(letters, 16, 0, seed=0)).most_common()[-1][1] == 2  # more than there are
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Resume
 
 
 def test_more_steps(finished, tmp_path, grpo_config):
@@ -138,23 +127,6 @@ def test_a_loss_that_is_not_finite_in_a_second_update(tmp_path, grpo_config):
     assert names(tmp_path / "run", "checkpoint") == set()
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path, grpo_config):
-    path, run = grpo_config(tmp_path, save_every=1), tmp_path / "run"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill():  # no file may grow beyond 200 kB, and the weights are larger
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-
-    try:
-        with at_call(train, "update", 3, fill), pytest.raises(UserError, match="free some space"):
-            train.main([path])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {"checkpoint_1", "checkpoint_2"} == names(run, "checkpoint")
-    train.main([path, "resume=auto"])
-    assert_same(run, finished)
-
-
 def test_supervised_then_sampled(tmp_path, grpo_config):
     """The reference of the KL is what the supervised steps have made, also in a resumed run."""
     sft = {"sft": {"steps": 3, "learning_rate": 1e-4, "batch_size": 2}, "steps": 2}
@@ -191,22 +163,8 @@ def test_adapters(tmp_path, grpo_config):
     train.main(words)
     assert_same(run, whole)
     assert (run / "checkpoint/adapter_model.safetensors").exists() and metrics_of(run, "grpo")[1]["kl"] > 0
-    assert (
-        max(value.abs().max() for name, value in weights_of(run / "checkpoint").items() if "_B" in name) > 0
-    )
-
-
-def test_a_signal_ends_the_run_after_its_step(tmp_path, grpo_config):
-    """The signal itself, to a process of its own, from a reward that is called in the first step."""
-    body = "calls.append(1)\n    if len(calls) == 2:  # the first is the evaluation\n        "
-    body += "os.kill(os.getpid(), signal.SIGTERM)\n    return 0.0\n"
-    (tmp_path / "stop.py").write_text(f"import os, signal\ncalls = []\ndef f(answer, truth):\n    {body}")
-    path, run = grpo_config(tmp_path, rewards={f"{tmp_path}/stop.py:f": 1}, **ONE), tmp_path / "run"
-    done = subprocess.run([sys.executable, ROOT / "train.py", path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "stopped after step 1; resume with: the same command and resume=auto" in done.stdout
-    assert "a second signal stops at once" in done.stderr
-    assert names(run, "checkpoint") == {"checkpoint_1"} and [m["step"] for m in metrics_of(run)] == [0, 1]
+    adapters = weights_of(run / "checkpoint")
+    assert max(value.abs().max() for name, value in adapters.items() if "_B" in name) > 0
 
 
 def test_drift_is_looked_for_in_the_last_steps_also_after_a_kill(tmp_path, grpo_config, monkeypatch):
@@ -249,13 +207,7 @@ def test_what_is_kept(tmp_path, grpo_config, monkeypatch):
     assert [line["m_vIoU"] for line in metrics_of(run, "eval")] == [90, 20, 50]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What is refused, or moved aside
-
-
 REFUSED = {
-    "steps=1": "after 4 steps; steps: 1 cannot be fewer",
-    "learning_rate=1e-5": "with learning_rate: 0.0001; this run has learning_rate: 1e-05",
     "train_annotations={}/other.json": "data: ",
     "no state": "no checkpoint in .* has its state/",
     "short log": r"rollouts\.jsonl: is shorter",
@@ -305,10 +257,6 @@ def test_beside_a_run_at_work(tmp_path, grpo_config):
 
     with at_call(train, "update", 2, second_start):
         train.main([path])
-    assert tried == ["auto", "never"] and [line["step"] for line in metrics_of(tmp_path / "run")] == [
-        0,
-        1,
-        2,
-        2,
-    ]
+    assert tried == ["auto", "never"]
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 2]
     assert_free(tmp_path / "run")
