@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -312,6 +313,20 @@ def test_a_second_signal_is_obeyed_at_once():
             assert heard == [1]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun(tmp_path, configure, two):
+    """All ranks end together after a step, with a checkpoint, from which the run resumes."""
+    path, run = configure(tmp_path, save_every=1), tmp_path / "run"
+    process = torchrun([path], tmp_path)
+    wait_for(run / "metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()  # torchrun itself ends with a code of its own
+    (step,) = re.findall(r"^stopped after step (\d); resume with", out, re.M) or [err]
+    assert metrics_of(run)[-1]["step"] == int(step)
+    on_ranks(2, train.main, [path, "resume=auto"])
+    assert_same(run, two)
 
 
 def test_kill_9_and_torchrun_starts_again(tmp_path, configure, two):
