@@ -246,7 +246,7 @@ def our_way(work: Work) -> tuple[Way, Policy]:
         with timed(reference):
             batch, _, prompts = train.make_prompts(policy, [(0, work.sample)], work.clips, config)
             keys = [(config.seed, n, k) for k, _ in batch]
-            prompts, completions = train.sample(policy, prompts, keys, config)
+            prompts, completions = train.sample_answers(policy, prompts, keys, config)
             row = [advantages[: config.num_generations]]
             train.update(policy, reference, optimizer, prompts, completions, row, config)
 

@@ -299,7 +299,7 @@ def test_ways_of_a_step_change_nothing(grpo_config, tmp_path, updates):
             policy.model.activation_checkpointing_enable()
         policy.model.train()
         policy.model.model.visual.register_forward_hook(lambda *_, visits=visits: visits.append(1))
-        prompts, completions = train.sample(policy, prompts, [(0, 0, k) for k in range(3)], way)
+        prompts, completions = train.sample_answers(policy, prompts, [(0, 0, k) for k in range(3)], way)
         advantages = [torch.tensor([1.0, -0.5, 0.75, -1.25])] * 3
         optimizer = torch.optim.SGD(policy.model.parameters(), lr=1e-3)
         metrics = train.update(policy, reference, optimizer, prompts, completions, advantages, way)
@@ -365,7 +365,7 @@ def test_skipping_a_video_changes_no_other_answer(tmp_path, grpo_config, world, 
         policy = load_policy(config.model)
         loader, batch = FrameLoader(config, policy.size_factor), list(enumerate(samples_of(config)))
         batch, _, prompts = train.make_prompts(policy, batch, loader, config)
-        _, completions = train.sample(policy, prompts, [(0, 0, k) for k, _ in batch], config)
+        _, completions = train.sample_answers(policy, prompts, [(0, 0, k) for k, _ in batch], config)
         answers.append({k: [c.ids for c in g] for (k, _), g in zip(batch, completions, strict=True)})
     assert answers[0].pop(1) and answers[0].pop(4) and answers[0] == answers[1]
 

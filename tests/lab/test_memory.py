@@ -85,7 +85,7 @@ def measured(config):
     prompt = encode_prompt(policy, frames, text, (1000, 1000), config.fps)
     keys, advantages = [(k,) for k in range(count)], [torch.ones(config.num_generations)] * count
     few = dataclasses.replace(config, max_new_tokens=1)
-    prompts, completions = train.sample(endless, [prompt] * count, keys, few)
+    prompts, completions = train.sample_answers(endless, [prompt] * count, keys, few)
     train.update(policy, reference, optimizer, prompts, completions, advantages, config)
     states = [value for state in optimizer.state.values() for value in state.values()]
     models = [x for m in (policy.model, reference.model) for x in (*m.parameters(), *m.buffers())]
@@ -93,7 +93,7 @@ def measured(config):
     for tensor in (*models, *states):
         alive.see(tensor)
     with alive, mock.patch("torch.UntypedStorage.resize_", lambda x, size: alive.resize(x, size)):
-        prompts, completions = train.sample(endless, [prompt] * count, keys, config)
+        prompts, completions = train.sample_answers(endless, [prompt] * count, keys, config)
         rollout, alive.peak = alive.peak, alive.now
         train.update(policy, reference, optimizer, prompts, completions, advantages, config)
     # 6 pairs of frames of 4 x 4 patches
