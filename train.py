@@ -83,7 +83,7 @@ def train(run: Run, phase: str, reference: Policy | None, samples: list[Sample],
             continue
 
         # Sample: G answers to each prompt, which is encoded once for all of them.
-        keys = [(config.seed, step, k) for k, _ in batch]  # of the random numbers
+        keys = [(config.seed, step, k) for k, _ in batch]  # seeds of the random numbers
         prompts, completions = sample_answers(policy, prompts, keys, config)  # completions[b][g]
 
         # Score: the paper's five rewards, and yours.
