@@ -21,18 +21,18 @@ code drops such sentences or stops); a failed answer counts as 0, like any other
 answers strictly above R.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
 
 from config import Config
 from prompts import Answer, TextFormat, parse_answer, truth_answer
-from rewards import area, iou
+from rewards import area
 from runtime.files import DataError
-from samples import QUESTION_TYPES, Box, Sample
+from samples import QUESTION_TYPES, Sample, Track
 
-Tube = tuple[tuple[int, int], dict[int, Box]]
+Tube = tuple[tuple[int, int], Track]  # native frames [first, stop) of the clip, and their boxes
 Scores = dict[str, float]  # of one answer: "tIoU" and "vIoU" in [0, 1], and "failures", 0 or 1
 Row = dict[str, "float | Row"]  # of a table: see summarize and score_tubes
 
@@ -66,12 +66,13 @@ def tube_from_answer(
     last_step = min(answer.end, grid.num_steps - 1)
     given = getattr(answer.in_frame(scale), f"{which}_boxes")
     steps = sorted(step for step in given if answer.start <= step <= last_step)
-    if first == stop or not steps:
-        return (first, stop), {}
-    frames = range(first, stop)  # no longer than the clip, whatever numbers the answer holds
-    sampled = [grid.sampled_frame(step) for step in steps]
-    sides = [np.interp(frames, sampled, [given[step][side] for step in steps]).tolist() for side in range(4)]
-    return (first, stop), dict(zip(frames, zip(*sides, strict=True), strict=True))
+    frames = np.arange(first, stop)  # no longer than the clip, whatever numbers the answer holds
+    boxes = np.full((len(frames), 4), np.nan)
+    if steps:
+        sampled = [grid.sampled_frame(step) for step in steps]
+        for side in range(4):
+            boxes[:, side] = np.interp(frames, sampled, [given[step][side] for step in steps])
+    return (first, stop), Track(first, boxes)
 
 
 def tube_of(prediction: dict | None, sample: Sample, config: Config, which: str = "pred") -> Tube | None:
@@ -93,17 +94,9 @@ def scale_of(prediction: dict, sample: Sample, config: Config) -> tuple[int, int
     raise DataError(f"prediction {sample.id!r}: with coordinates: resized each needs {what}")
 
 
-def ceiling_tubes(samples: Iterable[Sample], text_format: TextFormat) -> Iterator[Tube]:
-    """The tubes of the answers with the full reward: the truth in steps, read back as native frames."""
-    scale = (1000, 1000)
-    for sample in samples:
-        answer = truth_answer(sample.truth(text_format.step_seconds), scale)
-        yield tube_from_answer(answer, sample, text_format, scale)
-
-
 def native_scores(tube: Tube | None, sample: Sample) -> Scores:
     """The protocol `native`: the truth as annotated, every native frame of the clip."""
-    return _scores(tube, sample, range(sample.first_frame, sample.stop_frame), range(sample.num_frames))
+    return _scores(tube, sample, range(sample.first_frame, sample.stop_frame), np.arange(sample.num_frames))
 
 
 def stcat_scores(tube: Tube | None, sample: Sample) -> Scores:
@@ -119,7 +112,7 @@ def stcat_scores(tube: Tube | None, sample: Sample) -> Scores:
     """
     last = sample.stop_frame - 1 if sample.question_type is None else sample.stop_frame
     last = min(last, sample.num_frames - 1)
-    return _scores(tube, sample, range(sample.first_frame, last), range(sample.num_frames))
+    return _scores(tube, sample, range(sample.first_frame, last), np.arange(sample.num_frames))
 
 
 def tubedetr_scores(tube: Tube | None, sample: Sample) -> Scores:
@@ -135,7 +128,7 @@ def tubedetr_scores(tube: Tube | None, sample: Sample) -> Scores:
 PROTOCOLS = {"native": native_scores, "stcat": stcat_scores, "tubedetr": tubedetr_scores}
 
 
-def tubedetr_frames(sample: Sample) -> list[int]:
+def tubedetr_frames(sample: Sample) -> np.ndarray:
     """The native frames of the clip, 0-based, that TubeDETR is shown: 5 a second, at most 200.
 
     The first one, then each f with int(f * 5 / fps) above that of the one before, in numbers of the whole
@@ -143,15 +136,15 @@ def tubedetr_frames(sample: Sample) -> list[int]:
     fewer than 5 frames a second; here all but the last frame are kept.
     """
     begin = sample.begin_frame
-    rate = TUBEDETR_FPS / sample.fps  # rounded before it multiplies, as theirs is: int() can tell
-    later = range(begin + 1, begin + sample.num_frames - 1)
-    kept = [begin, *(frame for frame in later if int(frame * rate) > int((frame - 1) * rate))]
+    rate = TUBEDETR_FPS / sample.fps  # rounded before it multiplies, as theirs is: the whole part can tell
+    fifths = (np.arange(begin, begin + max(sample.num_frames - 1, 1)) * rate).astype(int)
+    kept = np.append(0, np.flatnonzero(np.diff(fifths)) + 1)
     if len(kept) > TUBEDETR_FRAMES:
-        kept = [kept[j * len(kept) // TUBEDETR_FRAMES] for j in range(TUBEDETR_FRAMES)]
-    return [frame - begin for frame in kept]
+        kept = kept[np.arange(TUBEDETR_FRAMES) * len(kept) // TUBEDETR_FRAMES]
+    return kept
 
 
-def _scores(tube: Tube | None, sample: Sample, truth: range, frames: Iterable[int]) -> Scores:
+def _scores(tube: Tube | None, sample: Sample, truth: range, frames: np.ndarray) -> Scores:
     """The two formulas. truth: G; frames: F; both on native frames of the clip.
 
     truth may be empty (`stcat` and an event of one frame); then the scores are 0, as in the published code.
@@ -160,13 +153,29 @@ def _scores(tube: Tube | None, sample: Sample, truth: range, frames: Iterable[in
     if tube is None:
         return {"tIoU": 0.0, "vIoU": 0.0, "failures": 1}
     (first, stop), boxes = tube
-    predicted = range(first, stop)
     common = range(max(first, truth.start), min(stop, truth.stop))
-    union = len(predicted) + len(truth) - len(common)
-    holes = set(range(sample.first_frame, sample.stop_frame)).difference(sample.boxes)
-    judged = [f for f in frames if (f in predicted or f in truth) and f not in holes]
-    overlap = sum(iou(boxes[f], sample.boxes[f]) for f in judged if f in common and f in boxes)
-    return {"tIoU": len(common) / max(union, 1), "vIoU": overlap / max(len(judged), 1), "failures": 0}
+    union = stop - first + len(truth) - len(common)
+
+    def within(first: int, stop: int) -> np.ndarray:
+        return (frames >= first) & (frames < stop)  # (F,)
+
+    frames = frames[within(min(first, truth.start), max(stop, truth.stop))]  # no others count
+    true_boxes = sample.boxes.rows(frames)  # (F, 4)
+    holes = within(sample.first_frame, sample.stop_frame) & np.isnan(true_boxes[:, 0])
+    judged = (within(first, stop) | within(truth.start, truth.stop)) & ~holes
+    both = within(common.start, common.stop) & judged
+    overlap = sum(ious(boxes.rows(frames[both]), true_boxes[both]).tolist())
+    return {"tIoU": len(common) / max(union, 1), "vIoU": overlap / max(int(judged.sum()), 1), "failures": 0}
+
+
+def ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """rewards.iou of the rows of two arrays, (N, 4) -> (N,), to the last bit; 0 where a box is missing."""
+    widths, heights = (np.minimum(a, b)[:, 2 + k] - np.maximum(a, b)[:, k] for k in (0, 1))
+    shared = np.maximum(widths, 0.0) * np.maximum(heights, 0.0)
+    sides_a, sides_b = a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2]  # (N, 2)
+    valid = (sides_a > 0).all(axis=1) & (sides_b > 0).all(axis=1)
+    union = sides_a.prod(axis=1) + sides_b.prod(axis=1) - shared
+    return np.divide(shared, union, out=np.zeros(len(a)), where=valid)
 
 
 def summarize(scores: list[Scores]) -> Row:
@@ -186,8 +195,14 @@ def score_tubes(tubes: Iterable[Tube | None], samples: list[Sample]) -> dict[str
     tubes: one for each sample, in order; taken one at a time, for VidSTG's 10,303 test sentences would fill
     0.7 GB. Raises ValueError for no samples, and for more or fewer tubes than samples.
     """
-    pairs = zip(tubes, samples, strict=True)
-    scores = [{name: protocol(*pair) for name, protocol in PROTOCOLS.items()} for pair in pairs]
+    return _rows([_by_protocol(*pair) for pair in zip(tubes, samples, strict=True)], samples)
+
+
+def _by_protocol(tube: Tube | None, sample: Sample) -> dict[str, Scores]:
+    return {name: protocol(tube, sample) for name, protocol in PROTOCOLS.items()}
+
+
+def _rows(scores: list[dict[str, Scores]], samples: list[Sample]) -> dict[str, Row]:
     rows = {name: summarize([score[name] for score in scores]) for name in PROTOCOLS}
     for kind in QUESTION_TYPES:
         chosen = [n for n, sample in enumerate(samples) if sample.question_type == kind]
@@ -196,17 +211,35 @@ def score_tubes(tubes: Iterable[Tube | None], samples: list[Sample]) -> dict[str
     return rows
 
 
-def grid_ceiling(samples: list[Sample], text_format: TextFormat) -> dict[str, Row]:
-    """score_tubes of the answers with the full reward. It is below 100 where truths begin and end between
-    steps, and where boxes do not move evenly between them."""
-    return score_tubes(ceiling_tubes(samples, text_format), samples)
+def whole_step_scores(samples: list[Sample], text_format: TextFormat) -> dict[str, dict[str, Row]]:
+    """What answers in whole steps reach: "best" and "taught" -> rows as of score_tubes.
+
+    best: the most, of tIoU and of vIoU, with true boxes on the spans whose edges are next to those of the
+    truth. It is below 100 where truths begin and end between steps, and where boxes do not move evenly.
+    taught: the answer with the full reward (Sample.truth), which supervised fine-tuning teaches.
+    """
+    best, taught, scale = [], [], (1000, 1000)
+    for sample in samples:
+        grid = sample.grid(text_format.step_seconds)
+        scores = {}
+        for span in grid.spans_near(sample.first_frame, sample.stop_frame):
+            answer = truth_answer(sample.truth(text_format.step_seconds, span), scale, think=False)
+            scores[span] = _by_protocol(tube_from_answer(answer, sample, text_format, scale), sample)
+        taught.append(scores[grid.steps_of(sample.first_frame, sample.stop_frame)])
+        best.append(
+            {
+                name: {key: max(score[name][key] for score in scores.values()) for key in taught[-1][name]}
+                for name in PROTOCOLS
+            }
+        )
+    return {"best": _rows(best, samples), "taught": _rows(taught, samples)}
 
 
 def score_answers(
     tubes: Iterable[Tube | None], samples: list[Sample], text_format: TextFormat
 ) -> dict[str, Row]:
-    """score_tubes, each row with the grid's ceiling beside it, "ceiling_m_tIoU" and "ceiling_m_vIoU"."""
-    rows, best = score_tubes(tubes, samples), grid_ceiling(samples, text_format)
+    """score_tubes, each row with the best that whole steps allow, "ceiling_m_tIoU" and "ceiling_m_vIoU"."""
+    rows, best = score_tubes(tubes, samples), whole_step_scores(samples, text_format)["best"]
     for name, row in rows.items():
         for kind in [kind for kind in QUESTION_TYPES if kind in row]:
             row[kind] |= {key: best[name][kind][key.removeprefix("ceiling_")] for key in CEILINGS}

@@ -36,13 +36,29 @@ class TimeGrid:
         first_frame(i + 1), exclusive."""
         return min(math.ceil(step * self.step_seconds * self.fps - 1e-6), self.num_frames)
 
+    def spans_near(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """The spans (first and last step, inclusive) that begin at a step's edge next to that of the native
+        frames [first, stop), and end likewise: up to four. The clip's end is an edge, too."""
+
+        def edges(frame: int) -> list[int]:  # edge i is where step i begins
+            place = frame / self.fps / self.step_seconds
+            inside = {math.floor(place + 1e-6), math.ceil(place - 1e-6)}
+            return sorted(inside) if frame < self.num_frames else [self.num_steps]
+
+        return [(begin, end - 1) for begin in edges(first) for end in edges(stop) if begin < end]
+
     def steps_of(self, first: int, stop: int) -> tuple[int, int]:
-        """First and last step (inclusive) whose sampled frames lie in the native frames [first, stop). If no
-        sampled frame does, the event lies inside one step, and it is that step."""
-        inside = [i for i in range(self.num_steps) if first <= self.sampled_frame(i) < stop]
-        if not inside:
-            inside = [min(int(first / self.fps / self.step_seconds + 1e-6), self.num_steps - 1)]
-        return inside[0], inside[-1]
+        """The span of at least one step whose edges are nearest to those of the native frames [first, stop).
+        Of two that are equally near the longer one, which overlaps more. Not in the paper."""
+
+        def distance(span: tuple[int, int]) -> tuple[float, int]:
+            edges = (
+                (step * self.step_seconds * self.fps, self.num_frames) for step in (span[0], span[1] + 1)
+            )
+            begin, end = map(min, edges)  # in native frames
+            return round(abs(begin - first) + abs(end - stop), 6), span[0] - span[1]
+
+        return min(self.spans_near(first, stop), key=distance)
 
 
 @dataclass(frozen=True)
@@ -53,9 +69,11 @@ class Truth:
     boxes: dict[int, Box]  # step -> box in [0, 1]; a step of the span may have none
 
     def before(self, num_steps: int) -> "Truth | None":
-        """The part below num_steps, as a video that ends early shows it. None if no box is left."""
-        boxes = {step: box for step, box in self.boxes.items() if step < num_steps}
-        return Truth((self.span[0], min(self.span[1], num_steps - 1)), boxes) if boxes else None
+        """The part below num_steps, as a video that ends early shows it; None if the event begins later. If
+        its boxes do, the last step that is shown gets the first of them."""
+        first, last = self.span[0], min(self.span[1], num_steps - 1)
+        boxes = {step: box for step, box in self.boxes.items() if step <= last}
+        return Truth((first, last), boxes or {last: self.boxes[min(self.boxes)]}) if first <= last else None
 
 
 class Track(Mapping[int, Box]):
@@ -69,6 +87,21 @@ class Track(Mapping[int, Box]):
         """boxes: (frames, 4) float64; the first row is frame `first`; NaN where there is no box."""
         self.first, self.array = first, boxes
         self.there = ~np.isnan(boxes[:, 0])  # (frames,)
+
+    @classmethod
+    def of(cls, boxes: Mapping[int, Box]) -> "Track":
+        """The same as a view of an array; frame -> box, of one frame at least."""
+        first, last = min(boxes), max(boxes)
+        nothing = (math.nan,) * 4
+        return cls(first, np.array([boxes.get(frame, nothing) for frame in range(first, last + 1)]))
+
+    def rows(self, frames: np.ndarray) -> np.ndarray:
+        """The boxes of some frames, (N,) -> (N, 4); NaN where there is none."""
+        places = frames - self.first
+        found = np.full((len(frames), 4), np.nan)
+        inside = (places >= 0) & (places < len(self.array))
+        found[inside] = self.array[places[inside]]
+        return found
 
     def __getitem__(self, frame: int) -> Box:
         k = frame - self.first if isinstance(frame, int | np.integer) else -1
@@ -98,22 +131,23 @@ class Sample:
     file_frames: int  # native frames of the whole file
     first_frame: int  # the truth is [first_frame, stop_frame) in native frames
     stop_frame: int
-    boxes: Mapping[int, Box]  # native frame of the truth -> box in [0, 1]; one without a box is not judged
+    boxes: Track  # native frame of the truth -> box in [0, 1]; one without a box is not judged
     question_type: str | None = None  # VidSTG: one of QUESTION_TYPES
 
     def grid(self, step_seconds: float) -> TimeGrid:
         """The steps of the clip, each step_seconds long."""
         return TimeGrid(self.num_frames, self.fps, step_seconds)
 
-    def truth(self, step_seconds: float) -> Truth:
-        """The steps whose sampled frame lies in the truth (at least one step), with those frames' boxes.
+    def truth(self, step_seconds: float, span: tuple[int, int] | None = None) -> Truth:
+        """The truth in steps. span: the steps that stand for the true span; None: TimeGrid.steps_of.
 
-        If no sampled frame has a box (an event shorter than a step), the first step gets the annotated box
-        nearest to it in time.
+        The box of a step is that of its sampled frame; where the truth begins later in the step, that of the
+        truth's first frame. If none of these frames has a box, the first step gets the annotated box nearest
+        to it in time.
         """
         grid = self.grid(step_seconds)
-        start, end = grid.steps_of(self.first_frame, self.stop_frame)
-        frames = {step: grid.sampled_frame(step) for step in range(start, end + 1)}
+        start, end = span or grid.steps_of(self.first_frame, self.stop_frame)
+        frames = {i: max(grid.sampled_frame(i), self.first_frame) for i in range(start, end + 1)}
         boxes = {step: self.boxes[frame] for step, frame in frames.items() if frame in self.boxes}
         if not boxes:
             boxes = {start: self.boxes[min(self.boxes, key=lambda frame: abs(frame - frames[start]))]}

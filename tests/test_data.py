@@ -89,22 +89,23 @@ def track(count):
 
 
 def test_truth_takes_the_boxes_of_the_sampled_frames(tmp_path):
-    sample, _ = load_one(tmp_path, st_frame=13, bbox=track(51))  # native frames 12 .. 62
+    """At 25 fps steps begin at 0, 12.5, 25, 37.5, ...: the frames on screen are then 0, 12, 25, 37, ..."""
+    sample, _ = load_one(tmp_path, st_frame=14, bbox=track(50))  # native frames 13 .. 62
     truth = sample.truth(0.5)
-    assert truth.span == (1, 5)
+    assert truth.span == (1, 4)
     lefts = {step: round(box[0] * 640) for step, box in truth.boxes.items()}
-    assert lefts == {1: 0, 2: 13, 3: 25, 4: 38, 5: 50}  # frame - 12
+    assert lefts == {1: 0, 2: 12, 3: 24, 4: 37}  # frame - 13; 12 is not in the truth, 13 is next to it
     truth = sample.truth(1.0)  # seconds: frames 0, 25, 50, 75
     assert truth.span == (1, 2)
-    assert {step: round(box[0] * 640) for step, box in truth.boxes.items()} == {1: 13, 2: 38}
+    assert {step: round(box[0] * 640) for step, box in truth.boxes.items()} == {1: 12, 2: 37}
 
 
 @pytest.mark.parametrize(
     ("st_frame", "count", "first", "last"),
-    [(14, 49, 2, 4), (1, 500, 0, 39), (500, 1, 39, 39), (1, 1, 0, 0), (14, 12, 1, 1), (27, 3, 2, 2)],
+    [(14, 49, 1, 4), (1, 500, 0, 39), (500, 1, 39, 39), (1, 1, 0, 0), (14, 12, 1, 1), (27, 3, 2, 2)],
 )
 def test_truth_span(tmp_path, st_frame, count, first, last):
-    """Frames 13 .. 61 hold the sampled frames 25, 37, 50; where there is none, the step the event lies in."""
+    """Frames 13 .. 61 are 0.52 to 2.48 s; an event shorter than a step is the step that it lies in."""
     truth = load_one(tmp_path, st_frame=st_frame, bbox=track(count))[0].truth(0.5)
     assert truth.span == (first, last) and set(truth.boxes) == set(range(first, last + 1))
 

@@ -2,9 +2,10 @@
 
 import random
 from fractions import Fraction
-from itertools import pairwise, product
+from itertools import pairwise
 from textwrap import dedent
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,9 +13,8 @@ from hypothesis import strategies as st
 from metrics import (
     AREA_EDGES,
     PROTOCOLS,
-    ceiling_tubes,
     format_table,
-    grid_ceiling,
+    ious,
     native_scores,
     score_answers,
     stcat_scores,
@@ -23,9 +23,11 @@ from metrics import (
     tubedetr_frames,
     tubedetr_scores,
     viou_by_area,
+    whole_step_scores,
 )
 from prompts import TIME_UNITS, Answer, TextFormat, parse_answer
-from samples import QUESTION_TYPES, Sample
+from rewards import iou
+from samples import QUESTION_TYPES, Sample, Track
 
 NORM = (1000, 1000)
 FRAME = TextFormat()  # norm1000, 2 fps: at 20 fps step i is frames 10 i .. 10 i + 9
@@ -36,8 +38,8 @@ def make_sample(first, stop, box=LEFT, num_frames=100, fps=20.0, **changes):
     boxes = dict.fromkeys(range(first, stop), box)
     record = {"id": "a.mp4", "video": "a.mp4", "sentence": "it moves", "width": 640, "height": 480}
     record |= {"num_frames": num_frames, "file_frames": num_frames, "fps": fps, "begin_frame": 0}
-    record |= {"first_frame": first, "stop_frame": stop, "boxes": boxes}
-    return Sample(**{**record, **changes})
+    record |= {"first_frame": first, "stop_frame": stop, "boxes": boxes} | changes
+    return Sample(**{**record, "boxes": Track.of(record["boxes"])})
 
 
 def make_answer(start, end, boxes):
@@ -123,7 +125,7 @@ def test_scores_by_hand(truth, steps, box, tiou, viou):
 
 
 def every_box(span, box=LEFT):
-    return span, dict.fromkeys(range(*span), box)
+    return span, Track(span[0], np.full((span[1] - span[0], 4), box))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_a_segment_of_a_file():
     first frame, then at 40, 44, ..., which are 3, 7, ... of the clip. Truth 3 .. 22, answer 3 .. 12: 3, 7, 11
     of 3, 7, .., 19. The other two do not care."""
     sample = make_sample(3, 23, begin_frame=37, file_frames=300, question_type="declarative")
-    assert tubedetr_frames(sample)[:4] == [0, 3, 7, 11]
+    assert tubedetr_frames(sample)[:4].tolist() == [0, 3, 7, 11]
     tube = every_box((3, 13))
     assert tubedetr_scores(tube, sample) == {"tIoU": 10 / 20, "vIoU": 3 / 5, "failures": 0}
     assert stcat_scores(tube, sample) == {"tIoU": 10 / 20, "vIoU": 10 / 20, "failures": 0}
@@ -201,8 +203,9 @@ def test_a_segment_of_a_file():
 def test_failed_and_empty_answers(protocol, question_type):
     sample = make_sample(20, 40, question_type=question_type)
     assert protocol(None, sample) == {"tIoU": 0, "vIoU": 0, "failures": 1}
-    assert protocol(((100, 100), {}), sample) == {"tIoU": 0, "vIoU": 0, "failures": 0}
-    no_boxes = protocol(((20, 40), {}), sample)
+    nothing = Track(0, np.empty((0, 4)))
+    assert protocol(((100, 100), nothing), sample) == {"tIoU": 0, "vIoU": 0, "failures": 0}
+    no_boxes = protocol(((20, 40), nothing), sample)
     assert no_boxes["tIoU"] >= 0.95 and no_boxes["vIoU"] == 0 and no_boxes["failures"] == 0
 
 
@@ -245,7 +248,7 @@ def test_perfect_spans_under_stcat():
 )
 def test_frames_of_tubedetr(fps, num_frames, begin, frames):
     sample = make_sample(0, 1, num_frames=num_frames, fps=fps, begin_frame=begin)
-    assert tubedetr_frames(sample) == frames
+    assert tubedetr_frames(sample).tolist() == frames
 
 
 def test_frames_of_tubedetr_round_as_theirs():
@@ -261,11 +264,11 @@ def test_at_most_200_frames_of_tubedetr():
     0 .. 9 (0, 5) has 2/8 and not 2/12."""
     sample = make_sample(0, 60, num_frames=1500, fps=25.0)
     frames = tubedetr_frames(sample)
-    assert len(frames) == 200 and frames[:5] == [0, 5, 15, 20, 30] and frames[-1] == 5 * 298
+    assert len(frames) == 200 and frames[:5].tolist() == [0, 5, 15, 20, 30] and frames[-1] == 5 * 298
     assert tubedetr_scores(every_box((0, 30)), sample)["vIoU"] == 4 / 8
     assert tubedetr_scores(every_box((0, 10)), sample)["vIoU"] == 2 / 8
     assert len(tubedetr_frames(make_sample(0, 1, num_frames=1001, fps=25.0))) == 200  # 0, 5, .., 995: no more
-    assert tubedetr_frames(make_sample(0, 1, num_frames=1001, fps=25.0)) == list(range(0, 1000, 5))
+    assert tubedetr_frames(make_sample(0, 1, num_frames=1001, fps=25.0)).tolist() == list(range(0, 1000, 5))
 
 
 def test_summary():
@@ -305,7 +308,7 @@ def test_rows(kinds):
     assert list(result) == ["native", "stcat", "tubedetr"]
     for name, protocol in PROTOCOLS.items():
         row = result[name]
-        best = summarize(list(map(protocol, ceiling_tubes(samples, FRAME), samples)))
+        best = whole_step_scores(samples, FRAME)["best"][name]
         whole = summarize(list(map(protocol, tubes, samples)))
         whole |= {"ceiling_m_tIoU": best["m_tIoU"], "ceiling_m_vIoU": best["m_vIoU"]}
         for kind in set(kinds) - {None}:
@@ -456,7 +459,7 @@ def tubes_and_samples(draw):
     end = draw(st.integers(start, min(num_frames, start + 50)))
     skipped = draw(st.integers(1, 5))
     boxes = {f: (0.25, 0.0, 0.75, 1.0) for f in range(start, end) if f % skipped == 0}
-    return ((start, end), boxes), sample
+    return ((start, end), Track.of(boxes) if boxes else Track(0, np.empty((0, 4)))), sample
 
 
 @settings(deadline=None, max_examples=50)
@@ -469,15 +472,6 @@ def test_any_tube_against_the_slow_version(case):
         expected = slow_scores(name, set(range(*tube[0])), exact, sample)
         assert (scores["tIoU"], scores["vIoU"]) == pytest.approx(expected, abs=1e-12), name
         assert 0 <= scores["vIoU"] <= 1 and 0 <= scores["tIoU"] <= 1 and scores["failures"] == 0
-
-
-def slow_truth_steps(sample, step):
-    """Steps whose frame on screen lies in the truth; where there is none, the step the truth begins in."""
-    fps = Fraction(sample.fps)
-    times = [i * step for i in range(1000) if i * step < sample.num_frames / fps]
-    shown = [max(f for f in range(sample.num_frames) if f / fps <= time) for time in times]
-    inside = [i for i, f in enumerate(shown) if sample.first_frame <= f < sample.stop_frame]
-    return inside or [max(i for i, time in enumerate(times) if time <= sample.first_frame / fps)]
 
 
 def ceiling_samples():
@@ -494,57 +488,55 @@ def ceiling_samples():
     ]
 
 
+def slow_truths(sample, step):
+    """Span -> the answer with its true boxes, for all spans in whole steps; boxes by their definition."""
+    fps, frames = Fraction(sample.fps), range(sample.num_frames)
+    count = len([i for i in frames if i * step < sample.num_frames / fps])
+    shown = [max(f for f in frames if f / fps <= i * step) for i in range(count)]
+    answers = {}
+    for span in [(a, b) for a in range(count) for b in range(a, count)]:
+        steps = range(span[0], span[1] + 1)
+        # Outside the truth and in its holes: of the nearest step with a box, else of the nearest frame.
+        boxes = {i: sample.boxes.get(max(shown[i], sample.first_frame)) for i in steps}
+        boxes = {i: box for i, box in boxes.items() if box}
+        if not boxes:
+            _, nearest = min((abs(f - max(shown[span[0]], sample.first_frame)), f) for f in sample.boxes)
+            boxes = {span[0]: sample.boxes[nearest]}
+        items = {i: boxes[min(boxes, key=lambda k, i=i: (abs(k - i), k))] for i in steps}
+        items = {i: tuple(round(1000 * v) for v in box) for i, box in items.items()}
+        answers[span] = make_answer(*span, items)
+    return answers
+
+
 @pytest.mark.parametrize("time_unit", TIME_UNITS)
-def test_ceiling_against_the_slow_version(time_unit):
-    """The truth in steps by its definition: the box of the sampled frame, or of the nearest step with."""
-    text_format = TextFormat(time_unit=time_unit)
-    step = Fraction(text_format.step_seconds)
-    rng, rows = random.Random(0), {name: [] for name in PROTOCOLS}
-    samples = ceiling_samples()
-    for _ in range(30):  # spans anywhere
+def test_whole_steps_by_brute_force(time_unit):
+    """best: the maximum over all spans. taught: the score of the span whose edges are nearest."""
+    text_format, rng, samples = TextFormat(time_unit=time_unit), random.Random(0), ceiling_samples()
+    for _ in range(20):  # spans anywhere
         num_frames, fps = rng.choice([(100, 20), (120, 25), (75, 23.75)])
         first = rng.randrange(num_frames)
         samples.append(make_sample(first, rng.randint(first + 1, num_frames), num_frames=num_frames, fps=fps))
     for sample in samples:
-        steps = slow_truth_steps(sample, step)
-        frames = range(sample.num_frames)
-        shown = {i: max(f for f in frames if f / Fraction(sample.fps) <= i * step) for i in steps}
-        boxes = {i: sample.boxes[f] for i, f in shown.items() if f in sample.boxes}
-        if not boxes:  # an event within a step, or a hole in its only sampled frame
-            _, nearest = min((abs(f - shown[steps[0]]), f) for f in sample.boxes)
-            boxes = {steps[0]: sample.boxes[nearest]}
-        boxes = {i: tuple(round(1000 * v) for v in box) for i, box in boxes.items()}
-        items = {i: boxes[min(boxes, key=lambda k, i=i: (abs(k - i), k))] for i in steps}
-        slow = slow_tube(make_answer(steps[0], steps[-1], items), sample, step, NORM)
+        step = Fraction(text_format.step_seconds)
+        result = whole_step_scores([sample], text_format)
+        scores = {
+            span: {name: slow_scores(name, *slow_tube(a, sample, step, NORM), sample) for name in PROTOCOLS}
+            for span, a in slow_truths(sample, step).items()
+        }
+        taught = sample.grid(float(step)).steps_of(sample.first_frame, sample.stop_frame)
         for name in PROTOCOLS:
-            rows[name].append(slow_scores(name, *slow, sample))
-    result = score_answers([None] * len(samples), samples, text_format)
-    for name, scores in rows.items():
-        tiou, viou = (100 * sum(column) / len(scores) for column in zip(*scores, strict=True))
-        assert result[name]["ceiling_m_tIoU"] == pytest.approx(tiou)
-        assert result[name]["ceiling_m_vIoU"] == pytest.approx(viou)
-        assert result[name]["m_tIoU"] == 0 and result[name]["failures"] == len(samples)
-        assert grid_ceiling(samples, text_format)[name]["m_vIoU"] == pytest.approx(viou)
+            for k, key in enumerate(("m_tIoU", "m_vIoU")):
+                most = max(score[name][k] for score in scores.values())
+                assert result["best"][name][key] == pytest.approx(100 * most), (name, key)
+                assert result["taught"][name][key] == pytest.approx(100 * scores[taught][name][k])
 
 
-@pytest.mark.parametrize("sample", ceiling_samples()[:4])
-def test_no_ceiling_is_above_the_best_answer(sample):
-    """All spans of the 4 steps, each step with the box of its sampled frame or of one of two others."""
-    (perfect,) = ceiling_tubes([sample], FRAME)
-    shown = [sample.boxes.get(f, LEFT) for f in (0, 10, 20, 30)]
-    other = [sample.boxes.get(f, RIGHT) for f in (13, 24)]
-    best = {name: [0, 0] for name in PROTOCOLS}
-    for start, end in [(a, b) for a in range(4) for b in range(a, 4)]:
-        for choice in product(range(3), repeat=end - start + 1):
-            chosen = {start + k: [shown[start + k], *other][c] for k, c in enumerate(choice)}
-            items = {i: tuple(round(1000 * v) for v in box) for i, box in chosen.items()}
-            candidate = tube(make_answer(start, end, items), sample)
-            for name, protocol in PROTOCOLS.items():
-                scores = protocol(candidate, sample)
-                best[name] = [max(best[name][0], scores["tIoU"]), max(best[name][1], scores["vIoU"])]
-    for name, protocol in PROTOCOLS.items():
-        scores = protocol(perfect, sample)
-        assert 0 < scores["tIoU"] <= best[name][0] and scores["vIoU"] <= best[name][1] + 1e-12
+@given(st.lists(st.tuples(*[st.integers(0, 8)] * 8), min_size=1))
+def test_rows_of_ious_are_those_of_the_rewards(rows):
+    """To the last bit, also of boxes without an inside."""
+    a, b = np.split(np.array(rows) / 7, 2, axis=1)
+    expected = [iou(tuple(p), tuple(q)) for p, q in zip(a.tolist(), b.tolist(), strict=True)]
+    assert ious(a, b).tolist() == expected
 
 
 def test_viou_by_area_by_hand():

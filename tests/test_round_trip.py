@@ -41,14 +41,17 @@ def overlap(a, b):
     return width * height / (sum(areas) - width * height)
 
 
-def best(sample, seconds, scale):
-    """(tIoU, vIoU) of the best answer in steps of so many seconds and integers of that scale."""
+def true_score(sample, seconds, scale):
+    """(tIoU, vIoU) of the true answer in steps of so many seconds and integers of that scale."""
     per = round(seconds * 8)  # native frames in a step
     truth = range(sample.first_frame, sample.stop_frame)
-    steps = [f for f in range(0, 48, per) if f in truth] or [truth[0] // per * per]  # by their first frames
+    begin, stop = (
+        min(range(0, 49, per), key=lambda edge, f=f: abs(edge - f)) for f in (truth[0], truth.stop)
+    )
+    steps = [*range(begin, stop, per)] or [truth[0] // per * per]  # by their first frames
     said, total = {}, 0.0
     for step in steps:
-        frame = min(truth, key=lambda f: (abs(f - step), f))  # its own, or the nearest one with a box
+        frame = min(truth, key=lambda f: (abs(f - step), f))  # its own, or the nearest one of the truth
         said[step] = [round(v * s) / s for v, s in zip(sample.boxes[frame], scale * 2, strict=True)]
     answered = range(steps[0], min(steps[-1] + per, 48))
     for f in set(answered) & set(truth):
@@ -75,6 +78,6 @@ def test_the_truth_comes_back(checkpoints, samples, family, coordinates, unit):
         answer = parse_answer(again)
         assert again == text and answer.think == answer.pred
         scores = native_scores(tube_from_answer(answer, sample, text_format, prompt.scale), sample)
-        expected = best(sample, text_format.step_seconds, scale)
+        expected = true_score(sample, text_format.step_seconds, scale)
         assert (scores["tIoU"], scores["vIoU"]) == pytest.approx(expected, abs=1e-12)
         assert scores["failures"] == 0 and scores["vIoU"] > (0.6 if sample.id == "long.y4m" else 0.1)

@@ -145,9 +145,11 @@ def load_137(tmp_path, begin, end, boxes=range(200)):
 @pytest.mark.parametrize(
     ("begin", "end", "step", "frames"),
     [
-        (66, 112, 0.5, {2: 66, 3: 81, 4: 96, 5: 111}),
-        (66, 111, 0.5, {2: 66, 3: 81, 4: 96}),  # the end is exclusive: 111 is out
-        (67, 112, 0.5, {3: 81, 4: 96, 5: 111}),
+        # Steps begin at 37, 51.985, 66.97, 81.955, 96.94, 111.925, 126.91 and show the frames 37, 51, 66, ...
+        (66, 112, 0.5, {2: 66, 3: 81, 4: 96}),
+        (67, 112, 0.5, {2: 67, 3: 81, 4: 96}),  # 66 is no frame of the truth, 67 is next to it
+        (75, 120, 0.5, {3: 81, 4: 96, 5: 111}),  # both edges go to the nearest: the truth is 7 frames earlier
+        (66, 119, 0.5, {2: 66, 3: 81, 4: 96}),
         (37, 137, 0.5, {0: 37, 1: 51, 2: 66, 3: 81, 4: 96, 5: 111, 6: 126}),
         (127, 137, 0.5, {6: 127}),  # within the last step: its nearest box
         (82, 96, 0.5, {3: 82}),  # frames 45 .. 58 of the clip show nothing; they begin at 1.50 s, in step 3
@@ -164,14 +166,14 @@ def test_truth_in_steps(tmp_path, begin, end, step, frames):
 @pytest.mark.parametrize(
     ("boxes", "frames"),
     [
-        ((66, 67, 111), {2: 66, 5: 111}),  # steps 3 and 4 have none
+        ((66, 67, 96), {2: 66, 4: 96}),  # step 3 has none
         ((70, 80, 97), {2: 70}),  # none on a sampled frame: the nearest to frame 66 stands in
         ((65, 81, 112), {3: 81}),  # 65 and 112 are outside the truth
     ],
 )
 def test_truth_in_steps_without_some_boxes(tmp_path, boxes, frames):
     truth = load_137(tmp_path, 66, 112, boxes).truth(0.5)
-    assert truth.span == (2, 5)  # boxes do not move it
+    assert truth.span == (2, 4)  # boxes do not move it
     assert {step: round(box[0] * 200) for step, box in truth.boxes.items()} == frames
 
 
