@@ -9,6 +9,7 @@ they are. A record that breaks its format is an error, "FILE: record ID: KEY is 
 """
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -88,13 +89,19 @@ def check_videos(samples: list[Sample]) -> None:
         )
 
 
+NO_TEXT = re.compile("<\\||\\0|[\ud800-\udfff]")
 Kind = tuple[str, Callable[[object], bool]]  # what a value must be: in words, and as a test
-COUNT: Kind = ("a whole number of at least 1", lambda v: is_number(v) and v >= 1 and v == int(v))
+COUNT: Kind = ("a whole number from 1 to 1000000", lambda v: is_number(v) and 1 <= v <= 1e6 and v == int(v))
 RATE: Kind = ("a number above 0", lambda v: is_number(v) and v > 0)
 INTEGER: Kind = ("a whole number", lambda v: type(v) is int)  # True is none
 FRAME: Kind = ("a frame, counted from 0", lambda v: type(v) is int and v >= 0)
-# "<|" begins Qwen's special tokens.
-TEXT: Kind = ("a text without '<|'", lambda v: isinstance(v, str) and bool(v.strip()) and "<|" not in v)
+SECONDS: Kind = ("at most 3600, for a model to be shown it", lambda v: v <= 3600)
+# "<|" begins Qwen's special tokens; half a surrogate pair (JSON's \ud83d alone) cannot be encoded.
+TEXT: Kind = (
+    "a text of at most 2000 characters, without '<|', NUL or half a surrogate pair",
+    lambda v: isinstance(v, str) and bool(v.strip()) and len(v) <= 2000 and not NO_TEXT.search(v),
+)
+PATH: Kind = ("a path below `videos`", lambda v: TEXT[1](v) and not {"", ".."} & set(v.split("/")))
 LIST: Kind = ("a list", lambda v: isinstance(v, list))
 OBJECT: Kind = ("an object", lambda v: isinstance(v, dict))
 BOX: Kind = ("[x, y, w, h]", lambda v: isinstance(v, list) and len(v) == 4 and all(map(is_number, v)))
@@ -144,6 +151,7 @@ def load_hcstvg(annotations: str, videos: str) -> tuple[list[Sample], Report]:
 
 def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report: Report) -> Sample:
     where = f"{annotations}: record {key!r}"
+    _check(f"{where}: its key", key, PATH)
     sentence = _read(where, record, "English" if "English" in record else "caption", TEXT)
     size = record  # v1: width and height stand in the record itself
     if "img_size" in record:
@@ -151,6 +159,7 @@ def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report
     width, height = (int(_read(where, size, side, COUNT)) for side in ("width", "height"))
     num_frames = int(_read(where, record, "img_num", COUNT))
     fps = float(_read(where, record, "fps", RATE)) if "fps" in record else num_frames / HCSTVG_SECONDS
+    _check(f"{where}: img_num / fps, its seconds,", num_frames / fps, SECONDS)
     first = int(_read(where, record, "st_frame", COUNT)) - 1  # from 1-based to 0-based
     if first >= num_frames:
         raise _wrong(f"{where}: st_frame", first + 1, f"at most img_num, {num_frames}")
@@ -223,7 +232,8 @@ def _check_vidstg(where: str, record: dict) -> None:
     _read(where, record, "vid", TEXT)
     for key in ("width", "height", "frame_count"):
         _read(where, record, key, COUNT)
-    _read(where, record, "fps", RATE)
+    seconds = record["frame_count"] / _read(where, record, "fps", RATE)
+    _check(f"{where}: frame_count / fps, its seconds,", seconds, SECONDS)
     for key in ("used_segment", "temporal_gt"):
         span = _read(where, record, key, OBJECT)
         _read(f"{where}: {key}", span, "begin_fid", FRAME)
@@ -326,8 +336,7 @@ def _read_vidor_file(path: str, vid: str, tids: set[int]) -> VidorFilm:
             wanted = "a list of {tid, bbox: {xmin, ymin, xmax, ymax}} in numbers"
             raise _wrong(f"{path}: trajectories[{k}]", boxes, wanted) from None
     video = content.get("video_path", f"{os.path.basename(os.path.dirname(path))}/{vid}.mp4")
-    if not isinstance(video, str) or {"", ".."} & set(video.split("/")):  # nothing outside `videos`
-        raise _wrong(f"{path}: video_path", video, "FOLDER/VID.mp4")
+    _check(f"{path}: video_path", video, PATH)
     boxes = {tid: _in_frame(corners, width, height) for tid, corners in tracks.items()}
     return VidorFilm(video, width, height, boxes)
 

@@ -239,10 +239,10 @@ def sft_config(config: Config) -> Config:
 
 
 def true_completion(policy: Policy, prompt: Prompt, truth: Truth, config: Config) -> Completion:
-    """The answer that tells the truth, its end token included."""
+    """The answer that tells the truth, its end token included; of a longer one the first max_new_tokens."""
     text = format_answer(truth_answer(truth, prompt.scale, config.think))
-    ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Completion([*ids, policy.end_id], text, truncated=False)
+    ids = [*policy.tokenizer(text, add_special_tokens=False)["input_ids"], policy.end_id]
+    return Completion(ids[: config.max_new_tokens], text, truncated=len(ids) > config.max_new_tokens)
 
 
 def rollout_records(

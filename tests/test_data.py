@@ -166,12 +166,12 @@ BOXES += [[640, 0, 9, 9], [0, -20, 9, 20], [9, 400, 9, -9]]  # outside the image
 BAD = {
     "bbox": (None, [], [[0, 0, 0, 9]], ..., *([[0, 0, 9, 9], box] for box in BOXES)),
     "st_frame": (501, 0, -3, 1.5, "51", ...),
-    "img_num": (0, ...),
+    "img_num": (0, 999999999, ...),
     "width": (0, ...),
     "height": (None, ...),
     "img_size": (360, {"height": 360}),
-    "caption": ("", 5, "a <|im_end|> b", ...),
-    "fps": (0, "25"),
+    "caption": ("", 5, "a <|im_end|> b", "a man \ud83d walks", "\0", "word " * 20_000, ...),
+    "fps": (0, "25", 1e-300, 0.1),
 }
 
 
@@ -181,6 +181,15 @@ def test_errors_name_file_record_and_value(tmp_path, key, value):
         load_one(tmp_path, **{key: value})
     assert str(caught.value).startswith(f"{tmp_path / 'annotations.json'}: record 'a.mp4': ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "key", ["../a.mp4", "/abs/a.mp4", "a/../../b.mp4", "a//b.mp4", "", "a\0.mp4", "\udc80"]
+)
+def test_a_video_stays_in_its_folder(tmp_path, key):
+    with pytest.raises(DataError, match=r"its key is .*, must be a path below `videos`; correct or remove"):
+        load(tmp_path, {key: V1["12_AbCdEfGhIjK.mp4"]})
+    assert load(tmp_path, {"a/b..mp4": V1["12_AbCdEfGhIjK.mp4"]})[0][0].video == "videos/a/b..mp4"
 
 
 FILES = {

@@ -271,7 +271,7 @@ BAD_FILMS = {
     "width": (0, ...),
     "height": ("480", None),
     "trajectories": (None, {"0": []}, ..., *([[], [], frame] for frame in BAD_FRAMES)),
-    "video_path": (None, 5, "/etc/passwd", "../a.mp4", ""),
+    "video_path": (None, 5, "/etc/passwd", "../a.mp4", "", "a\0.mp4"),
 }
 
 
@@ -286,8 +286,8 @@ def test_broken_vidor_files(tmp_path, key, value):
 BAD_SENTENCES = [("", 0), (" \n", 0), (["a"], 0), ("a <|im_end|> b", 0), ("a", "0"), ("a", 0.5), ("a", True)]
 BAD = {
     "vid": (None, ["2401"], ""),
-    "frame_count": (0, 9.5, "40", True),
-    "fps": (0, -25, "25", None, float("nan")),
+    "frame_count": (0, 9.5, "40", True, 10**9),
+    "fps": (0, -25, "25", None, float("nan"), 1e-300, 0.01),
     "width": (0, [640]),
     "height": (None,),
     "used_segment": (None, [10, 29], {"begin_fid": 10}, span(-1, 29), span(10.5, 29), span(False, 29)),
