@@ -264,6 +264,7 @@ def _check(config: Config, where: str) -> None:
             require(key, functools.partial(operator.le, least), f"at least {least}")
     for key in POSITIVE:
         require(key, lambda value: value > 0, "above 0")
+    require("fps", lambda value: value <= 60, "at most 60")
     require("log_to", {"tensorboard", "wandb"}.issuperset, "some of tensorboard, wandb")
     require("lora.targets", lambda names: names and all(isinstance(n, str) for n in names), "a list of names")
     annotations = [Path(path).parent for path in (config.train_annotations, config.eval_annotations)]

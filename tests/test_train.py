@@ -159,6 +159,8 @@ def test_supervised_loss_is_that_of_the_true_answers(taught, checkpoints):
             assert policy.tokenizer.decode(completion.ids[:-1]) == completion.text
             total = score(completion.text, truth, think=False).rewards["total"]
             assert total == pytest.approx(4, abs=0.05)  # the full reward, up to the text's grid
+        short = train.true_completion(policy, prompts[0], truths[0], replace(config, max_new_tokens=9))
+        assert short.ids == completions[0][0].ids[:9] and short.truncated and not completions[0][0].truncated
         direct = copy.deepcopy(policy.model)
         ids = [[c.ids for c in group] for group in completions]
         packed = pack_completions(policy, prompts, ids)
