@@ -130,7 +130,7 @@ CHOICES = {
     "sync_gradients": ("last", "every"),
     "loss_aggregation": ("token-mean", "sequence-mean", "constant"),
 }
-POSITIVE = ("fps", "temperature", "max_grad_norm", "video_timeout", "lora.alpha")
+POSITIVE = ("temperature", "max_grad_norm", "video_timeout", "lora.alpha")
 AT_LEAST = {
     0: "steps warmup_steps threads eval_every eval_limit save_every seed kl_beta clip_eps learning_rate"
     " weight_decay eval_temperature video_workers frame_cache_gb sft.steps sft.learning_rate lora.rank",
@@ -264,7 +264,7 @@ def _check(config: Config, where: str) -> None:
             require(key, functools.partial(operator.le, least), f"at least {least}")
     for key in POSITIVE:
         require(key, lambda value: value > 0, "above 0")
-    require("fps", lambda value: value <= 60, "at most 60")
+    require("fps", lambda value: 0.01 <= value <= 60, "from 0.01 to 60")
     require("log_to", {"tensorboard", "wandb"}.issuperset, "some of tensorboard, wandb")
     require("lora.targets", lambda names: names and all(isinstance(n, str) for n in names), "a list of names")
     annotations = [Path(path).parent for path in (config.train_annotations, config.eval_annotations)]

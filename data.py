@@ -92,7 +92,7 @@ def check_videos(samples: list[Sample]) -> None:
 NO_TEXT = re.compile("<\\||\\0|[\ud800-\udfff]")
 Kind = tuple[str, Callable[[object], bool]]  # what a value must be: in words, and as a test
 COUNT: Kind = ("a whole number from 1 to 1000000", lambda v: is_number(v) and 1 <= v <= 1e6 and v == int(v))
-RATE: Kind = ("a number above 0", lambda v: is_number(v) and v > 0)
+RATE: Kind = ("a number above 0 and up to 1000", lambda v: is_number(v) and 0 < v <= 1000)
 INTEGER: Kind = ("a whole number", lambda v: type(v) is int)  # True is none
 FRAME: Kind = ("a frame, counted from 0", lambda v: type(v) is int and v >= 0)
 SECONDS: Kind = ("at most 3600, for a model to be shown it", lambda v: v <= 3600)
@@ -158,7 +158,7 @@ def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report
         size = dict(zip(("height", "width"), _read(where, record, "img_size", LIST), strict=False))
     width, height = (int(_read(where, size, side, COUNT)) for side in ("width", "height"))
     num_frames = int(_read(where, record, "img_num", COUNT))
-    fps = float(_read(where, record, "fps", RATE)) if "fps" in record else num_frames / HCSTVG_SECONDS
+    fps = float(_check(f"{where}: fps", record.get("fps", num_frames / HCSTVG_SECONDS), RATE))
     _check(f"{where}: img_num / fps, its seconds,", num_frames / fps, SECONDS)
     first = int(_read(where, record, "st_frame", COUNT)) - 1  # from 1-based to 0-based
     if first >= num_frames:

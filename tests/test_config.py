@@ -79,6 +79,7 @@ BAD = {
     "rewards.think=.nan": "the weight of think is .*; write a number",
     "sft=5": "sft: 5 must be",
     **dict.fromkeys(("steps=many", "steps=1.5", "steps=true", "steps="), "steps: .* must be a whole number"),
+    **dict.fromkeys(("fps=1e-300", "fps=0", "fps=1e9"), "fps: .* must be from 0.01 to 60"),
     **dict.fromkeys(("fps=fast", "fps=true", "fps=nan", "fps={a: 1}"), "fps: .* must be a finite number"),
     "think=1": "think: 1 must be true or false",
     "steps": "'steps': settings on the command line are written key=value",
@@ -98,16 +99,18 @@ def test_bad_settings(path, override):
 
 
 LIMITS = {key: (least, least - 1) for least, keys in AT_LEAST.items() for key in keys.split()}
-LIMITS |= dict.fromkeys(POSITIVE, (1, 0))
+LIMITS |= dict.fromkeys(POSITIVE, (1, 0)) | {"fps": (60, 61)}
 
 
 def test_limits(path):
-    """Every number has one, below which it means nothing."""
+    """Every number has one, beyond which it means nothing."""
     numbers = {f.name for f in dataclasses.fields(Config) if f.type in (int, float)}
     assert numbers <= LIMITS.keys()
     load_config(path, [f"{key}={good}" for key, (good, _) in LIMITS.items()])
     for key, (_, bad) in LIMITS.items():
-        with pytest.raises(ConfigError, match=rf"command line: {key}: {bad}(\.0)? must be (at least|above)"):
+        with pytest.raises(
+            ConfigError, match=rf"command line: {key}: {bad}(\.0)? must be (at least|above|from)"
+        ):
             load_config(path, [f"{key}={bad}"])
 
 

@@ -171,7 +171,7 @@ BAD = {
     "height": (None, ...),
     "img_size": (360, {"height": 360}),
     "caption": ("", 5, "a <|im_end|> b", "a man \ud83d walks", "\0", "word " * 20_000, ...),
-    "fps": (0, "25", 1e-300, 0.1),
+    "fps": (0, "25", 1e-300, 0.1, 1e9),
 }
 
 

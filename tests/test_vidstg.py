@@ -287,7 +287,7 @@ BAD_SENTENCES = [("", 0), (" \n", 0), (["a"], 0), ("a <|im_end|> b", 0), ("a", "
 BAD = {
     "vid": (None, ["2401"], ""),
     "frame_count": (0, 9.5, "40", True, 10**9),
-    "fps": (0, -25, "25", None, float("nan"), 1e-300, 0.01),
+    "fps": (0, -25, "25", None, float("nan"), 1e-300, 0.01, 1e9),
     "width": (0, [640]),
     "height": (None,),
     "used_segment": (None, [10, 29], {"begin_fid": 10}, span(-1, 29), span(10.5, 29), span(False, 29)),
