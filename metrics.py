@@ -156,16 +156,17 @@ def _scores(tube: Tube | None, sample: Sample, truth: range, frames: np.ndarray)
     common = range(max(first, truth.start), min(stop, truth.stop))
     union = stop - first + len(truth) - len(common)
 
-    def within(first: int, stop: int) -> np.ndarray:
-        return (frames >= first) & (frames < stop)  # (F,)
-
-    frames = frames[within(min(first, truth.start), max(stop, truth.stop))]  # no others count
+    frames = frames[_within(frames, min(first, truth.start), max(stop, truth.stop))]  # (F,): no others count
     true_boxes = sample.boxes.rows(frames)  # (F, 4)
-    holes = within(sample.first_frame, sample.stop_frame) & np.isnan(true_boxes[:, 0])
-    judged = (within(first, stop) | within(truth.start, truth.stop)) & ~holes
-    both = within(common.start, common.stop) & judged
+    holes = _within(frames, sample.first_frame, sample.stop_frame) & np.isnan(true_boxes[:, 0])
+    judged = (_within(frames, first, stop) | _within(frames, truth.start, truth.stop)) & ~holes
+    both = _within(frames, common.start, common.stop) & judged
     overlap = sum(ious(boxes.rows(frames[both]), true_boxes[both]).tolist())
     return {"tIoU": len(common) / max(union, 1), "vIoU": overlap / max(int(judged.sum()), 1), "failures": 0}
+
+
+def _within(frames: np.ndarray, first: int, stop: int) -> np.ndarray:
+    return (frames >= first) & (frames < stop)
 
 
 def ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -226,13 +227,12 @@ def whole_step_scores(samples: list[Sample], text_format: TextFormat) -> dict[st
             answer = truth_answer(sample.truth(text_format.step_seconds, span), scale, think=False)
             scores[span] = _by_protocol(tube_from_answer(answer, sample, text_format, scale), sample)
         taught.append(scores[grid.steps_of(sample.first_frame, sample.stop_frame)])
-        best.append(
-            {
-                name: {key: max(score[name][key] for score in scores.values()) for key in taught[-1][name]}
-                for name in PROTOCOLS
-            }
-        )
+        best.append({name: _largest([score[name] for score in scores.values()]) for name in PROTOCOLS})
     return {"best": _rows(best, samples), "taught": _rows(taught, samples)}
+
+
+def _largest(scores: list[Scores]) -> Scores:
+    return {key: max(score[key] for score in scores) for key in scores[0]}
 
 
 def score_answers(

@@ -51,12 +51,11 @@ class TimeGrid:
         """The span of at least one step whose edges are nearest to those of the native frames [first, stop).
         Of two that are equally near the longer one, which overlaps more. Not in the paper."""
 
+        step_frames = self.step_seconds * self.fps
+
         def distance(span: tuple[int, int]) -> tuple[float, int]:
-            edges = (
-                (step * self.step_seconds * self.fps, self.num_frames) for step in (span[0], span[1] + 1)
-            )
-            begin, end = map(min, edges)  # in native frames
-            return round(abs(begin - first) + abs(end - stop), 6), span[0] - span[1]
+            begin, end = (min(i * step_frames, self.num_frames) for i in (span[0], span[1] + 1))
+            return round(abs(begin - first) + abs(end - stop), 6), span[0] - span[1]  # in native frames
 
         return min(self.spans_near(first, stop), key=distance)
 
