@@ -512,8 +512,8 @@ def slow_truths(sample, step):
 def test_whole_steps_by_brute_force(time_unit):
     """best: the maximum over all spans. taught: the score of the span whose edges are nearest."""
     text_format, rng, samples = TextFormat(time_unit=time_unit), random.Random(0), ceiling_samples()
-    for _ in range(20):  # spans anywhere
-        num_frames, fps = rng.choice([(100, 20), (120, 25), (75, 23.75)])
+    for _ in range(12):  # spans anywhere
+        num_frames, fps = rng.choice([(40, 20), (60, 25), (37, 23.75)])
         first = rng.randrange(num_frames)
         samples.append(make_sample(first, rng.randint(first + 1, num_frames), num_frames=num_frames, fps=fps))
     for sample in samples:
