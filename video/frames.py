@@ -6,7 +6,9 @@ until the last step.
 """
 
 import contextlib
+import mmap
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,10 +28,16 @@ NO_SUBSTITUTES = 1e-6  # decord's fault_tol: the share of frames that may be cop
 FAILURES = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration)
 Size = tuple[int, int]  # (width, height) in pixels
 REENCODE = "re-encode it: ffmpeg -i OLD -c:v libx264 -crf 18 NEW"
+# How a file begins that says where its frames lie: mp4 and mov (the group), mkv and webm, avi, flv, y4m.
+INDEXED = re.compile(rb".{4}(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF|FLV|YUV4MPEG2", re.DOTALL)
 
 
 class VideoError(UserError):
     """A video that cannot be read as asked."""
+
+
+class DamagedError(VideoError):
+    """A frame of it cannot be decoded."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +49,40 @@ class Header:
     width: int  # as shown, in pixels: a portrait film stored on its side stands upright
     height: int
     hidden: int  # frames that are stored before the beginning and not shown
+    pixel_aspect: float = 1.0  # width of a pixel by its height, when shown; known of mp4 and mov only
 
 
 def probe(path: str) -> Header:
     """Read a file's index, and its first frame for the size. Raises VideoError."""
     reader, spans, hidden = _open(path)
     height, width = next(_decode(path, reader, [0])).shape[:2]
-    return Header(len(spans), float(spans[-1, 1]), width, height, hidden)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        at = content.find(b"\0\0\0\x10pasp") + 8  # the box that says the aspect; decord does not tell
+        wide, high = (int.from_bytes(content[k : k + 4], "big") if at > 7 else 1 for k in (at, at + 4))
+    return Header(len(spans), float(spans[-1, 1]), width, height, hidden, wide / high if high else 1.0)
 
 
-def check_header(sample: Sample, header: Header) -> float:
-    """Compare a file with its annotation; returns for how many seconds of the clip it has frames to show.
+def clip_times(sample: Sample, fps: float) -> list[float]:
+    """When the frames of a sample's clip are shown, fps of them a second: seconds from its beginning."""
+    return [step / fps for step in range(sample.grid(1 / fps).num_steps)]
+
+
+def check_header(sample: Sample, header: Header, times: list[float]) -> int:
+    """Compare a file with its annotation; returns at how many of these times of the clip, which ascend from
+    0, it has a frame to show.
 
     Raises VideoError for another shape (by more than 2 %: boxes would be scaled by a wrong size; a smaller
-    copy of the video is fine), and for another duration (by more than 1 s and 5 %: steps would be counted at
-    a wrong rate). A file of the right frame rate with at least three quarters of the duration has lost its
-    end: what exists is used, and it is an error only where the clip begins after that.
+    copy of the video is fine, and so is a size in displayed pixels where they are not square), and for
+    another duration (by more than 1 s and 5 %: steps would be counted at a wrong rate). A file of the right
+    frame rate with at least three quarters of the duration has lost its end: what exists is used, and it is
+    an error only where the clip begins after that.
     """
-    if abs(header.width * sample.height / (header.height * sample.width) - 1) > 0.02:
+    shape = header.width * sample.height / (header.height * sample.width)
+    if min(abs(shape - 1), abs(shape * header.pixel_aspect - 1)) > 0.02:
         raise VideoError(
             f"{sample.video}: its frames are {header.width} x {header.height}, but its annotation says"
-            f" {sample.width} x {sample.height}; correct the size in the record, or fetch the right file"
+            f" {sample.width} x {sample.height}; correct the size in the record (of a film whose pixels are"
+            " not square its boxes, too), or fetch the right file"
         )
     annotated = sample.file_frames / sample.fps  # seconds
     rate = header.frames / max(header.seconds, TIMESTAMP_ERROR)  # a lone frame may have no duration
@@ -72,10 +93,12 @@ def check_header(sample: Sample, header: Header) -> float:
             f" its annotation says {annotated:.2f} s; correct img_num (VidSTG: frame_count) and fps in the"
             " record (HC-STVG without fps: 20 s), or fetch the right file"
         )
+    if header.frames == sample.file_frames:
+        return len(times)
     begin = sample.begin_frame / sample.fps
     if begin > header.seconds + HELD_SECONDS:
         raise VideoError(_too_short(sample.video, header.seconds, begin))
-    return header.seconds + HELD_SECONDS - begin
+    return sum(begin + time <= header.seconds + HELD_SECONDS for time in times)
 
 
 def _too_short(path: str, end: float, needed: float) -> str:
@@ -91,14 +114,23 @@ def clip_frames(sample: Sample, fps: float, max_side: int, factor: int) -> np.nd
     Returns uint8 (T, h, w, 3); T is below the number of steps of 1 / fps seconds where the file lacks the end
     of the clip. Raises VideoError.
     """
-    times = [step / fps for step in range(sample.grid(1 / fps).num_steps)]
-    return read_clip(sample, times, frame_size(sample.width, sample.height, max_side, factor))
+    size = frame_size(sample.width, sample.height, max_side, factor)
+    return read_clip(sample, clip_times(sample, fps), size)
 
 
 def read_clip(sample: Sample, times: list[float], size: Size | None = None) -> np.ndarray:
-    """Check the file of a sample's clip and read the frames at certain times, as read_frames does."""
-    check_header(sample, probe(sample.video))
-    return read_frames(sample.video, times, sample.begin_frame / sample.fps, size)
+    """Check the file of a sample's clip and read the frames at certain times of it, as read_frames does.
+
+    Time is the annotation's: frame n is at n / fps, whatever the file's timestamps say, since boxes are
+    numbered and scored so. Only in a file with another number of frames does its own clock choose.
+    """
+    header = probe(sample.video)
+    times = times[: check_header(sample, header, times)]
+    if header.frames != sample.file_frames:
+        return read_frames(sample.video, times, sample.begin_frame / sample.fps, size)
+    clip = sample.grid(1.0)  # its steps are seconds
+    chosen = [sample.begin_frame + clip.sampled_frame(time) for time in times]
+    return _read(sample.video, _open(sample.video), chosen, size)
 
 
 def read_frames(path: str, times: list[float], begin: float = 0.0, size: Size | None = None) -> np.ndarray:
@@ -114,29 +146,42 @@ def read_frames(path: str, times: list[float], begin: float = 0.0, size: Size | 
     or unreadable or ends before the first of the times.
     """
     wanted = begin + np.asarray(times, dtype=np.float64)  # (T,) seconds from the file's first frame
-    reader, spans, hidden = _open(path)
+    opened = _, spans, _ = _open(path)
     end = float(spans[-1, 1])
     if wanted[0] > end + HELD_SECONDS:
         raise VideoError(_too_short(path, end, wanted[0]))
     wanted = wanted[wanted <= end + HELD_SECONDS]  # (T',)
     # Timestamps ascend, so the frame on screen is the last one that has begun.
     chosen = np.searchsorted(spans[:, 0], wanted + TIMESTAMP_ERROR, side="right") - 1
-    # With hidden frames the rest is decoded too: only when the file holds as many frames as its index says
-    # are they the ones that the index means.
-    needed = range(len(spans)) if hidden else np.unique(chosen).tolist()
+    return _read(path, opened, chosen.tolist(), size)
+
+
+def _read(
+    path: str, opened: tuple[decord.VideoReader, np.ndarray, int], chosen: list[int], size: Size | None
+) -> np.ndarray:
+    """The shown frames with these indices, which ascend, of a file that _open has opened; as read_frames.
+
+    The file is read to its end: only when it holds as many frames as its index lists are they the ones that
+    the index means. (A packet need not hold a frame.) What is damaged after the last of the indices is left.
+    """
+    reader, spans, hidden = opened
+    needed = range(len(spans)) if hidden else np.unique([*chosen, len(spans) - 1]).tolist()
     shown, kept = None, 0
-    for index, frame in zip(needed, _decode(path, reader, needed), strict=True):
-        while kept < len(chosen) and chosen[kept] == index:
-            pixels = frame.asnumpy()  # (H, W, 3)
-            pixels = pixels if size is None else resize(pixels[None], size)[0].numpy()
-            if shown is None:
-                shown = np.empty((len(chosen), *pixels.shape), dtype=np.uint8)
-            shown[kept] = pixels
-            kept += 1
-    if hidden:
-        with contextlib.suppress(*FAILURES):  # the rule: there is no next frame
-            reader.next()
-            raise VideoError(f"{path}: holds more frames than its index shows; {REENCODE}")
+    try:
+        for index, frame in zip(needed, _decode(path, reader, needed), strict=True):
+            while kept < len(chosen) and chosen[kept] == index:
+                pixels = frame if size is None else resize(frame[None], size)[0].numpy()
+                if shown is None:
+                    shown = np.empty((len(chosen), *pixels.shape), dtype=np.uint8)
+                shown[kept] = pixels
+                kept += 1
+    except DamagedError:
+        if hidden or kept < len(chosen):
+            raise
+        return shown
+    with contextlib.suppress(*FAILURES):  # the rule: there is no next frame
+        reader.next()
+        raise VideoError(f"{path}: holds more frames than its index lists; {REENCODE}")
     return shown
 
 
@@ -160,6 +205,12 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
             f"{path}: {os.path.getsize(path)} bytes that cannot be opened as a video (incomplete, or of an"
             " unknown codec); fetch or re-encode the file, or remove its annotation"
         ) from error
+    if not INDEXED.match(_head(path)):
+        # libav finds the beginning again by searching for its time, and decord may read on from a later one.
+        raise VideoError(
+            f"{path}: is not mp4, mov, mkv, webm, avi, flv or y4m, and decord finds the beginning of no other"
+            " safely; pack it without loss: ffmpeg -i OLD -c copy NEW.mkv"
+        )
     if not keys or keys[0] > 0:  # decord would take every later frame for one that is keys[0] frames earlier
         raise VideoError(f"{path}: does not begin with a key frame; fetch the whole file, or {REENCODE}")
     hidden = int((spans[:, 0] < -1e-3).sum())
@@ -168,8 +219,14 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
     return reader, spans[hidden:] - spans[hidden, 0], hidden
 
 
-def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Iterator[decord.nd.NDArray]:
-    """The shown frames of a fresh reader with these indices, which ascend; (H, W, 3) each.
+def _head(path: str) -> bytes:
+    """The beginning of a file, for INDEXED."""
+    with open(path, "rb") as file:
+        return file.read(12)
+
+
+def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+    """The shown frames of a fresh reader with these indices, which ascend; uint8 (H, W, 3) each.
 
     Never by decord's seeking (get_batch, seek_accurate, reader[i]): it is wrong by 1 to 4 frames in files
     with open groups of pictures (those of x265 and, with B-frames, of MPEG-4), and on files with hidden
@@ -179,16 +236,29 @@ def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Ite
     read_frames asks for all frames.
     """
     before_keys = [key - 1 for key in reader.get_key_indices() if 0 < key <= wanted[-1]]
-    done = 0
+    last, done = len(reader) - 1, 0
     try:
-        for index in sorted({*wanted, *before_keys}):
+        for index in sorted({*wanted, *before_keys, max(0, wanted[-1] - 1)}):
             if index > done:
                 reader.skip_frames(index - done)
             frame, done = reader.next(), index + 1
             if index in wanted:
-                yield frame
+                yield _pixels(frame)
+        return
+    except (decord.DECORDLimitReachedError, StopIteration):
+        # An edit list that ends early lists one frame too many; mp4 and mov have such lists.
+        if not (INDEXED.match(_head(path))[1] and 0 < done == last):
+            raise VideoError(f"{path}: holds fewer frames than its index lists; {REENCODE}") from None
     except FAILURES as error:
-        raise VideoError(f"{path}: a frame cannot be decoded; fetch or re-encode the file") from error
+        raise DamagedError(f"{path}: a frame cannot be decoded; fetch or re-encode the file") from error
+    yield _pixels(frame)  # the frame before is held
+
+
+def _pixels(frame: decord.nd.NDArray) -> np.ndarray:
+    """uint8 (H, W, 3). decord calls it (H, W, C) with C > 3 where libav has padded the rows of a narrow film,
+    such as one of 48 pixels, to C * W numbers."""
+    pixels = frame.asnumpy()
+    return pixels.reshape(len(pixels), -1, 3)[:, : pixels.shape[1]]
 
 
 def frame_size(width: int, height: int, max_side: int, factor: int) -> Size:

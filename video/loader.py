@@ -42,7 +42,7 @@ from video.frames import REENCODE, VideoError, clip_frames, frame_size
 # damage: films that begin with an open group of pictures lack them.)
 GUESSED = re.compile(r"error while decoding|concealing|damaged|error at MB|corrupt|invalid NAL", re.I)
 ROOT = Path(__file__).resolve().parent.parent
-CACHE_VERSION = 1  # raise it when clip_frames computes other numbers: old entries are not used then
+CACHE_VERSION = 2  # raise it when clip_frames computes other numbers: old entries are not used then
 
 
 class Workers:

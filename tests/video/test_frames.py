@@ -204,7 +204,8 @@ def test_a_film_that_ends_early(tmp_path, film):
     with pytest.raises(VideoError, match=r"half\.mkv: lasts .* its annotation says 4\.00 s"):
         check_header(make_sample(path, 60, 15.0, 160, 90), header)
     sample = make_sample(path, round(header.frames / 0.8), 15.0, 160, 90)  # less is missing
-    assert check_header(sample, header) == header.seconds + 0.5
+    times = clip_times(sample, 2.0)
+    assert check_header(sample, header, times) == sum(time <= header.seconds + 0.5 for time in times)
     assert len(clip_frames(sample, 5.0, 160, 28)) >= header.frames // 3
 
 
