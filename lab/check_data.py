@@ -24,7 +24,7 @@ from qwen.checkpoint import load_tokenizer
 from runtime.files import ModelError, few, run_script
 from samples import Sample
 from toy import world
-from video.frames import VideoError, check_header, frame_size, probe
+from video.frames import VideoError, check_header, clip_times, frame_size, probe
 from video.loader import FrameLoader
 
 # Sentences in the official files (papers and repositories of the data sets).
@@ -90,25 +90,31 @@ def answer_lengths(config: Config, samples: list[Sample], tokenizer, factor: int
 
 
 def check_videos(config: Config, samples: list[Sample], factor: int, decode: bool) -> Counter:
-    """What keeps videos from being used -> number of sentences. Says on stderr which videos end early."""
+    """What keeps videos from being used -> number of sentences. Says on stderr which videos end early, and
+    how many have another number of frames than annotated."""
     samples = sorted(samples, key=lambda s: (s.video, s.begin_frame, s.num_frames))  # clip by clip
-    step_seconds, bad = config.text_format.step_seconds, Counter()
+    step_seconds, bad, by_time = config.text_format.step_seconds, Counter(), set()
     config = dataclasses.replace(config, on_bad_video="error", video_workers=max(1, config.video_workers))
     with contextlib.closing(FrameLoader(config, factor)) as loader:
         headers = {path: loader.workers.submit(path, probe, path) for path in {s.video for s in samples}}
         for k, sample in enumerate(tqdm(samples, desc="videos", delay=2, leave=False, disable=None)):
             try:
-                seconds = check_header(sample, headers[sample.video].result())
+                header, times = headers[sample.video].result(), clip_times(sample, config.fps)
+                shown = check_header(sample, header, times)
                 if decode:
                     loader.prefetch(samples[k : k + 8 * config.video_workers])
                     loader.frames(sample)
-                if seconds < sample.num_frames / sample.fps:
+                if header.frames != sample.file_frames:
+                    by_time.add(sample.video)
+                if shown < len(times):
                     loader.say_once(f"{sample.video}: ends early; what exists is used")
-                steps = config.text_format.num_steps(int(seconds * config.fps) + 1)
-                if sample.truth(step_seconds).before(steps) is None:
-                    raise VideoError(f"{sample.video}: ends before the event begins")
+                    if sample.truth(step_seconds).before(config.text_format.num_steps(shown)) is None:
+                        raise VideoError(f"{sample.video}: ends before the event begins")
             except VideoError as error:
                 bad[str(error)] += 1
+        if by_time:
+            videos = f"{len(by_time)} videos have another number of frames than annotated"
+            loader.say(f"{videos}: their pictures are chosen by time")
     return bad
 
 

@@ -6,7 +6,7 @@ until the last step.
 """
 
 import contextlib
-import mmap
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ NO_SUBSTITUTES = 1e-6  # decord's fault_tol: the share of frames that may be cop
 FAILURES = (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration)
 Size = tuple[int, int]  # (width, height) in pixels
 REENCODE = "re-encode it: ffmpeg -i OLD -c:v libx264 -crf 18 NEW"
-# How a file begins that says where its frames lie: mp4 and mov (the group), mkv and webm, avi, flv, y4m.
+# How a file begins that says where its frames lie: mp4 and mov, mkv and webm, avi, flv, y4m.
 INDEXED = re.compile(rb".{4}(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF|FLV|YUV4MPEG2", re.DOTALL)
 
 
@@ -56,10 +56,7 @@ def probe(path: str) -> Header:
     """Read a file's index, and its first frame for the size. Raises VideoError."""
     reader, spans, hidden = _open(path)
     height, width = next(_decode(path, reader, [0])).shape[:2]
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        at = content.find(b"\0\0\0\x10pasp") + 8  # the box that says the aspect; decord does not tell
-        wide, high = (int.from_bytes(content[k : k + 4], "big") if at > 7 else 1 for k in (at, at + 4))
-    return Header(len(spans), float(spans[-1, 1]), width, height, hidden, wide / high if high else 1.0)
+    return Header(len(spans), float(spans[-1, 1]), width, height, hidden, _movie(path)[1])
 
 
 def clip_times(sample: Sample, fps: float) -> list[float]:
@@ -199,30 +196,56 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
         # that it cannot decode by a copy of another one.
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=NO_SUBSTITUTES)
         spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)  # (stored frames, 2)
-        keys = reader.get_key_indices()
+        keys, (end, _) = reader.get_key_indices(), _movie(path)
     except FAILURES as error:
         raise VideoError(  # without decord's message, which can quote the file
             f"{path}: {os.path.getsize(path)} bytes that cannot be opened as a video (incomplete, or of an"
             " unknown codec); fetch or re-encode the file, or remove its annotation"
         ) from error
-    if not INDEXED.match(_head(path)):
-        # libav finds the beginning again by searching for its time, and decord may read on from a later one.
+    with open(path, "rb") as file:
+        begins = file.read(12)
+    if not INDEXED.match(begins):
+        # libav searches them for the time of the first frame, and decord may read on from a later one.
         raise VideoError(
             f"{path}: is not mp4, mov, mkv, webm, avi, flv or y4m, and decord finds the beginning of no other"
             " safely; pack it without loss: ffmpeg -i OLD -c copy NEW.mkv"
         )
     if not keys or keys[0] > 0:  # decord would take every later frame for one that is keys[0] frames earlier
         raise VideoError(f"{path}: does not begin with a key frame; fetch the whole file, or {REENCODE}")
-    hidden = int((spans[:, 0] < -1e-3).sum())
-    if hidden == len(spans) or np.abs(spans).max() > 1e9:  # decord's number for "no timestamp" is 9e15
+    hidden, stop = int((spans[:, 0] < -1e-3).sum()), int((spans[:, 0] < end - TIMESTAMP_ERROR).sum())
+    if hidden >= stop or np.abs(spans).max() > 1e9:  # decord's number for "no timestamp" is 9e15
         raise VideoError(f"{path}: its frames have no usable timestamps; {REENCODE}")
-    return reader, spans[hidden:] - spans[hidden, 0], hidden
+    return reader, spans[hidden:stop] - spans[hidden, 0], hidden
 
 
-def _head(path: str) -> bytes:
-    """The beginning of a file, for INDEXED."""
+def _movie(path: str) -> tuple[float, float]:
+    """What an mp4 or mov says and decord does not tell: the second at which its edit list ends (frames may
+    be stored, and listed, beyond it), and the width of a pixel by its height. Elsewhere (inf, 1.0)."""
+    movie, length = b"", os.path.getsize(path)
     with open(path, "rb") as file:
-        return file.read(12)
+        while not movie and len(head := file.read(8)) == 8:
+            size = int.from_bytes(head[:4], "big") - 8  # of the box's content
+            size = size if size != -7 else int.from_bytes(file.read(8), "big") - 16
+            if not 0 <= size <= length:  # it reaches to the end of the file, or is no box
+                break
+            if head[4:] == b"moov":
+                movie = file.read(size)
+            file.seek(size, os.SEEK_CUR)
+    track = next((part for part in movie.split(b"trak") if b"vmhd" in part), b"")  # the first with pictures
+    times, edits, aspect = (
+        box.partition(name)[2] for box, name in ((movie, b"mvhd"), (track, b"elst"), (track, b"pasp"))
+    )
+
+    def number(content: bytes, at: int, width: int = 4) -> int:
+        return int.from_bytes(content[at : at + width], "big")
+
+    ticks = number(times, 20 if times[:1] == b"\1" else 12)  # a second
+    width = 8 if edits[:1] == b"\1" else 4  # bytes of a time; an edit has two, and its speed
+    count = min(number(edits, 4), len(edits) // 12)
+    durations = [number(edits, 8 + k * (2 * width + 4), width) for k in range(count)]  # in ticks
+    end = sum(durations) / ticks if ticks and durations and durations[-1] else math.inf  # 0: to the end
+    wide, high = number(aspect, 0), number(aspect, 4)
+    return end, wide / high if wide and high else 1.0
 
 
 def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Iterator[np.ndarray]:
@@ -236,22 +259,18 @@ def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Ite
     read_frames asks for all frames.
     """
     before_keys = [key - 1 for key in reader.get_key_indices() if 0 < key <= wanted[-1]]
-    last, done = len(reader) - 1, 0
+    done = 0
     try:
-        for index in sorted({*wanted, *before_keys, max(0, wanted[-1] - 1)}):
+        for index in sorted({*wanted, *before_keys}):
             if index > done:
                 reader.skip_frames(index - done)
             frame, done = reader.next(), index + 1
             if index in wanted:
                 yield _pixels(frame)
-        return
-    except (decord.DECORDLimitReachedError, StopIteration):
-        # An edit list that ends early lists one frame too many; mp4 and mov have such lists.
-        if not (INDEXED.match(_head(path))[1] and 0 < done == last):
-            raise VideoError(f"{path}: holds fewer frames than its index lists; {REENCODE}") from None
+    except (decord.DECORDLimitReachedError, StopIteration) as error:
+        raise VideoError(f"{path}: holds fewer frames than its index lists; {REENCODE}") from error
     except FAILURES as error:
         raise DamagedError(f"{path}: a frame cannot be decoded; fetch or re-encode the file") from error
-    yield _pixels(frame)  # the frame before is held
 
 
 def _pixels(frame: decord.nd.NDArray) -> np.ndarray:

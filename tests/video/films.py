@@ -2,6 +2,7 @@
 survive compression and resizing; so a test can say exactly which frames it was given."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -85,3 +86,38 @@ def decode(path):
     with av.open(path) as file:
         frames = [(float(f.time), f.to_ndarray(format="rgb24")) for f in file.decode(video=0)]
     return [time - frames[0][0] for time, _ in frames], numbers([pixels for _, pixels in frames])
+
+
+def end_early(source, path, seconds):
+    """The same mp4 with an edit list that ends after so many seconds: players show no later frame."""
+    content = bytearray(Path(source).read_bytes())
+    clock = int.from_bytes(content[(at := content.index(b"mvhd") + 16) : at + 4], "big")  # ticks a second
+    edits = content.index(b"elst") + 8  # their number, then duration, begin, speed of each
+    assert content[edits : edits + 4] == b"\0\0\0\1"
+    content[edits + 4 : edits + 8] = int(seconds * clock).to_bytes(4, "big")
+    Path(path).write_bytes(content)
+    return str(path)
+
+
+def empty_packet(source, path, number):
+    """The same MPEG-4 film of 25 frames a second in which a packet holds no frame, as Xvid drops frames."""
+    with av.open(source) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        copy = new.add_stream_from_template(stream)
+        for k, packet in enumerate(packet for packet in old.demux(stream) if packet.dts is not None):
+            if k == number:  # a frame of type P, its time, "not coded" (ISO 14496-2, 6.2.5)
+                bits = int(f"0101{number % 25:05b}1001111", 2)
+                empty = av.Packet(b"\0\0\1\xb6" + bits.to_bytes(2, "big"))
+                for name in ("pts", "dts", "duration", "time_base"):
+                    setattr(empty, name, getattr(packet, name))
+                packet = empty
+            packet.stream = copy
+            new.mux(packet)
+    return str(path)
+
+
+def cut_off(source, path, share):
+    """Its first bytes, such as a share of 0.9."""
+    content = Path(source).read_bytes()
+    Path(path).write_bytes(content[: int(share * len(content))])
+    return str(path)

@@ -1,13 +1,15 @@
 """video/frames.py: which frames are read, and what becomes of them, against hand-made files, PyAV and HF."""
 
+import contextlib
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
-from films import cut, decode, numbers, write_film, write_sound
+from films import cut, cut_off, decode, empty_packet, end_early, numbers, write_film, write_sound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +19,7 @@ from video.frames import (
     VideoError,
     check_header,
     clip_frames,
+    clip_times,
     frame_size,
     patchify,
     probe,
@@ -87,6 +90,7 @@ FILMS = {
     "15fps.mkv": {"count": 60, "fps": 15},
     "film.mp4": {"count": 100, "fps": "24000/1001"},
     "ntsc.mp4": {"count": 100, "fps": "30000/1001"},
+    "ntsc.mkv": {"count": 100, "fps": "30000/1001", "bf": 2},  # its times are whole milliseconds
     "variable.mp4": {"count": len(GAPS), "milliseconds": GAPS, "bf": 0},
     "variable.mkv": {"count": len(GAPS), "milliseconds": GAPS, "bf": 2},
     "late.mp4": {"count": 4, "milliseconds": [300, 350, 400, 450], "bf": 0},
@@ -172,6 +176,10 @@ def damage(path, new, begin, stop, change=lambda content: b"\xa5" * len(content)
 def test_films_that_cannot_be_read(film, tmp_path):
     whole = write_film(tmp_path / "fast.mp4", 300, movflags="faststart")
     closed, inside = "cannot be opened as a video", "a frame cannot be decoded"
+    short = "holds fewer frames than its index lists"
+    unindexed = r"is not mp4, mov, .* ffmpeg -i OLD -c copy NEW\.mkv"
+    m4 = write_film(tmp_path / "whole.avi", 60, fps=25, codec="mpeg4", g=25)
+    stream = {"fps": 25, "g": 12, "bf": 2, "preset": "veryfast", "x264_params": "scenecut=0"}
     bad = {
         damage(whole, tmp_path / "half.mp4", 0.5, 1, lambda _: b""): closed,
         damage(film("long.mp4"), tmp_path / "no_moov.mp4", 0.5, 1, lambda _: b""): closed,
@@ -181,12 +189,19 @@ def test_films_that_cannot_be_read(film, tmp_path):
         cut(film("long.mp4"), tmp_path / "late.mp4", packets=20): "does not begin with a key frame",
         cut(film("15fps.mkv"), tmp_path / "late.mkv", packets=20): "does not begin with a key frame",
         # The first of the shown frames need others that were cut off.
-        cut(film("hevc.mp4"), tmp_path / "lead.mp4", 1.6): inside,
+        cut(film("hevc.mp4"), tmp_path / "lead.mp4", 1.6): short,
+        # A frame that was dropped: every number after it would be that of a later frame.
+        **{empty_packet(m4, tmp_path / f"empty.{suffix}", 20): short for suffix in ("avi", "mkv", "mp4")},
+        # decord's index begins at the first frame, its reading at a later one.
+        write_film(tmp_path / "x264.ts", 60, **stream): unindexed,
+        write_film(tmp_path / "mpeg4.m2ts", 60, codec="mpeg4", g=12, bf=2): unindexed,
+        write_film(tmp_path / "x264.wmv", 60, **stream): unindexed,  # all at time 0
         write_film(tmp_path / "no_times.avi", 40, codec="mpeg4", bf=2): "no usable timestamps",
     }
     for path, said in bad.items():
         # probe decodes no more than the first frame
-        for read in (lambda path: read_frames(path, [0.0, 1.0, 2.5]), *([probe] if said != inside else [])):
+        late = said in (inside, short)
+        for read in (lambda path: read_frames(path, [0.0, 1.0, 1.5]), *([] if late else [probe])):
             with pytest.raises(VideoError, match=said) as caught:
                 read(path)
             assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
@@ -202,7 +217,7 @@ def test_a_film_that_ends_early(tmp_path, film):
     assert len(frames) == sum(time <= header.seconds + 0.5 for time in times) < 20
     assert numbers(frames)[:-4] == [3 * step for step in range(len(frames) - 4)]  # the last may be damaged
     with pytest.raises(VideoError, match=r"half\.mkv: lasts .* its annotation says 4\.00 s"):
-        check_header(make_sample(path, 60, 15.0, 160, 90), header)
+        check_header(make_sample(path, 60, 15.0, 160, 90), header, [0.0])
     sample = make_sample(path, round(header.frames / 0.8), 15.0, 160, 90)  # less is missing
     times = clip_times(sample, 2.0)
     assert check_header(sample, header, times) == sum(time <= header.seconds + 0.5 for time in times)
@@ -221,6 +236,74 @@ def test_a_clip_is_read_from_its_beginning(tmp_path):
     assert frames.shape == (2, 16, 32, 3) and y4m_indices(frames) == [0, 10]
     part = make_sample(path, 10, 20.0, begin_frame=7, file_frames=40)
     assert y4m_indices(read_clip(part, [0.0, 0.25])) == [7, 12]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_the_frames_of_an_event_are_those_that_its_annotation_counts(tmp_path, suffix):
+    """Of a film of 30, then 15 frames a second: boxes are numbered, so frame n belongs to n / mean fps."""
+    times = [*(n * 1000 // 30 for n in range(300)), *(10000 + n * 1000 // 15 for n in range(150))]
+    path = write_film(tmp_path / f"a.{suffix}", 450, size=(32, 24), milliseconds=times, bf=2)
+    sample = make_sample(path, 450, 450 / 20, 32, 24)
+    sample = replace(
+        sample, first_frame=300, stop_frame=450, boxes=dict.fromkeys(range(300, 450), (0, 0, 1, 1))
+    )
+    shown, (first, last) = numbers(clip_frames(sample, 2.0, 112, 28)), sample.truth(0.5).span
+    assert shown == [sample.grid(0.5).sampled_frame(step) for step in range(40)]
+    assert [step for step, number in enumerate(shown) if number >= 300] == list(range(first, last + 1))
+    # A copy with fewer frames has nothing but its own clock.
+    other = replace(sample, num_frames=600, file_frames=600, fps=30.0)
+    assert numbers(clip_frames(other, 1.0, 112, 28))[9:12] == [270, 300, 315]
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [(name, None) for name in ("film.mp4", "ntsc.mp4", "ntsc.mkv", "open.mp4")] + CUTS[-2:],
+)
+def test_at_a_constant_rate_numbers_and_times_choose_the_same(film, name, seconds):
+    path = film(name, seconds)
+    header = probe(path)
+    sample = make_sample(path, header.frames, header.frames / header.seconds, 160, 90)
+    for fps in (2.0, 7.0):
+        times = clip_times(sample, fps)
+        assert (read_clip(sample, times) == read_frames(path, times)).all()
+
+
+@pytest.mark.parametrize("kept", [59, 50])  # decord lists all 60
+def test_an_edit_list_that_ends_early(film, tmp_path, kept):
+    whole = write_film(tmp_path / "whole.mp4", 60, bf=2, g=100, x264_params="scenecut=0")
+    path = end_early(whole, tmp_path / "a.mp4", kept / 30)
+    assert probe(path).frames == kept == len(decode(path)[1]) and probe(whole).frames == 60
+    held = [kept - 1] * (60 - kept)
+    assert numbers(clip_frames(make_sample(path, 60, 30.0, 160, 90), 30.0, 112, 28)) == [*range(kept), *held]
+    assert numbers(read_frames(path, [0.0, 1.0, 10.0]))[:2] == [0, 30]
+
+
+def test_damage_after_the_clip_is_left(tmp_path):
+    path = cut_off(write_film(tmp_path / "whole.flv", 90, g=90, bf=0), tmp_path / "a.flv", 0.9)
+    assert numbers(read_frames(path, [0.0, 0.5])) == [0, 15]
+    with pytest.raises(VideoError, match="a frame cannot be decoded"):
+        read_frames(path, [0.0, probe(path).seconds])
+
+
+@pytest.mark.parametrize("size", [(2, 2), (8, 6), (16, 12), (24, 37), (48, 36), (72, 54), (1, 3)])
+def test_narrow_films(tmp_path, size):
+    """decord gives 4 to 96 colours where libav pads the rows."""
+    path = write_film(tmp_path / "a.mkv", 20, size=size)
+    with av.open(path) as file:
+        wanted = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+    shown = read_clip(make_sample(path, 20, 30.0, *size), [n / 30 for n in range(20)])
+    assert shown.shape == wanted.shape and np.abs(shown.astype(int) - wanted).max() <= 8
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+def test_pixels_that_are_not_square(tmp_path, suffix):
+    """A record may count stored or displayed pixels: boxes in [0, 1] are the same. mkv is not read so far."""
+    path = write_film(tmp_path / f"a.{suffix}", 30, size=(80, 90), aspect="2:1")
+    assert numbers(read_clip(make_sample(path, 30, 30.0, 80, 90), [0.0, 0.5])) == [0, 15]
+    with pytest.raises(VideoError, match="not square") if suffix == "mkv" else contextlib.nullcontext():
+        assert numbers(clip_frames(make_sample(path, 30, 30.0, 160, 90), 2.0, 112, 28)) == [0, 15]
+    with pytest.raises(VideoError, match="80 x 90, but its annotation says 40 x 90; correct the size"):
+        read_clip(make_sample(path, 30, 30.0, 40, 90), [0.0])
 
 
 @pytest.mark.parametrize(("width", "height"), [(3200, 16), (32, 15), (16, 32)])
@@ -254,11 +337,13 @@ def test_a_file_of_another_duration_is_refused(frames, file_frames, fps, good, b
     header = Header(frames, frames / 4, 32, 16, 0)
     sample = make_sample("a.y4m", file_frames - 2 * begin, fps, begin_frame=begin, file_frames=file_frames)
     if good:
-        assert check_header(sample, header) == frames / 4 + 0.5 - begin / fps  # the last frame is held
+        end = frames / 4 + 0.5 - begin / fps  # the last frame is held
+        shown = check_header(sample, header, [0.0, end - 0.01, end + 0.01])
+        assert shown == (3 if frames == file_frames else 2)  # by number, or by time
         return
     said = rf"lasts {frames / 4:.2f} s \({frames} frames, 4 a second\), .* {file_frames / fps:.2f} s; correct"
     with pytest.raises(VideoError, match=said):
-        check_header(sample, header)
+        check_header(sample, header, [0.0])
 
 
 def test_a_clip_of_a_file_that_lacks_its_end(tmp_path):
@@ -266,12 +351,12 @@ def test_a_clip_of_a_file_that_lacks_its_end(tmp_path):
     sample = make_sample(path, 30, 4.0)
     times = [step / 2 for step in range(15)]
     assert y4m_indices(read_clip(sample, times)) == [*range(0, 24, 2), 23, 23]
-    # Seconds to show of clips that begin elsewhere, the held frame included.
-    for begin, seconds in ((0, 6.5), (4, 5.5), (26, 0.0)):
-        part = replace(sample, begin_frame=begin, num_frames=4)
-        assert check_header(part, probe(path)) == seconds and len(read_clip(part, [0.0])) == 1
+    # How many of them clips have that begin elsewhere, the held frame included.
+    for begin, count in ((0, 14), (4, 12), (26, 1)):
+        part = replace(sample, begin_frame=begin, num_frames=30 - begin)
+        assert check_header(part, probe(path), times) == len(read_clip(part, times)) == count
     beyond = replace(sample, begin_frame=27, num_frames=10)
-    for check in (lambda: check_header(beyond, probe(path)), lambda: read_clip(beyond, [0.0])):
+    for check in (lambda: check_header(beyond, probe(path), [0.0]), lambda: read_clip(beyond, [0.0])):
         with pytest.raises(VideoError, match=r"a\.y4m: ends at 6\.00 s, but the frame at 6\.75 s is needed"):
             check()
 

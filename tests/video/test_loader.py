@@ -14,7 +14,9 @@ import pytest
 import torch
 from films import cut, numbers, write_film
 
+import train
 from config import Config
+from lab.check_data import check_videos
 from samples import Sample
 from video.frames import VideoError, clip_frames, probe
 from video.loader import FrameLoader, Workers
@@ -228,3 +230,23 @@ def test_a_cache_that_cannot_be_written(films, tmp_path, capsys, full_disk):
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and said.startswith(f"{folder}: the cache of frames cannot be written")
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("time_unit", "fps"), [("frame", 10.0), ("second", 2.0)])
+def test_check_data_refuses_what_training_would(tmp_path, monkeypatch, capsys, time_unit, fps):
+    """Events everywhere in clips of a film of 6 s of which 4.5 s are there."""
+    path = write_film(tmp_path / "a.mp4", 45, fps=10)
+    monkeypatch.setattr(train, "make_prompt", lambda *_: None)
+    config = Config(max_side=112, time_unit=time_unit, fps=fps, video_workers=0, frame_cache=str(tmp_path))
+    loader, samples = FrameLoader(config, 28), []
+    for begin, first in [(k, first) for k in (0, 7, 48) for first in range(0, 60 - k)]:
+        sample = replace(make_sample(path, 60 - begin, begin), fps=10.0, id=f"{begin}, {first}")
+        boxes = {sample.num_frames - 1: (0.0, 0.0, 1.0, 1.0)}  # at its end only
+        samples.append(replace(sample, first_frame=first, stop_frame=sample.num_frames, boxes=boxes))
+    shown = []
+    for sample in samples:
+        with contextlib.suppress(VideoError):
+            shown += train.make_prompts(None, [(0, sample)], loader, config)[0]
+    bad = check_videos(config, samples, 28, decode=False)
+    assert 20 < len(shown) == len(samples) - bad.total() < len(samples)
+    assert "1 videos have another number of frames" in capsys.readouterr().err
