@@ -242,7 +242,9 @@ def _movie(path: str) -> tuple[float, float]:
     ticks = number(times, 20 if times[:1] == b"\1" else 12)  # a second
     width = 8 if edits[:1] == b"\1" else 4  # bytes of a time; an edit has two, and its speed
     count = min(number(edits, 4), len(edits) // 12)
-    durations = [number(edits, 8 + k * (2 * width + 4), width) for k in range(count)]  # in ticks
+    entries = [edits[k : k + 2 * width] for k in range(8, 8 + count * (2 * width + 4), 2 * width + 4)]
+    # In ticks; an entry that shows nothing, but delays the film, does not count in decord's time.
+    durations = [number(entry, 0, width) for entry in entries if entry[width:] != b"\xff" * width]
     end = sum(durations) / ticks if ticks and durations and durations[-1] else math.inf  # 0: to the end
     wide, high = number(aspect, 0), number(aspect, 4)
     return end, wide / high if wide and high else 1.0
