@@ -147,7 +147,8 @@ def check(films: list[tuple[str, float]]) -> None:
                 verdict = verdict if same(shown, wanted) else "different"
             except VideoError as error:
                 words = str(error).removeprefix(f"{path}: ").partition(";")[0]
-                verdict = "different" if "\n" in words else f"refused: {re.sub(r'\b[0-9]+\b', 'N', words)}"
+                words = re.sub(r"\b[0-9]+\b", "N", words)
+                verdict = "different" if "\n" in str(error) else f"refused: {words}"
             try:
                 train.make_prompts(None, [(0, sample)], loader, config)
             except VideoError as error:
