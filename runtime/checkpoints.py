@@ -1,9 +1,10 @@
 """Checkpoints of a run: write them, find the last one, load it, and refuse one that belongs to another run.
 
     checkpoint_50/          after 50 steps: a model folder for from_pretrained
-    checkpoint_50/state/    fp32 values and Adam's averages of the trained parameters, written by
-                            torch.distributed.checkpoint (DCP): a file for each rank, to be read by any number
-                            of ranks. progress.json comes last; without it a checkpoint does not count
+    checkpoint_50/state/    fp32 values and Adam's averages of the trained parameters: a safetensors file for
+                            each rank, written by torch.distributed.checkpoint (DCP), to be read by any number
+                            of ranks. progress.json comes last, with a checksum of each of these files and of
+                            itself. Without it, or where one is wrong, a checkpoint does not count
     checkpoint_sft_20/      the same in the supervised phase
     checkpoint/             the same at the end
     best_40/                the model folder with the best m_vIoU
@@ -18,9 +19,12 @@ until then. All ranks must see the same files and call these functions together,
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,11 +32,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from config import Config, ConfigError
 from runtime import distributed
-from runtime.files import UserError, read_json, write_json
+from runtime.files import DataError, UserError, few, read_json, write_json
 from runtime.fingerprints import settings_of
 
 PROGRESS = "state/progress.json"
@@ -54,6 +59,7 @@ class Checkpoint:
     folder: Path
     progress: Progress
     fingerprints: dict
+    checksums: dict[str, str]  # file in state/ -> its SHA-256
 
 
 def save(folder: Path, policy, optimizer, progress: Progress, fingerprints: dict) -> None:
@@ -64,14 +70,34 @@ def save(folder: Path, policy, optimizer, progress: Progress, fingerprints: dict
         logs = [folder.parent / name for name in LOGS]
         positions = {path.name: path.stat().st_size for path in logs if path.exists()}
         progress_now = dataclasses.asdict(dataclasses.replace(progress, positions=positions))
-        record = {"progress": progress_now, "fingerprints": fingerprints}
-        write_json(record, temporary / PROGRESS)
+        _write_progress(temporary, progress_now, fingerprints, checksums)
 
     with _replacing(folder) as temporary:
         policy.save(temporary)
+        writer = HuggingFaceStorageWriter(temporary / "state", save_distributed=True)
         with warnings.catch_warnings(action="ignore"):  # a warning that there is one process
-            dcp.save(_state(policy.model, optimizer), checkpoint_id=temporary / "state")
+            dcp.save(_state(policy.model, optimizer), storage_writer=writer)
+        checksums = _checksums(temporary)
         distributed.on_rank0(write_progress)
+
+
+def _write_progress(folder: Path, progress: dict, fingerprints: dict, checksums: dict[str, str]) -> None:
+    record = {"progress": progress, "fingerprints": fingerprints, "checksums": checksums}
+    write_json(record | {"checksum": _checksum(record)}, folder / PROGRESS)
+
+
+def _checksum(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """file in state/ -> its SHA-256. All ranks call it; each reads some of the files."""
+    rank, world_size = distributed.init()
+    paths, sums = sorted((folder / "state").glob("*.safetensors")), {}
+    for path in paths[rank::world_size]:
+        with path.open("rb") as file:
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: value for part in distributed.all_gather(sums) for name, value in part.items()}
 
 
 def replace_best(run: Path, policy, step: int) -> None:
@@ -86,9 +112,9 @@ def note_best(folder: Path, best: dict) -> None:
     """Add the result of an evaluation that came after the checkpoint."""
 
     def note() -> None:
-        record = read_json(folder / PROGRESS)
-        record["progress"]["best"] = best
-        write_json(record, folder / PROGRESS)
+        found = _read_checkpoint(folder / PROGRESS)
+        progress = dataclasses.asdict(dataclasses.replace(found.progress, best=best))
+        _write_progress(folder, progress, found.fingerprints, found.checksums)
 
     distributed.on_rank0(note)
 
@@ -97,7 +123,7 @@ def prune(run: Path, keep: int, spare: Iterable[Path] = ()) -> None:
     """Remove the numbered checkpoints except the newest `keep` and those in `spare`."""
 
     def remove() -> None:
-        numbered = [found.folder for found in _checkpoints(run) if found.folder.name != "checkpoint"]
+        numbered = [found.folder for found in _checkpoints(run, []) if found.folder.name != "checkpoint"]
         _remove(folder for folder in numbered[:-keep] if folder not in spare)
 
     distributed.on_rank0(remove)
@@ -157,28 +183,56 @@ def _remove(folders: Iterable[Path]) -> None:
 
 
 def last_checkpoint(run: Path) -> Checkpoint | None:
-    """Return the checkpoint that is furthest on. Raises UserError where all have lost their state."""
+    """Return the checkpoint that is furthest on, of those that are whole; say what is wrong with the others.
+    Raises UserError where there are checkpoints, but none is whole."""
 
-    def find() -> Checkpoint | None:
-        found = _checkpoints(run)
-        if not found and any(CHECKPOINT.fullmatch(path.name) for path in run.glob("checkpoint*")):
-            raise UserError(f"resume: no checkpoint in {run} has its state/; choose another output_dir")
-        return found[-1] if found else None
+    def find() -> tuple[list[Checkpoint], list[str]]:
+        problems: list[str] = []
+        return _checkpoints(run, problems), problems
 
-    return distributed.on_rank0(find)
+    found, problems = distributed.on_rank0(find)
+    while found and (problem := _damage(found[-1])):
+        problems.append(problem)
+        found.pop()
+    if not found and distributed.on_rank0(
+        lambda: any(CHECKPOINT.fullmatch(p.name) for p in run.glob("checkpoint*"))
+    ):
+        why = "".join(f" ({problem})" for problem in problems[-1:])
+        raise UserError(f"resume: no checkpoint in {run} has a whole state/{why}; choose another output_dir")
+    if problems and distributed.init()[0] == 0:
+        print("".join(f"not used: {problem}\n" for problem in problems), end="", file=sys.stderr)
+    return found[-1] if found else None
 
 
-def _checkpoints(run: Path) -> list[Checkpoint]:
+def _checkpoints(run: Path, problems: list[str]) -> list[Checkpoint]:
     """The checkpoints that have a state, the furthest last. NAME.old counts where there is no NAME. The end
-    of the run counts as further than a stop in its last step."""
+    of the run counts as further than a stop in its last step. problems: gets what is wrong with others."""
     found = []
     for path in run.glob(f"checkpoint*/{PROGRESS}"):
         folder = path.parent.parent
         replaced = folder.suffix == ".old" and folder.with_suffix("").exists()
         if CHECKPOINT.fullmatch(folder.name.removesuffix(".old")) and not replaced:
-            record = read_json(path)
-            found.append(Checkpoint(folder, Progress(**record["progress"]), record["fingerprints"]))
+            try:
+                found.append(_read_checkpoint(path))
+            except DataError as error:
+                problems.append(str(error))
     return sorted(found, key=lambda c: (c.progress.sft_step, c.progress.step, c.folder.stem == "checkpoint"))
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    """Raises DataError for a progress.json that is not as it was written."""
+    record = read_json(path)
+    if not isinstance(record, dict) or record.pop("checksum", None) != _checksum(record):
+        raise DataError(f"{path}: is damaged, or of an earlier version of this program")
+    progress = Progress(**record.pop("progress"))
+    return Checkpoint(path.parent.parent, progress, **record)
+
+
+def _damage(found: Checkpoint) -> str:
+    """What is wrong with the files of a checkpoint's state, or "". All ranks call it."""
+    sums = _checksums(found.folder)
+    names = sorted(name for name in {*sums, *found.checksums} if sums.get(name) != found.checksums.get(name))
+    return f"{found.folder}/state: {few(names)} missing or damaged" if names else ""
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer) -> None:
@@ -193,7 +247,9 @@ def load(folder: Path, model: torch.nn.Module, optimizer) -> None:
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Read the weights that a checkpoint has trained into another such model, for example the frozen
     reference, rounded to its dtypes. Raises UserError, or OSError where there is no checkpoint."""
-    saved = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+    if damage := _damage(distributed.on_rank0(lambda: _read_checkpoint(folder / PROGRESS))):
+        raise UserError(f"{damage}; choose another output_dir")
+    saved = HuggingFaceStorageReader(folder / "state").read_metadata().state_dict_metadata
     names = [key.removeprefix("model.") for key in saved if key.startswith("model.")]
     parameters = dict(model.named_parameters())
     _read(folder, {"model": {name: parameters[name].detach() for name in names}})
@@ -202,7 +258,7 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 def _read(folder: Path, state: dict[str, dict]) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):
-            dcp.load(state, checkpoint_id=folder / "state")
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(folder / "state"))
     except CheckpointException as error:
         raise UserError(f"{folder}: cannot be read ({_reason(error)}); remove it and resume") from error
 

@@ -3,22 +3,23 @@
 import contextlib
 import dataclasses
 import json
+import pickle
 import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 from tiny_runs import contents, names
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from config import Config, ConfigError, load_config
 from evaluate import load_split
 from qwen.checkpoint import load_policy
 from runtime import checkpoints, distributed
 from runtime.checkpoints import Progress
-from runtime.files import DataError, UserError
+from runtime.files import UserError
 from runtime.fingerprints import MAY_CHANGE, fingerprints
 from samples import Track
 
@@ -105,7 +106,7 @@ def test_written_on_some_ranks_read_on_others(trained, base, tmp_path):
     for ranks in (2, 3):
         target = tmp_path / f"checkpoint_{ranks}"
         assert same(on_ranks(ranks, load_and_save, base, source, target)[0], expected)
-        assert len(list((target / "state").glob("*.distcp"))) == ranks
+        assert len(list((target / "state").glob("*.safetensors"))) == ranks
         source = target
     policy, optimizer = new_policy(base)
     checkpoints.load(source, policy.model, optimizer)
@@ -148,7 +149,7 @@ def test_only_what_is_trained_is_kept(base, run):
         checkpoints.save(run / f"checkpoint_{n}", policy, optimizer, Progress(step=n), PRINTS)
         kept = {name for name in names if not any(word in name for word in frozen)}
         parts = {f"adam.{name}.{part}" for name in kept for part in ("exp_avg", "exp_avg_sq", "step")}
-        saved = dcp.FileSystemReader(run / f"checkpoint_{n}/state").read_metadata().state_dict_metadata
+        saved = HuggingFaceStorageReader(run / f"checkpoint_{n}/state").read_metadata().state_dict_metadata
         assert saved.keys() == {f"model.{name}" for name in kept} | parts and len(kept) > 10
     other, _ = new_policy(base)
     with torch.no_grad():
@@ -196,8 +197,7 @@ def plain(run, name, sft_step=0, step=0, weights=b"weights"):
     """A checkpoint as last_checkpoint sees it, written by hand."""
     (run / name / "state").mkdir(parents=True)
     (run / name / "model.safetensors").write_bytes(weights)
-    record = {"progress": dataclasses.asdict(Progress(sft_step, step)), "fingerprints": PRINTS}
-    (run / name / "state/progress.json").write_text(json.dumps(record))
+    checkpoints._write_progress(run / name, dataclasses.asdict(Progress(sft_step, step)), PRINTS, {})
 
 
 def test_the_furthest_one(run):
@@ -213,22 +213,98 @@ def test_the_furthest_one(run):
     assert checkpoints.last_checkpoint(run).folder == run / "checkpoint"
 
 
-def test_a_record_that_cannot_be_read(run):
-    plain(run, "checkpoint_2", step=2)
-    (run / "checkpoint_2/state/progress.json").write_text("")
-    with pytest.raises(DataError, match=r"checkpoint_2/state/progress.json: is not a JSON file"):
+EDITS = [None, [], 0, "x", {}, {"progress": {}}]
+EDITS += [("step", v) for v in (None, "4", 5, -1, 4.0, True, 10**400, [4])]
+EDITS += [("best", {"step": 4}), ("positions", None), ("positions", {"metrics.jsonl": 9}), ("steps", 4)]
+
+
+@pytest.mark.parametrize("edit", EDITS, ids=str)
+def test_a_record_that_was_changed(run, edit, capsys):
+    """The checkpoint before is used, and it is said why; without one before, that is the error."""
+    for n in (2, 4):
+        plain(run, f"checkpoint_{n}", step=n)
+    path = run / "checkpoint_4/state/progress.json"
+    record = json.loads(path.read_text())
+    if isinstance(edit, tuple):
+        record["progress"][edit[0]], edit = edit[1], record
+    path.write_text(json.dumps(edit))
+    assert checkpoints.last_checkpoint(run).folder == run / "checkpoint_2"
+    why = f"{path}: is damaged, or of an earlier version of this program"
+    assert capsys.readouterr().err == f"not used: {why}\n"
+    shutil.rmtree(run / "checkpoint_2")
+    with pytest.raises(UserError, match=r"no checkpoint in .* has a whole state/ \(") as caught:
         checkpoints.last_checkpoint(run)
+    assert why in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_state_that_cannot_be_read(trained, base, run):
-    """Of the right length, but not what was written."""
-    folder = shutil.copytree(trained[0], run / "checkpoint_2")
-    data = folder / "state/__0_0.distcp"
-    data.write_bytes(bytes(data.stat().st_size))
-    policy, optimizer = new_policy(base)
-    with pytest.raises(UserError, match=r"checkpoint_2: cannot be read \(.*\); remove it") as caught:
-        checkpoints.load(folder, policy.model, optimizer)
+def flip(path):
+    """64 bytes in the middle of a file become others."""
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(byte ^ 255 for byte in data[middle : middle + 64])
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "missing": Path.unlink,
+    "added": lambda path: shutil.copy(path, path.with_name("more.safetensors")),
+}
+
+
+def find_last(run):
+    found = checkpoints.last_checkpoint(run)
+    return found and found.folder.name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state(trained, base, run, damage, ranks):
+    """The checkpoint before is used, on all ranks; where the state must be read, it is one line."""
+    for name in ("checkpoint_2", "checkpoint_3"):
+        shutil.copytree(trained[0], run / name)
+    record = checkpoints._read_checkpoint(run / "checkpoint_3/state/progress.json")
+    progress = dataclasses.asdict(Progress(step=3))
+    checkpoints._write_progress(run / "checkpoint_3", progress, PRINTS, record.checksums)
+    assert on_ranks(ranks, find_last, run) == ["checkpoint_3"] * ranks
+    (file,) = (run / "checkpoint_3/state").glob("*.safetensors")
+    DAMAGES[damage](file)
+    assert on_ranks(ranks, find_last, run) == ["checkpoint_2"] * ranks
+    with pytest.raises(UserError, match=r"checkpoint_3/state: .* missing or damaged; choose") as caught:
+        checkpoints.load_weights(run / "checkpoint_3", load_policy(str(base)).model)
     assert "\n" not in str(caught.value)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled(trained, base, run):
+    """A stranger's checkpoint: pickles under every name that torch or DCP would load, and a right record."""
+    folder, seen = shutil.copytree(trained[0], run / "checkpoint_2"), run / "seen"
+    names = (
+        "state/.metadata",
+        "state/__0_0.distcp",
+        "optimizer.pt",
+        "pytorch_model.bin",
+        "training_args.bin",
+    )
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps(Payload(seen)))
+    pickle.loads((folder / names[0]).read_bytes())
+    seen.unlink()  # the payload works
+    policy, optimizer = new_policy(base)
+    assert checkpoints.last_checkpoint(run).folder == folder
+    checkpoints.load(folder, policy.model, optimizer)
+    checkpoints.load_weights(folder, policy.model)
+    load_policy(str(folder))
+    assert same(tensors(policy, optimizer), trained[1]) and not seen.exists()
 
 
 # What a kill leaves of NAME -> which of it NAME is afterwards: while it is written, the first time or again;
@@ -319,7 +395,7 @@ def refusal(run, write_config, changes=(), **fingerprint):
         fingerprints(c, [s for f in (c.train_annotations, c.eval_annotations) for s in load_split(c, f)[0]])
         for c in configs
     )
-    found = checkpoints.Checkpoint(run / "checkpoint_5", Progress(step=5), then | fingerprint)
+    found = checkpoints.Checkpoint(run / "checkpoint_5", Progress(step=5), then | fingerprint, {})
     try:
         checkpoints.refuse_other(found, configs[1], now)
     except ConfigError as error:

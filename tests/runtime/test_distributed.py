@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 from tiny_runs import SHORT, assert_same, metrics_of, read_lines, weights_of
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
@@ -147,7 +147,7 @@ def test_kinds_of_training(run_on, settings, capsys):
 
 
 def state_of(run):
-    return dcp.FileSystemReader(run / "checkpoint/state").read_metadata().state_dict_metadata
+    return HuggingFaceStorageReader(run / "checkpoint/state").read_metadata().state_dict_metadata
 
 
 def test_bf16(run_on):
