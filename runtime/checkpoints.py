@@ -1,10 +1,10 @@
 """Checkpoints of a run: write them, find the last one, load it, and refuse one that belongs to another run.
 
     checkpoint_50/          after 50 steps: a model folder for from_pretrained
-    checkpoint_50/state/    fp32 values and Adam's averages of the trained parameters: a safetensors file for
-                            each rank, written by torch.distributed.checkpoint (DCP), to be read by any number
-                            of ranks. progress.json comes last, with a checksum of each of these files and of
-                            itself. Without it, or where one is wrong, a checkpoint does not count
+    checkpoint_50/state/    fp32 values and Adam's averages of the trained parameters. RANK.safetensors has
+                            the rows that this rank had; any number of ranks can read them. progress.json
+                            comes last, with a checksum of each of these files and of itself; without it, or
+                            where one is wrong, a checkpoint does not count
     checkpoint_sft_20/      the same in the supervised phase
     checkpoint/             the same at the end
     best_40/                the model folder with the best m_vIoU
@@ -25,15 +25,13 @@ import os
 import re
 import shutil
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from config import Config, ConfigError
 from runtime import distributed
@@ -41,6 +39,7 @@ from runtime.files import DataError, UserError, few, read_json, write_json
 from runtime.fingerprints import settings_of
 
 PROGRESS = "state/progress.json"
+ADAM = ("step", "exp_avg", "exp_avg_sq")
 LOGS = ("metrics.jsonl", "rollouts.jsonl")  # a resumed run writes the lines after its checkpoint again
 CHECKPOINT = re.compile(r"checkpoint((_sft)?_\d+)?")
 LEFTOVER = re.compile(rf"({CHECKPOINT.pattern}|best_\d+)\.(tmp|old)")
@@ -74,9 +73,8 @@ def save(folder: Path, policy, optimizer, progress: Progress, fingerprints: dict
 
     with _replacing(folder) as temporary:
         policy.save(temporary)
-        writer = HuggingFaceStorageWriter(temporary / "state", save_distributed=True)
-        with warnings.catch_warnings(action="ignore"):  # a warning that there is one process
-            dcp.save(_state(policy.model, optimizer), storage_writer=writer)
+        distributed.on_rank0((temporary / "state").mkdir)
+        _write_rows(temporary, _state(policy.model, optimizer))
         checksums = _checksums(temporary)
         distributed.on_rank0(write_progress)
 
@@ -129,22 +127,49 @@ def prune(run: Path, keep: int, spare: Iterable[Path] = ()) -> None:
     distributed.on_rank0(remove)
 
 
-def _state(model: torch.nn.Module, optimizer) -> dict[str, dict]:
-    """The tensors that DCP writes, or reads into. (torch's get_state_dict would write tied weights twice and,
-    where AdamW has no state yet, count a step that was none in the running optimiser.)"""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _state(model: torch.nn.Module, optimizer) -> dict[str, torch.Tensor]:
+    """The tensors to be written, or to be read into: model.NAME, adam.NAME.PART. Where AdamW has none yet,
+    they are those before its first step."""
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            averages = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            adam = optimizer.state.get(p) or {"step": torch.tensor(0.0), **averages}
+            state |= {f"model.{name}": p.detach(), **{f"adam.{name}.{part}": adam[part] for part in ADAM}}
+    return state
 
-    def zeros(p: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
-    adam = {name: optimizer.state.get(p) or zeros(p) for name, p in trained.items()}
-    return {"model": {name: p.detach() for name, p in trained.items()}, "adam": adam}
+def _write_rows(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write this rank's rows of each tensor to a file of its own. Raises UserError on every rank."""
+    rank, _ = distributed.init()
+    rows = {name: distributed.rows_of(tensor) for name, tensor in state.items()}
+    first_rows = json.dumps({name: first for name, (_, first) in rows.items()})
+    parts = {name: part for name, (part, _) in rows.items()}
+    with distributed.errors_on_all_ranks():
+        try:
+            save_file(parts, folder / f"state/{rank}.safetensors", {"first_rows": first_rows})
+        except SafetensorError as error:
+            raise _unwritable(folder, error) from error
+
+
+def _read_rows(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Read the tensors of a state in place: of each the rows that this rank has, from whichever files."""
+    files = [safe_open(path, "pt") for path in sorted((folder / "state").glob("*.safetensors"))]
+    places = [json.loads(file.metadata()["first_rows"]) for file in files]
+    for name, tensor in state.items():
+        rows, first = distributed.rows_of(tensor)
+        for file, first_rows in zip(files, places, strict=True):
+            saved = file.get_slice(name)
+            begin = max(first, first_rows[name])
+            end = min(first + len(rows), first_rows[name] + saved.get_shape()[0])
+            if begin < end:
+                rows[begin - first : end - first] = saved[begin - first_rows[name] : end - first_rows[name]]
 
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """Yield NAME.tmp to be filled, then put it in the place of NAME. Errors in the block must come up on all
-    ranks, as those of on_rank0, Policy.save and DCP do."""
+    ranks, as those of on_rank0 and Policy.save do."""
     temporary, old = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
 
     def begin() -> None:
@@ -162,16 +187,16 @@ def _replacing(folder: Path) -> Iterator[Path]:
         distributed.on_rank0(begin)
         yield temporary
         distributed.on_rank0(finish)
-    except (OSError, UserError, CheckpointException) as error:
+    except (OSError, UserError) as error:
         distributed.on_rank0(functools.partial(shutil.rmtree, temporary, ignore_errors=True))
         if isinstance(error, UserError):
-            raise  # Policy.save's
-        remedy = "free some space, then start again with resume=auto"
-        raise UserError(f"{folder}: cannot be written ({_reason(error)}); {remedy}") from error
+            raise
+        raise _unwritable(folder, error) from error
 
 
-def _reason(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]  # before it, of DCP's errors, the traces of all ranks
+def _unwritable(folder: Path, error: Exception) -> UserError:
+    remedy = "free some space, then start again with resume=auto"
+    return UserError(f"{str(folder).removesuffix('.tmp')}: cannot be written ({error}); {remedy}")
 
 
 def _remove(folders: Iterable[Path]) -> None:
@@ -238,10 +263,10 @@ def _damage(found: Checkpoint) -> str:
 def load(folder: Path, model: torch.nn.Module, optimizer) -> None:
     """Read a checkpoint into a model and its AdamW, bit for bit. Raises UserError if it cannot be read."""
     state = _state(model, optimizer)
-    _read(folder, state)
+    _read_rows(folder, state)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            optimizer.state[parameter] = state["adam"][name]
+            optimizer.state[parameter] = {part: state[f"adam.{name}.{part}"] for part in ADAM}
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
@@ -249,22 +274,20 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     reference, rounded to its dtypes. Raises UserError, or OSError where there is no checkpoint."""
     if damage := _damage(distributed.on_rank0(lambda: _read_checkpoint(folder / PROGRESS))):
         raise UserError(f"{damage}; choose another output_dir")
-    saved = HuggingFaceStorageReader(folder / "state").read_metadata().state_dict_metadata
-    names = [key.removeprefix("model.") for key in saved if key.startswith("model.")]
-    parameters = dict(model.named_parameters())
-    _read(folder, {"model": {name: parameters[name].detach() for name in names}})
+    with safe_open(folder / "state/0.safetensors", "pt") as file:
+        names = set(file.keys())
+    parameters = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    _read_rows(folder, {name: parameter for name, parameter in parameters.items() if name in names})
 
 
-def _read(folder: Path, state: dict[str, dict]) -> None:
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(state, storage_reader=HuggingFaceStorageReader(folder / "state"))
-    except CheckpointException as error:
-        raise UserError(f"{folder}: cannot be read ({_reason(error)}); remove it and resume") from error
-
-
-def tidy(run: Path) -> None:
-    """Restore or remove what a killed run left half done; rank 0."""
+def tidy(run: Path, found: Checkpoint | None) -> None:
+    """Restore or remove what a killed run left half done. Set aside, as NAME.damaged, the checkpoints that
+    are further on than the one that the run resumes from. Rank 0."""
+    folders = [checkpoint.folder for checkpoint in _checkpoints(run, [])]
+    for folder in folders[folders.index(found.folder) + 1 :] if found else []:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
     for path in [path for path in run.glob("*") if LEFTOVER.fullmatch(path.name)]:
         if path.suffix == ".old" and not path.with_suffix("").exists():
             path.rename(path.with_suffix(""))

@@ -213,6 +213,15 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
         model.set_requires_gradient_sync(now)
 
 
+def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a tensor, as a view of at least one dimension, and the number of the first. FSDP2
+    gives each rank an equal number of rows, and the last ones fewer; what is not sharded is whole."""
+    if not isinstance(tensor, DTensor):
+        return torch.atleast_1d(tensor), 0
+    rank, size = init()
+    return tensor.to_local(), min(rank * -(-len(tensor) // size), len(tensor))
+
+
 def full_state(model: nn.Module, dtype: torch.dtype, trained_only: bool = False) -> dict[str, torch.Tensor]:
     """name -> the whole tensor in this dtype, on the CPU of rank 0; {} on other ranks. Collective."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

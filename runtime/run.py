@@ -260,7 +260,7 @@ def _open_folder(
             _lock(run, stack)
         if resuming:
             checkpoints.cut_back(run, progress)  # which may refuse, too
-            checkpoints.tidy(run)
+            checkpoints.tidy(run, found)
             if progress.step < config.steps:  # what an earlier end has left
                 (run / "summary.json").unlink(missing_ok=True)
                 if (

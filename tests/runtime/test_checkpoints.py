@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import on_ranks
+from safetensors.torch import load_file
 from tiny_runs import contents, names
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from config import Config, ConfigError, load_config
 from evaluate import load_split
@@ -149,7 +149,7 @@ def test_only_what_is_trained_is_kept(base, run):
         checkpoints.save(run / f"checkpoint_{n}", policy, optimizer, Progress(step=n), PRINTS)
         kept = {name for name in names if not any(word in name for word in frozen)}
         parts = {f"adam.{name}.{part}" for name in kept for part in ("exp_avg", "exp_avg_sq", "step")}
-        saved = HuggingFaceStorageReader(run / f"checkpoint_{n}/state").read_metadata().state_dict_metadata
+        saved = load_file(run / f"checkpoint_{n}/state/0.safetensors")
         assert saved.keys() == {f"model.{name}" for name in kept} | parts and len(kept) > 10
     other, _ = new_policy(base)
     with torch.no_grad():
@@ -277,6 +277,19 @@ def test_a_damaged_state(trained, base, run, damage, ranks):
     assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_one_is_set_aside(run):
+    """Else it would count as the newest, and `prune` would remove the good one that is written next."""
+    for n in (2, 4):
+        plain(run, f"checkpoint_{n}", step=n)
+    (run / "checkpoint_4/state/0.safetensors").write_bytes(b"added")
+    checkpoints.tidy(run, checkpoints.last_checkpoint(run))
+    assert names(run) == {"checkpoint_2", "checkpoint_4.damaged"}
+    plain(run, "checkpoint_3", step=3)
+    checkpoints.prune(run, 1)
+    assert names(run) == {"checkpoint_3", "checkpoint_4.damaged"}
+    assert checkpoints.last_checkpoint(run).progress.step == 3
+
+
 class Payload:
     def __init__(self, path):
         self.path = path
@@ -323,7 +336,7 @@ def test_what_a_kill_leaves(run, name, left):
         plain(run, name if part == "name" else f"{name}.{part}", step=4, weights=part.encode())
     found = checkpoints.last_checkpoint(run)
     assert bool(found) == (LEFT[left] is not None and name != "best_4")
-    checkpoints.tidy(run)
+    checkpoints.tidy(run, found)
     if LEFT[left]:
         assert (run / name / "model.safetensors").read_bytes() == LEFT[left].encode()
         assert found is None or found.folder.with_suffix("") == run / name
