@@ -209,7 +209,7 @@ def test_what_is_kept(tmp_path, grpo_config, monkeypatch):
 
 REFUSED = {
     "train_annotations={}/other.json": "data: ",
-    "no state": "no checkpoint in .* has its state/",
+    "no state": "no checkpoint in .* has a whole state/",
     "short log": r"rollouts\.jsonl: is shorter",
 }
 
