@@ -37,24 +37,19 @@ TWO_RATES = [*range(0, 1200, 40), *range(1200, 6000, 80)]  # milliseconds
 JUMPY = np.random.default_rng(0).integers(2, 120, LENGTH).cumsum().tolist()
 SIZES = [(2, 2), (8, 6), (16, 12), (24, 18), (48, 36), (72, 54), (1, 9), (17, 11), (33, 47), (97, 61)]
 KINDS = {
-    "x264, no B-frames": {**X264, "bf": 0},
-    "x264, B-frames": {**X264, "bf": 2},
+    **{f"x264, {bf} B-frames": {**X264, "bf": bf} for bf in (0, 2)},
+    **{f"{codec}, B-frames": {"codec": codec, "bf": 2} for codec in ("mpeg4", "mpeg2video")},
+    **{codec: {"codec": codec, "g": 30, "b": "400k"} for codec in ("mpeg4", "libvpx", "libvpx-vp9")},
     "x264, one key frame": {**X264, "bf": 3, "g": 250},
     "x264, open GOP": OPEN,
     "x265, open GOP": X265,
-    "mpeg4": {"codec": "mpeg4"},
-    "mpeg4, B-frames": {"codec": "mpeg4", "bf": 2},
-    "mpeg2, B-frames": {"codec": "mpeg2video", "bf": 2},
-    "vp8": {"codec": "libvpx", "g": 30, "b": "400k"},
-    "vp9": {"codec": "libvpx-vp9", "g": 30, "b": "400k"},
     "24000/1001": {"fps": "24000/1001", "bf": 2},
     "30000/1001": {"fps": "30000/1001", "bf": 0},
     "two rates": {"milliseconds": TWO_RATES, "bf": 2},
     "any gaps": {"milliseconds": JUMPY, "bf": 0},
     "begins late": {"milliseconds": range(5000, 9000, 40), "bf": 2},
     "fragments": {**X264, "bf": 2, "movflags": "frag_keyframe+empty_moov"},
-    "one frame": {"count": 1},
-    "two frames": {"count": 2, "bf": 0},
+    **{f"of {count}": {"count": count, "bf": 0} for count in (1, 2)},
     "turned": {"rotation": 90},
     "pixels 2:1": {"size": (40, 48), "aspect": "2:1"},
     "pixels 16:15": {"size": (96, 60), "aspect": "16:15"},
@@ -62,8 +57,8 @@ KINDS = {
     "cut": {**X264, "bf": 3, "g": 40, "change": partial(cut, seconds=2.5)},
     "cut, open GOP": {**OPEN, "change": partial(cut, seconds=2.5)},
     "cut, no key frame": {"g": 30, "bf": 2, "change": partial(cut, packets=7)},
-    "ends 1 early": {**X264, "bf": 2, "change": partial(end_early, seconds=(LENGTH - 1) / RATE)},
-    "ends 10 early": {**X264, "bf": 2, "change": partial(end_early, seconds=(LENGTH - 10) / RATE)},
+    "ends early": {**X264, "bf": 2, "change": partial(end_early, seconds=(LENGTH - 1) / RATE)},
+    "ends earlier": {**X264, "bf": 2, "change": partial(end_early, seconds=(LENGTH - 10) / RATE)},
     "empty packet": {"codec": "mpeg4", "g": 30, "change": partial(empty_packet, number=20)},
     "cut off": {"g": 12, "change": partial(cut_off, share=0.9)},
 }
@@ -111,13 +106,6 @@ def same(shown: np.ndarray, wanted: list[np.ndarray]) -> bool:
     return all(distance[k] <= min(distance.min() + 1, 20) for k, distance in enumerate(distances))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=200, help="films to make")
-    with tempfile.TemporaryDirectory() as folder:
-        check(make_films(Path(folder), parser.parse_args().count))
-
-
 def check(films: list[tuple[str, float]]) -> None:
     # Not before the films are made: PyAV's encoders of VP8 and VP9 fail beside decord's library of that name.
     import train
@@ -132,11 +120,11 @@ def check(films: list[tuple[str, float]]) -> None:
     loader, samples, found, said = FrameLoader(config, 28), [], defaultdict(list), {}
     for path, aspect in films:
         wanted, times, seconds = decode(path)
-        height, width = wanted[0].shape[:2]
-        verdict = "equal"
+        shape = round(wanted[0].shape[1] * aspect), wanted[0].shape[0]
+        verdicts = {"equal"}
         for frames in (len(wanted), len(wanted) + 7):
             sample = Sample(
-                *(path, path, "it moves", round(width * aspect), height),
+                *(path, path, "it moves", *shape),
                 **{"num_frames": frames, "file_frames": frames, "fps": frames / seconds, "begin_frame": 0},
                 **{"first_frame": frames // 2, "stop_frame": frames, "boxes": {frames // 2: (0, 0, 1, 1)}},
             )
@@ -144,20 +132,19 @@ def check(films: list[tuple[str, float]]) -> None:
             at = times if len(samples) % 2 == 0 else [n / sample.fps for n in range(frames)]
             try:
                 shown = loader.workers.submit(path, read_clip, sample, at).result()
-                verdict = verdict if same(shown, wanted) else "different"
+                verdicts |= {"equal" if same(shown, wanted) else "different"}
             except VideoError as error:
-                words = str(error).removeprefix(f"{path}: ").partition(";")[0]
-                words = re.sub(r"\b[0-9]+\b", "N", words)
-                verdict = "different" if "\n" in str(error) else f"refused: {words}"
+                words = re.sub(r"\b[0-9]+\b", "N", str(error).removeprefix(f"{path}: ").partition(";")[0])
+                verdicts |= {"different" if "\n" in str(error) else f"refused: {words}"}
             try:
                 train.make_prompts(None, [(0, sample)], loader, config)
             except VideoError as error:
                 said[str(error)] = sample
-        found[verdict].append(path)
+        found["different" if "different" in verdicts else max(verdicts)].append(path)
     loader.close()
     for verdict, paths in sorted(found.items(), key=lambda item: -len(item[1])):
-        containers = Counter(path.rpartition(".")[2] for path in paths)
-        print(f"{len(paths):>5}  {verdict}\n       {', '.join(f'{n} {c}' for c, n in containers.items())}")
+        each = Counter(path.rpartition(".")[2] for path in paths).items()
+        print(f"{len(paths):>5}  {verdict}\n       {', '.join(f'{n} {name}' for name, n in each)}")
         print("".join(f"         {Path(path).name}\n" for path in paths if verdict == "different"), end="")
     for decoded in (False, True):
         bad = check_videos(config, samples, 28, decoded)
@@ -166,4 +153,7 @@ def check(films: list[tuple[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=200, help="films to make")
+    with tempfile.TemporaryDirectory() as folder:
+        check(make_films(Path(folder), parser.parse_args().count))
