@@ -50,7 +50,7 @@ KINDS = {
     "begins late": {"milliseconds": range(5000, 9000, 40), "bf": 2},
     "fragments": {**X264, "bf": 2, "movflags": "frag_keyframe+empty_moov"},
     **{f"of {count}": {"count": count, "bf": 0} for count in (1, 2)},
-    "turned": {"rotation": 90},
+    **{f"turned by {angle}": {"rotation": angle, "size": (48, 48)} for angle in (90, 180)},
     "pixels 2:1": {"size": (40, 48), "aspect": "2:1"},
     "pixels 16:15": {"size": (96, 60), "aspect": "16:15"},
     **{f"{width} x {height}": {"size": (width, height)} for width, height in SIZES},

@@ -30,6 +30,7 @@ Size = tuple[int, int]  # (width, height) in pixels
 REENCODE = "re-encode it: ffmpeg -i OLD -c:v libx264 -crf 18 NEW"
 # How a file begins that says where its frames lie: mp4 and mov, mkv and webm, avi, flv, y4m.
 INDEXED = re.compile(rb".{4}(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF|FLV|YUV4MPEG2", re.DOTALL)
+TURNED = re.compile(rb"\x76\x75[\x84\x88](?!\0{4})")  # in the head of an mkv or webm: ProjectionPoseRoll
 
 
 class VideoError(UserError):
@@ -203,13 +204,15 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
             " unknown codec); fetch or re-encode the file, or remove its annotation"
         ) from error
     with open(path, "rb") as file:
-        begins = file.read(12)
-    if not INDEXED.match(begins):
+        head = file.read(1 << 16).partition(b"\x1f\x43\xb6\x75")[0]  # of an mkv, up to its first frames
+    if not INDEXED.match(head):
         # libav searches them for the time of the first frame, and decord may read on from a later one.
         raise VideoError(
             f"{path}: is not mp4, mov, mkv, webm, avi, flv or y4m, and decord finds the beginning of no other"
             " safely; pack it without loss: ffmpeg -i OLD -c copy NEW.mkv"
         )
+    if head.startswith(b"\x1aE\xdf\xa3") and TURNED.search(head):
+        raise VideoError(f"{path}: is to be shown turned, and decord turns only mp4 and mov; {REENCODE}")
     if not keys or keys[0] > 0:  # decord would take every later frame for one that is keys[0] frames earlier
         raise VideoError(f"{path}: does not begin with a key frame; fetch the whole file, or {REENCODE}")
     hidden, stop = int((spans[:, 0] < -1e-3).sum()), int((spans[:, 0] < end - TIMESTAMP_ERROR).sum())

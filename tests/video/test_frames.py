@@ -190,6 +190,7 @@ def test_films_that_cannot_be_read(film, tmp_path):
         cut(film("15fps.mkv"), tmp_path / "late.mkv", packets=20): "does not begin with a key frame",
         # The first of the shown frames need others that were cut off.
         cut(film("hevc.mp4"), tmp_path / "lead.mp4", 1.6): short,
+        write_film(tmp_path / "turned.mkv", 20, rotation=180): "is to be shown turned",
         # A frame that was dropped: every number after it would be that of a later frame.
         **{empty_packet(m4, tmp_path / f"empty.{suffix}", 20): short for suffix in ("avi", "mkv", "mp4")},
         # decord's index begins at the first frame, its reading at a later one.
