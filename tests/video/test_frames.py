@@ -251,6 +251,8 @@ def test_the_frames_of_an_event_are_those_that_its_annotation_counts(tmp_path, s
     shown, (first, last) = numbers(clip_frames(sample, 2.0, 112, 28)), sample.truth(0.5).span
     assert shown == [sample.grid(0.5).sampled_frame(step) for step in range(40)]
     assert [step for step, number in enumerate(shown) if number >= 300] == list(range(first, last + 1))
+    part = replace(sample, begin_frame=290, num_frames=160)
+    assert numbers(clip_frames(part, 2.0, 112, 28)) == [290 + int(22.5 * step / 2) for step in range(15)]
     # A copy with fewer frames has nothing but its own clock.
     other = replace(sample, num_frames=600, file_frames=600, fps=30.0)
     assert numbers(clip_frames(other, 1.0, 112, 28))[9:12] == [270, 300, 315]
