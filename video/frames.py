@@ -6,7 +6,6 @@ until the last step.
 """
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 
 from runtime.files import UserError
 from samples import Sample
+from video import mp4
 
 TIMESTAMP_ERROR = 1e-4  # s; decord's timestamps are float32, so off by up to 1e-5 s in a three-minute video
 SHORTEST = 0.75  # of its annotated duration: a file that holds less is broken, not a little short
@@ -57,7 +57,7 @@ def probe(path: str) -> Header:
     """Read a file's index, and its first frame for the size. Raises VideoError."""
     reader, spans, hidden = _open(path)
     height, width = next(_decode(path, reader, [0])).shape[:2]
-    return Header(len(spans), float(spans[-1, 1]), width, height, hidden, _movie(path)[1])
+    return Header(len(spans), float(spans[-1, 1]), width, height, hidden, mp4.end_and_aspect(path)[1])
 
 
 def clip_times(sample: Sample, fps: float) -> list[float]:
@@ -197,7 +197,7 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
         # that it cannot decode by a copy of another one.
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=NO_SUBSTITUTES)
         spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)  # (stored frames, 2)
-        keys, (end, _) = reader.get_key_indices(), _movie(path)
+        keys, (end, _) = reader.get_key_indices(), mp4.end_and_aspect(path)
     except FAILURES as error:
         raise VideoError(  # without decord's message, which can quote the file
             f"{path}: {os.path.getsize(path)} bytes that cannot be opened as a video (incomplete, or of an"
@@ -219,38 +219,6 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
     if hidden >= stop or np.abs(spans).max() > 1e9:  # decord's number for "no timestamp" is 9e15
         raise VideoError(f"{path}: its frames have no usable timestamps; {REENCODE}")
     return reader, spans[hidden:stop] - spans[hidden, 0], hidden
-
-
-def _movie(path: str) -> tuple[float, float]:
-    """What an mp4 or mov says and decord does not tell: the second at which its edit list ends (frames may
-    be stored, and listed, beyond it), and the width of a pixel by its height. Elsewhere (inf, 1.0)."""
-    movie, length = b"", os.path.getsize(path)
-    with open(path, "rb") as file:
-        while not movie and len(head := file.read(8)) == 8:
-            size = int.from_bytes(head[:4], "big") - 8  # of the box's content
-            size = size if size != -7 else int.from_bytes(file.read(8), "big") - 16
-            if not 0 <= size <= length:  # it reaches to the end of the file, or is no box
-                break
-            if head[4:] == b"moov":
-                movie = file.read(size)
-            file.seek(size, os.SEEK_CUR)
-    track = next((part for part in movie.split(b"trak") if b"vmhd" in part), b"")  # the first with pictures
-    times, edits, aspect = (
-        box.partition(name)[2] for box, name in ((movie, b"mvhd"), (track, b"elst"), (track, b"pasp"))
-    )
-
-    def number(content: bytes, at: int, width: int = 4) -> int:
-        return int.from_bytes(content[at : at + width], "big")
-
-    ticks = number(times, 20 if times[:1] == b"\1" else 12)  # a second
-    width = 8 if edits[:1] == b"\1" else 4  # bytes of a time; an edit has two, and its speed
-    count = min(number(edits, 4), len(edits) // 12)
-    entries = [edits[k : k + 2 * width] for k in range(8, 8 + count * (2 * width + 4), 2 * width + 4)]
-    # In ticks; an entry that shows nothing, but delays the film, does not count in decord's time.
-    durations = [number(entry, 0, width) for entry in entries if entry[width:] != b"\xff" * width]
-    end = sum(durations) / ticks if ticks and durations and durations[-1] else math.inf  # 0: to the end
-    wide, high = number(aspect, 0), number(aspect, 4)
-    return end, wide / high if wide and high else 1.0
 
 
 def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Iterator[np.ndarray]:
