@@ -306,4 +306,4 @@ def cost_of(decoded: list[dict], seconds: float, config: Config) -> dict | None:
 
 if __name__ == "__main__":
     stopped = "stopped: the answers so far are kept; start again to resume"
-    run_script(lambda: main(sys.argv[1:]), "the file of answers", "free space, or change --output", stopped)
+    run_script(lambda: main(sys.argv[1:]), "the file of answers", stopped)

@@ -267,7 +267,7 @@ def rollout_records(
 
 
 def main(arguments: list[str]) -> None:
-    started = time.time()
+    started = time.monotonic()
     if {"-h", "--help"} & set(arguments):
         print(__doc__.strip())
         return
@@ -292,11 +292,11 @@ def main(arguments: list[str]) -> None:
         print(coordinates_note(policy, config), end="")
     with (
         contextlib.closing(FrameLoader(config, policy.size_factor)) as loader,
-        open_run(config, policy, loader, samples + held_out) as run,
+        open_run(config, policy, loader, samples + held_out, started) as run,
     ):
         learn(run, samples, held_out)
         if rank == 0:
-            report(run, time.time() - started)
+            report(run)
     distributed.destroy()
 
 
@@ -338,9 +338,9 @@ def evaluate_split(run: Run, samples: list[Sample], when: str) -> None:
     run.log_eval(score_predictions(predictions, samples, config)["native"], when)
 
 
-def report(run: Run, seconds: float) -> None:
+def report(run: Run) -> None:
     """Print the scores before and after, and where everything is; draw the pictures."""
-    summary = run.write_summary(seconds)
+    summary = run.write_summary()
     print(format_table({"before": summary["before"], "after": summary["after"]}))
     if summary["reward"]["first"] is not None:
         print(
@@ -348,7 +348,7 @@ def report(run: Run, seconds: float) -> None:
                 **summary["reward"]
             )
         )
-    print(f"{seconds:.0f} s; everything is in {run.folder}/")
+    print(f"{summary['seconds']:.0f} s; everything is in {run.folder}/")
     try:
         from lab.pictures import draw_run  # the only arrow from here to lab/
 
@@ -361,4 +361,4 @@ def report(run: Run, seconds: float) -> None:
 
 if __name__ == "__main__":
     stopped = "stopped at once; resume from the last checkpoint with: the same command and resume=auto"
-    run_script(lambda: main(sys.argv[1:]), "output_dir", "free space, or change output_dir", stopped)
+    run_script(lambda: main(sys.argv[1:]), "output_dir", stopped)

@@ -105,4 +105,4 @@ def train(commands: dict[Path, list[str]], jobs: int) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it ends the runs, too
     stopped = "stopped; the same command resumes"
-    run_script(lambda: main(sys.argv[1:]), "--output", "free some space, or change --output", stopped)
+    run_script(lambda: main(sys.argv[1:]), "--output", stopped)

@@ -181,4 +181,4 @@ def summary(scored: Scored, weights: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), "standard output", "check the path and the free space")
+    run_script(lambda: main(sys.argv[1:]), "standard output")

@@ -119,4 +119,4 @@ def check_videos(config: Config, samples: list[Sample], factor: int, decode: boo
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), "standard output", "free some space")
+    run_script(lambda: main(sys.argv[1:]), "standard output")

@@ -132,4 +132,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), "standard output", "free some space")
+    run_script(lambda: main(sys.argv[1:]), "standard output")

@@ -127,4 +127,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), "standard output", "check the path and the free space")
+    run_script(lambda: main(sys.argv[1:]), "standard output")

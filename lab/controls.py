@@ -102,4 +102,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), "the file of answers", "free some space")
+    run_script(lambda: main(sys.argv[1:]), "the file of answers")

@@ -28,7 +28,7 @@ from qwen.inputs import VIDEO_BLOCK, render_chat
 from qwen.lora import SETTINGS, add_adapters, base_of, import_peft, save_adapters
 from qwen.speed import speed_up
 from runtime import distributed
-from runtime.files import ModelError
+from runtime.files import ModelError, disk_remedy
 from video.frames import patchify
 
 logging.disable_progress_bar()
@@ -141,8 +141,8 @@ class Policy:
                     (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             except (OSError, SafetensorError) as error:
                 place = str(folder).removesuffix(".tmp")  # the name that it gets when it is complete
-                remedy = "free some space, or save elsewhere"
-                raise ModelError(f"{place}: cannot be written ({_reason(error)}); {remedy}") from error
+                why = f"cannot be written ({_reason(error)}); {disk_remedy(error)}"
+                raise ModelError(f"{place}: {why}") from error
 
         distributed.on_rank0(write)
 

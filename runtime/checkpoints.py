@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 
 from config import Config, ConfigError
 from runtime import distributed
-from runtime.files import DataError, UserError, few, read_json, write_json
+from runtime.files import DataError, UserError, disk_remedy, few, read_json, write_json
 from runtime.fingerprints import settings_of
 
 PROGRESS = "state/progress.json"
@@ -51,6 +51,7 @@ class Progress:
     step: int = 0  # and in reinforcement learning
     positions: dict[str, int] = field(default_factory=dict)  # LOGS -> bytes; `save` measures them
     best: dict | None = None  # {"step", "m_vIoU"} of the best evaluation so far
+    seconds: float = 0.0  # that the work has taken so far, in all starts
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def _unwritable(folder: Path, error: Exception) -> UserError:
-    remedy = "free some space, then start again with resume=auto"
+    remedy = f"{disk_remedy(error)}, then start again with resume=auto"
     return UserError(f"{str(folder).removesuffix('.tmp')}: cannot be written ({error}); {remedy}")
 
 

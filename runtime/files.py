@@ -2,8 +2,10 @@
 And a script ends in one line where its user can mend what is wrong."""
 
 import contextlib
+import errno
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -13,6 +15,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 REMEDY = "correct or remove the record"
+DISK_REMEDIES = {  # what the system says -> what to do
+    ("ENOSPC", "EDQUOT"): "free some space",
+    ("EFBIG",): "free some space, or raise ulimit -f",
+    ("EROFS",): "choose a place that can be written",
+    ("EACCES", "EPERM"): "change its permissions, or choose another place",
+    ("EMFILE", "ENFILE"): "raise ulimit -n",
+    ("EIO", "ESTALE"): "check the disk",
+}
 
 
 class UserError(ValueError):
@@ -27,11 +37,22 @@ class ModelError(UserError):
     """A checkpoint that cannot serve as the policy."""
 
 
-def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str = "stopped") -> None:
+def disk_remedy(error: Exception) -> str:
+    """What to do about an OSError, or about one that a library reports in the text of its own error."""
+    number = re.search(r"(?:Errno|os error) (\d+)", str(error))
+    name = errno.errorcode.get(int(number[1])) if number else None
+    return next((text for names, text in DISK_REMEDIES.items() if name in names), "check the path")
+
+
+def run_script(main: Callable[[], None], place: str, stopped: str = "stopped") -> None:
     """Run a script's main function; an error that the user can mend is one line on stderr and exit code 1.
 
-    place: what an OSError without a file name is about. remedy: what to do about it. stopped: said on Ctrl-C.
+    place: what an OSError without a file name is about. stopped: said on Ctrl-C. A letter that the terminal's
+    encoding lacks is printed as its number.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a notebook's
+            stream.reconfigure(errors="backslashreplace")
     several, message = os.environ.get("WORLD_SIZE", "1") != "1", None
     wait = os.environ.get("RANK", "0") != "0"
     try:
@@ -44,7 +65,7 @@ def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str =
         message = ""
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        message = f"error: {error.filename or place}: {error.strerror or error}; {remedy}"
+        message = f"error: {error.filename or place}: {error.strerror or error}; {disk_remedy(error)}"
     except Exception:
         if not several:
             raise
@@ -62,7 +83,7 @@ def run_script(main: Callable[[], None], place: str, remedy: str, stopped: str =
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside its place, then rename it. Raises OSError with the path as its filename, which that
-    of a full disk lacks; what was there stays."""
+    of a full disk lacks; what was there stays. A kill may leave NAME.8-digits.tmp: see `leftovers`."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # another rank may write it, too
     try:
         temporary.write_bytes(content)
@@ -73,16 +94,28 @@ def write_whole(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def leftovers(folder: Path, *names: str) -> list[Path]:
+    """What kills of write_whole have left in a folder beside files of these names (patterns of glob)."""
+    return [path for name in names for path in folder.glob(f"{name}.{'[0-9a-f]' * 8}.tmp")]
+
+
 def write_json(value: object, path: Path) -> None:
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_jsonl(records: list[dict], path: Path, append: bool = False) -> None:
-    """Write one JSON object a line: a whole new file, or with `append` more lines at its end."""
+    """Write one JSON object a line: a whole new file, or with `append` more lines at its end, of which none
+    stays where the disk is full."""
     text = "".join(json.dumps(record) + "\n" for record in records).encode()
     if append:
-        with path.open("ab") as file:
-            file.write(text)
+        with path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while text := text[file.write(text) :]:
+                    pass
+            except OSError as error:
+                file.truncate(end)
+                raise OSError(error.errno, error.strerror, str(path)) from error
     else:
         write_whole(path, text)
 

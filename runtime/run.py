@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,16 @@ from tqdm import tqdm
 
 from config import Config, ConfigError, load_config, save_config
 from runtime import checkpoints, distributed
-from runtime.checkpoints import Progress
-from runtime.files import read_jsonl, write_json, write_jsonl, write_whole
+from runtime.checkpoints import Checkpoint, Progress
+from runtime.files import leftovers, read_jsonl, write_json, write_jsonl, write_whole
 from runtime.fingerprints import fingerprints, settings_of
 from runtime.logs import DRIFT_STEPS, Log, check_trackers, clock, drifts_apart, peak_memory, summarize
 from runtime.plugins import load_plugins, plugin_fingerprints
 from samples import Sample
 from video.frames import VideoError
 from video.loader import FrameLoader
+
+WRITTEN = ("config.yaml", "versions.json", "summary.json", "wandb_id", "predictions*.jsonl")  # as a whole
 
 
 class Stopped(Exception):
@@ -44,6 +47,7 @@ class Run:
     progress: Progress
     stop: distributed.Stop
     log: Log | None  # of rank 0
+    started: float  # by time.monotonic; the starts before count as if they had ended then
     optimizer: torch.optim.Optimizer | None = None  # of the phase that is running
     batch: list[Sample] = field(default_factory=list)  # of the step that is running, on all ranks
     recent: list[tuple[float, float]] = field(default_factory=list)  # (reward, vIoU) of the last steps
@@ -150,13 +154,14 @@ class Run:
     def save(self, name: str = "") -> None:
         """Write a checkpoint of this moment, and remove older ones (keep_checkpoints)."""
         sft, step = self.progress.sft_step, self.progress.step
+        self.progress = dataclasses.replace(self.progress, seconds=time.monotonic() - self.started)
         name = name or (f"checkpoint_{step}" if step else f"checkpoint_sft_{sft}")
         checkpoints.save(self.folder / name, self.policy, self.optimizer, self.progress, self.fingerprints)
         checkpoints.prune(self.folder, self.config.keep_checkpoints, spare=[self.sft_checkpoint])
 
-    def write_summary(self, seconds: float) -> dict:
-        """Write summary.json: scores before and after, and the mean reward of the first and last tenth of the
-        steps (None without steps). Returns it."""
+    def write_summary(self) -> dict:
+        """Write summary.json: scores before and after, the mean reward of the first and last tenth of the
+        steps (None without steps), and the seconds of all starts, each up to its checkpoint. Returns it."""
         lines = read_jsonl(self.folder / "metrics.jsonl")
         first, *_, last = [m for m in lines if m["phase"] == "eval"]
         before, after = ({key: m[key] for key in last if key not in ("phase", "step")} for m in (first, last))
@@ -164,7 +169,8 @@ class Run:
         tenth = max(1, len(rewards) // 10)  # the mean of a single step is noise
         parts = {"first": rewards[:tenth], "last": rewards[-tenth:]}
         reward = {name: float(np.mean(part)) if part else None for name, part in parts.items()}
-        summary = {"before": before, "after": after, "reward": reward, "seconds": seconds}
+        summary = {"before": before, "after": after, "reward": reward}
+        summary["seconds"] = time.monotonic() - self.started
         write_json(summary, self.folder / "summary.json")
         return summary
 
@@ -205,8 +211,11 @@ def step_cost(tokens: float) -> dict:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, policy, loader: FrameLoader, samples: list[Sample]) -> Iterator[Run]:
+def open_run(
+    config: Config, policy, loader: FrameLoader, samples: list[Sample], started: float
+) -> Iterator[Run]:
     """Create output_dir, or with resume: auto roll it back to its last checkpoint. samples: of both splits.
+    started: when this start began, by time.monotonic.
 
     A signal, and a loss or reward that is not finite, end the run with a checkpoint of the last good weights.
     Raises ConfigError, and changes nothing, where another run stands or works there.
@@ -218,7 +227,8 @@ def open_run(config: Config, policy, loader: FrameLoader, samples: list[Sample])
         stop = stack.enter_context(distributed.Stop())
         if rank == 0:
             log = stack.enter_context(contextlib.closing(Log(folder, config)))
-        run = Run(config, folder, policy, loader, identity, checkpoint, progress, stop, log)
+        started -= progress.seconds
+        run = Run(config, folder, policy, loader, identity, checkpoint, progress, stop, log, started)
         if progress.step:
             lines = read_jsonl(folder / "metrics.jsonl")
             grpo = [m for m in lines if m["phase"] == "grpo"]
@@ -244,57 +254,27 @@ def open_run(config: Config, policy, loader: FrameLoader, samples: list[Sample])
 def _open_folder(
     config: Config, run: Path, identity: dict, stack: contextlib.ExitStack
 ) -> tuple[Path | None, Progress]:
-    """Open output_dir, locked until `stack` closes. Returns the checkpoint to resume, and its progress."""
-    exists = distributed.broadcast((run / "config.yaml").is_file(), 0)  # rank 0 may soon make it
-    resuming, found, progress = config.resume == "auto" and exists, None, Progress()
-    if resuming:
-        found = checkpoints.last_checkpoint(run)
-        if found:
-            checkpoints.refuse_other(found, config, identity)
-            progress = found.progress
-        else:  # the same run, ended before its first checkpoint, starts again; another one is moved aside
-            resuming = settings_of(load_config(run / "config.yaml")) == identity["settings"]
-    rank, _ = distributed.init()
-    if rank == 0:
-        if exists:
-            _lock(run, stack)
-        if resuming:
-            checkpoints.cut_back(run, progress)  # which may refuse, too
-            checkpoints.tidy(run, found)
-            if progress.step < config.steps:  # what an earlier end has left
-                (run / "summary.json").unlink(missing_ok=True)
-                if (
-                    found
-                    and found.folder.with_suffix("").name == "checkpoint"
-                    and (run / "predictions.jsonl").exists()
-                ):
-                    (run / "predictions.jsonl").replace(run / f"predictions_{progress.step}.jsonl")
-            save_config(config, run / "config.yaml")
-        else:
-            _create_folder(config, run)
-            _lock(run, stack)
-        if config.resume == "auto":
-            name = found and found.folder.with_suffix("")
-            print(f"resuming from {name}" if found else f"no checkpoint in {run}: starting at step 0")
-    distributed.barrier()
-    return found and found.folder.with_suffix(""), progress  # tidy has renamed NAME.old to NAME
+    """Open output_dir, locked until `stack` closes. Returns the checkpoint to resume, and its progress.
+
+    Rank 0 looks and changes; the others learn what it has found."""
+    exists = distributed.on_rank0(lambda: _enter(run, stack))
+    found = checkpoints.last_checkpoint(run) if exists and config.resume == "auto" else None
+    distributed.on_rank0(lambda: _prepare(config, run, identity, found, stack))
+    return (found.folder.with_suffix(""), found.progress) if found else (None, Progress())  # no NAME.old now
 
 
-def _create_folder(config: Config, run: Path) -> None:
-    """Make a new output_dir with settings, versions and the files of plug-ins; move an earlier run aside."""
-    if (run / "config.yaml").is_file():
-        number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
-        run.rename(f"{run}.{number}")
-        print(f"{run} held an earlier run: moved to {run}.{number}")
-    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
-        raise ConfigError(f"output_dir: {run} exists and is no run of train.py; choose another")
-    run.mkdir(parents=True, exist_ok=True)
-    save_config(config, run / "config.yaml")
-    for path in plugin_fingerprints(config.rewards):
-        (run / "rewards").mkdir(exist_ok=True)
-        write_whole(run / "rewards" / path.strip("/").replace("/", "_"), Path(path).read_bytes())
-    packages = {package.__name__: package.__version__ for package in (torch, transformers, decord, np)}
-    write_json({"python": platform.python_version(), **packages}, run / "versions.json")
+def _enter(run: Path, stack: contextlib.ExitStack) -> bool:
+    """Make output_dir where there is none, lock it, then look: whether it holds a run. Raises ConfigError for
+    what is neither a run nor empty."""
+    with contextlib.suppress(FileExistsError):
+        run.mkdir(parents=True, exist_ok=True)
+    if run.is_dir():
+        _lock(run, stack)
+        if (run / "config.yaml").is_file():
+            return True
+        if set(run.iterdir()) <= set(leftovers(run, *WRITTEN)):
+            return False
+    raise ConfigError(f"output_dir: {run} exists and is no run of train.py; choose another")
 
 
 def _lock(run: Path, stack: contextlib.ExitStack) -> None:
@@ -305,6 +285,44 @@ def _lock(run: Path, stack: contextlib.ExitStack) -> None:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(f"output_dir: a run is at work in {run}; wait for it, or choose another") from None
+
+
+def _prepare(
+    config: Config, run: Path, identity: dict, found: Checkpoint | None, stack: contextlib.ExitStack
+) -> None:
+    """Roll a run back to its last checkpoint, or to its start where it has none; move another run aside.
+    Write settings, versions and the files of plug-ins."""
+    known, auto, same = run / "config.yaml", config.resume == "auto", bool(found)
+    if found:
+        checkpoints.refuse_other(found, config, identity)
+    elif auto and known.exists():
+        same = settings_of(load_config(known)) == identity["settings"]
+    if same:
+        progress = found.progress if found else Progress()
+        checkpoints.cut_back(run, progress)  # which may refuse, too
+        checkpoints.tidy(run, found)
+        if progress.step < config.steps:  # what an earlier end has left
+            (run / "summary.json").unlink(missing_ok=True)
+            ended = found and found.folder.with_suffix("").name == "checkpoint"
+            if ended and (run / "predictions.jsonl").exists():
+                (run / "predictions.jsonl").replace(run / f"predictions_{progress.step}.jsonl")
+    elif known.exists():
+        number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
+        run.rename(f"{run}.{number}")
+        print(f"{run} held an earlier run: moved to {run}.{number}")
+        run.mkdir(exist_ok=True)
+        _lock(run, stack)
+    for path in leftovers(run, *WRITTEN):
+        path.unlink()
+    save_config(config, known)
+    for path in plugin_fingerprints(config.rewards):
+        (run / "rewards").mkdir(exist_ok=True)
+        write_whole(run / "rewards" / path.strip("/").replace("/", "_"), Path(path).read_bytes())
+    packages = {package.__name__: package.__version__ for package in (torch, transformers, decord, np)}
+    write_json({"python": platform.python_version(), **packages}, run / "versions.json")
+    if auto:
+        name = found and found.folder.with_suffix("")
+        print(f"resuming from {name}" if found else f"no checkpoint in {run}: starting at step 0")
 
 
 def describe(config: Config, policy, train_samples: list[Sample], eval_samples: list[Sample]) -> str:

@@ -322,4 +322,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, "the folder", "free some space, or choose another folder")
+    run_script(main, "the folder")

@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from config import Config
-from runtime.files import write_whole
+from runtime.files import disk_remedy, write_whole
 from samples import Sample
 from video.frames import REENCODE, VideoError, clip_frames, frame_size
 
@@ -261,7 +261,7 @@ class FrameLoader:
                 write_whole(self.cache / f"{key}.npy", content.getvalue())
                 return
         except OSError as error:
-            why = f"cannot be written ({error.strerror}); free space or set another folder"
+            why = f"cannot be written ({error.strerror}); {disk_remedy(error)}, or set another folder"
         self._cache_grows = False
         self.say_once(f"{self.cache}: the cache of frames {why}. Nothing is added to it any more")
 

@@ -17,13 +17,14 @@ from tiny_runs import SHORT, assert_same, metrics_of, read_lines, weights_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
+import runtime.run
 import train
 from config import ConfigError, load_config
 from model import completion_logprobs, encode_prompt, pack_completions, rollout
 from qwen.checkpoint import load_policy
 from runtime import distributed
 from runtime.files import DataError
-from runtime.run import check_start, global_batch
+from runtime.run import check_start, global_batch, open_run
 from video.loader import FrameLoader
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,6 +59,18 @@ def torchrun(arguments, folder, *options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, str(ROOT / "train.py"), *arguments], env=environment, **pipes)
+
+
+def opened(path):
+    """What open_run says on this rank; rank 0 alone may read the folder's config.yaml."""
+    config = load_config(path, ["resume=auto"])
+    if distributed.init()[0] == 1:
+        runtime.run.load_config = None
+    try:
+        with open_run(config, None, None, [], started=0) as run:
+            return run.progress.step
+    except ConfigError as error:
+        return str(error)
 
 
 def wait_for(path, process):
@@ -364,3 +377,15 @@ def test_a_reward_that_fails(tmp_path, configure):
     assert first == second and "mine.py:f raised ZeroDivisionError" in first and "'<time>" in first
     assert first.partition("The batch was ")[2].count(".y4m") == 4  # of both ranks
     assert (tmp_path / "run/checkpoint_1/state/progress.json").is_file()
+
+
+def test_rank_0_looks_and_the_others_are_told(tmp_path, configure):
+    """At a folder of another run, which it moves aside; at one that is no run; at a damaged config.yaml."""
+    path, run = configure(tmp_path), tmp_path / "run"
+    run.mkdir()
+    for text, said in (("steps: 1", 0), ("steps: [", "config.yaml"), (None, "is no run of train.py")):
+        (run / "config.yaml").unlink(missing_ok=True)
+        (run / ("config.yaml" if text else "mine")).write_text(text or "")
+        results = on_ranks(2, opened, path)
+        assert results[0] == results[1] and (said == results[0] or said in results[0]), results
+    assert (tmp_path / "run.1/config.yaml").read_text() == "steps: 1"

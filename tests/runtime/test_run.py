@@ -6,8 +6,10 @@ Each must end with the bytes of a run that nothing has happened to.
 import fcntl
 import json
 import os
+import pathlib
 import shutil
 import signal
+import types
 from collections import Counter
 
 import pytest
@@ -110,6 +112,7 @@ def test_killed_without_a_checkpoint_and_a_loss_that_is_not_finite(finished, tmp
     killed(train, "update", 3, [path, "resume=auto"])
     assert names(run, "checkpoint") == set() and len(metrics_of(run, "grpo")) == 2
     (run / "checkpoint_2.tmp/state").mkdir(parents=True)
+    (run / "summary.json.01234567.tmp").write_text("{")
     said = r"after step 2: loss nan\. The batch was .\.y4m, .\.y4m; .*resume=auto repeats it"
     with at_call(train, "update", 3, boom), pytest.raises(FloatingPointError, match=said):
         train.main([path, "resume=auto"])
@@ -180,6 +183,28 @@ def test_drift_is_looked_for_in_the_last_steps_also_after_a_kill(tmp_path, grpo_
     assert [line["drift"] for line in lines] == [0, 0, 0, 1]
 
 
+def test_seconds_of_all_starts(tmp_path, grpo_config, monkeypatch):
+    """Up to the checkpoint, 10; not the 100 that a kill has cost; and 5 after it, also where the machine and
+    with it the clock has started again."""
+    path, now = grpo_config(tmp_path, **ONE, steps=2, save_every=1), [1000.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(runtime.run, "time", clock)
+    monkeypatch.setattr(train, "time", clock)
+
+    def passes(seconds):
+        now[0] += seconds
+
+    with (
+        at_call(train, "update", 1, lambda: passes(10)),
+        at_call(train, "make_prompts", 2, lambda: passes(100)),
+    ):
+        killed(train, "update", 2, [path])
+    now[0] = 50.0
+    with at_call(train, "report", 1, lambda: passes(5)):
+        train.main([path, "resume=auto"])
+    assert json.loads((tmp_path / "run/summary.json").read_text())["seconds"] == 15
+
+
 def test_what_is_kept(tmp_path, grpo_config, monkeypatch):
     """The newest checkpoint, the end, and the best by m_vIoU after training began, the first of equal ones;
     also where the run was killed in its last step, and gets more steps after its end was the best."""
@@ -246,7 +271,8 @@ def test_a_folder_of_another_run_without_a_checkpoint(place, grpo_config, tmp_pa
 
 
 def test_beside_a_run_at_work(tmp_path, grpo_config):
-    """A second start while the first is in a step is refused, and changes nothing; the first one goes on."""
+    """A second start while the first makes its folder, or is in a step, is refused, and changes nothing; the
+    first one goes on."""
     path = grpo_config(tmp_path, steps=2, **ONE)
     tried = []
 
@@ -255,8 +281,26 @@ def test_beside_a_run_at_work(tmp_path, grpo_config):
             refused([path, f"resume={way}"], tmp_path, "a run is at work in .*; wait for it, or choose")
             tried.append(way)
 
-    with at_call(train, "update", 2, second_start):
+    with at_call(runtime.run, "save_config", 1, second_start), at_call(train, "update", 2, second_start):
         train.main([path])
-    assert tried == ["auto", "never"]
+    assert tried == ["auto", "never"] * 2
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 2]
     assert_free(tmp_path / "run")
+
+
+def test_folders_that_were_not_begun(tmp_path, grpo_config):
+    """What a kill has left before config.yaml was there is nothing; a stranger's file is something."""
+    path, run = grpo_config(tmp_path, steps=0, **ONE), tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml.tmp", "notes.01234567.tmp", "config.yaml.mine.01234567.tmp", "a"):
+        (run / name).write_text("mine")
+        refused([path, "resume=auto"], tmp_path, "run exists and is no run of train.py; choose another")
+        (run / name).unlink()
+    for _ in range(2):
+        killed(pathlib.Path, "replace", 1, [path, "resume=auto"])  # of config.yaml
+        assert len(names(run, "config.yaml.")) == 1 and not (run / "config.yaml").exists()
+    killed(pathlib.Path, "replace", 2, [path, "resume=auto"])  # of versions.json
+    assert names(run, "config.yaml") == {"config.yaml"} and not (run / "versions.json").exists()
+    train.main([path, "resume=auto"])
+    assert (run / "versions.json").exists() and not names(run, ".tmp")
+    assert names(tmp_path) == {"config.yaml", "run"}
