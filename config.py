@@ -11,19 +11,14 @@ import difflib
 import functools
 import math
 import operator
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from prompts import TextFormat
-from rewards import WEIGHTS
-from runtime.files import UserError, write_whole
-
-
-class ConfigError(UserError):
-    """A setting that cannot be used; the message names the file, the key, the value and the remedy."""
+from rewards import WEIGHTS, checked_weights
+from runtime.files import ConfigError, read_yaml, write_whole
 
 
 @dataclass
@@ -149,7 +144,7 @@ def load_config(paths: str | Path | list[str], overrides: list[str] = ()) -> Con
     """
     config = Config()
     for n, path in enumerate(map(Path, [paths] if isinstance(paths, str | Path) else paths)):
-        settings = _read_yaml(path)
+        settings = read_yaml(path)
         config = _overlay(config, settings, str(path))
         _check(config, str(path))
         if n and "output_dir" not in settings:
@@ -173,33 +168,6 @@ def save_config(config: Config, path: str | Path) -> None:
     write_whole(Path(path), yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).encode())
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; YAML forbids them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key} stands there twice; keep one")
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); name a YAML file such as configs/toy.yaml"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
-    if settings is None:  # an empty file
-        return {}
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: must hold `key: value` lines, not {settings!r}")
-    return settings
-
-
 def _overlay(base, settings: dict, where: str, prefix: str = ""):
     """A dataclass with some settings replaced. Raises ConfigError for an unknown key and a wrong type."""
     kinds = {f.name: f.type for f in dataclasses.fields(base)}
@@ -211,8 +179,8 @@ def _overlay(base, settings: dict, where: str, prefix: str = ""):
             raise ConfigError(f"{where}: unknown key {prefix}{key}; {hint}")
         if kinds[key] in (Sft, Lora) and isinstance(value, dict):
             values[key] = _overlay(getattr(base, key), value, where, prefix=f"{key}.")
-        elif key == "rewards" and isinstance(value, dict):
-            values[key] = base.rewards | _checked_weights(value, where)
+        elif key == "rewards":
+            values[key] = base.rewards | checked_weights(value, where)
         else:
             values[key] = _typed(prefix + key, value, kinds[key], where)
     return dataclasses.replace(base, **values)
@@ -235,17 +203,6 @@ def _typed(key: str, value, kind: type, where: str):
         )
         raise ConfigError(f"{where}: {key}: {value!r} must be {wanted}")
     return value
-
-
-def _checked_weights(weights: dict, where: str) -> dict[str, float]:
-    """Weights of `rewards`, as floats. Plug-ins are not loaded here. Raises ConfigError."""
-    allowed = f"write a number from -1e6 to 1e6 for any of {', '.join(WEIGHTS)}, or for FILE.py:FUNCTION"
-    for key, value in weights.items():
-        if not (type(value) in (int, float) and -1e6 <= value <= 1e6):
-            raise ConfigError(f"{where}: rewards: the weight of {key} is {value!r}; {allowed}")
-        if key not in WEIGHTS and not re.fullmatch(r".+\.py:\w+", str(key)):
-            raise ConfigError(f"{where}: rewards: there is no weight {key!r}; {allowed}")
-    return {key: float(value) for key, value in weights.items()}
 
 
 def _check(config: Config, where: str) -> None:

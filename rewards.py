@@ -23,14 +23,13 @@ text's integer grid written by format_answer, and 0 for a text that is no answer
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from prompts import Answer, parse_answer
-from runtime.files import read_jsonl, run_script
+from runtime.files import ConfigError, read_jsonl, read_yaml, run_script
 from runtime.plugins import RewardError, call_plugin, plugins
 from samples import Box, Truth
 
@@ -226,14 +225,26 @@ def _viou(answer: Answer, truth: Truth, which: str) -> float:
 # The script
 
 
+def checked_weights(weights: object, where: str) -> dict[str, float]:
+    """Weights of `rewards`, as floats. Plug-ins are not loaded here. Raises ConfigError."""
+    allowed = f"write a number from -1e6 to 1e6 for any of {', '.join(WEIGHTS)}, or for FILE.py:FUNCTION"
+    if not isinstance(weights, dict):
+        raise ConfigError(f"{where}: rewards: {weights!r} must be `key: value` lines; {allowed}")
+    for key, value in weights.items():
+        if not (type(value) in (int, float) and -1e6 <= value <= 1e6):
+            raise ConfigError(f"{where}: rewards: the weight of {key} is {value!r}; {allowed}")
+        if key not in WEIGHTS and not re.fullmatch(r".+\.py:\w+", str(key)):
+            raise ConfigError(f"{where}: rewards: there is no weight {key!r}; {allowed}")
+    return {key: float(value) for key, value in weights.items()}
+
+
 def main(arguments: list[str]) -> None:
     """Write the lines of rollouts.jsonl or predictions.jsonl with new "rewards"; print the means."""
     if not arguments or arguments[0].startswith("-"):
         sys.exit(__doc__.strip())
-    weights = {}
-    for path in arguments[1:]:
-        weights |= (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("rewards", {})
-    scored = []
+    weights, scored = {}, []
+    for path in map(Path, arguments[1:]):
+        weights |= checked_weights(read_yaml(path).get("rewards", {}), str(path))
     for record in read_jsonl(Path(arguments[0]), "completion", "truth"):
         boxes = {int(step): tuple(box) for step, box in record["truth"]["boxes"].items()}
         truth, scale = Truth(tuple(record["truth"]["span"]), boxes), record.get("scale", (1000, 1000))

@@ -251,10 +251,10 @@ def rollout_records(
     """A line of rollouts.jsonl for each sampled answer."""
     records = []
     groups = zip(batch, truths, prompts, completions, scores, advantages, strict=True)
-    for (_, sample), truth, prompt, *group in groups:
+    for (k, sample), truth, prompt, *group in groups:
         for g, (completion, scored, advantage) in enumerate(zip(*group, strict=True)):
             records.append(
-                {"step": step + 1, "id": sample.id, "generation": g}
+                {"step": step + 1, "group": k, "id": sample.id, "generation": g}
                 | answer_record(completion.text, scored.answer, truth, prompt.scale, config.think)
                 | {"rewards": scored.rewards, "advantage": float(advantage)}
                 | {"length": len(completion.ids), "truncated": completion.truncated}

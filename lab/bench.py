@@ -10,8 +10,8 @@ The answers are scored again, without any model. Each line is a JSON object:
                "boxes": {"5": [x1, y1, x2, y2], ...}},   step -> box in [0, 1]
      "scale": [1000, 1000],                              optional: what the text's boxes are divided by
      "think": true,                                      optional: false for answers without <think_bbox>
-     "step": 1, "id": "clip 7", "generation": 0}         optional: the same step and id make a group, and
-                                                         generation 0 begins a new one
+     "step": 1, "group": 0, "id": "clip 7",              optional: what is equal in all three makes a group;
+     "generation": 0}                                    without "group", generation 0 begins a new one
 
 Columns: the mean, minimum and maximum of a term, without its weight. spread: standard deviation within a
 group, mean over the groups. vIoU r: Spearman's rank correlation with the vIoU of the final boxes, over all
@@ -94,9 +94,10 @@ def score_file(path: Path, config: Config) -> Scored:
         scored = score(completion, truth, scale, config.rewards, think)
         numbers.extend([*(scored.rewards[name] for name in names), scored.diagnostics["viou_pred"]])
         parsed += scored.answer is not None
-        if "id" in record:  # an id may come twice in a step: its second group begins with generation 0
-            key = json.dumps([record.get("step"), record["id"]])
-            starts[key] += record.get("generation") == 0
+        if record.keys() & {"group", "id"}:
+            key = json.dumps([record.get(name) for name in ("step", "group", "id")])
+            # without its number, a second group of a sentence in a step begins with generation 0
+            starts[key] += "group" not in record and record.get("generation") == 0
             groups.setdefault((key, starts[key]), []).append(k)
     values = np.array(numbers).reshape(-1, len(names) + 1)
     return Scored(values[:, :-1], values[:, -1], parsed, [g for g in groups.values() if len(g) > 1])

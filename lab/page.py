@@ -126,34 +126,35 @@ def choose_cards(evaluations: Evaluations, samples: dict[str, Sample], config: C
     return cards
 
 
-def read_prompts(path: Path, config: Config) -> list[tuple[Card, dict[int, list[ShownAnswer]]]]:
+def read_prompts(path: Path, config: Config) -> list[tuple[Card, dict[tuple, list[ShownAnswer]]]]:
     """Read the sampled answers to the PROMPTS prompts that were sampled most often, at TIMES of these steps.
 
-    Returns for each a card and: step -> answers, from the best to the worst. Raises DataError.
+    Returns for each a card and: (step, group) -> answers, from the best to the worst; group is the prompt's
+    place in its batch, None where the file does not say it. Raises DataError.
     """
     keys = "step", "id", "generation", "completion", "truth", "scale", "rewards", "advantage"
 
     def records():  # the file can have gigabytes: it is read twice, one line at a time
         return iterate_jsonl(path, *keys, skip_cut=True)
 
-    steps: dict[str, dict[int, None]] = {}
+    places: dict[str, dict[tuple, None]] = {}
     for record in records() if path.is_file() else ():
-        steps.setdefault(record["id"], {})[record["step"]] = None
-    often = sorted(steps, key=lambda key: -len(steps[key]))[:PROMPTS]
-    groups = {key: {step: {} for step in sheet.evenly(list(steps[key]), TIMES)} for key in often}
+        places.setdefault(record["id"], {})[record["step"], record.get("group")] = None
+    often = sorted(places, key=lambda key: -len(places[key]))[:PROMPTS]
+    groups = {key: {place: {} for place in sheet.evenly(list(places[key]), TIMES)} for key in often}
     for record in records() if groups else ():
-        group = groups.get(record["id"], {}).get(record["step"])
-        if group is not None:  # of a prompt that comes twice in a batch, the first group
+        group = groups.get(record["id"], {}).get((record["step"], record.get("group")))
+        if group is not None:  # without numbers, the first group of a prompt that comes twice
             group.setdefault(record["generation"], record)
     samples, prompts = load_by_id(config.train_annotations, config) if groups else {}, []
     for key, group in groups.items():
         if key not in samples:
             raise DataError(f"{path}: {key!r} is no sentence of {config.train_annotations}")
         shown = {}
-        for step, answers in group.items():
+        for place, answers in group.items():
             ranked = sorted(answers.values(), key=lambda record: -record["rewards"]["total"])
             scores = [{"reward": r["rewards"]["total"], "advantage": r["advantage"]} for r in ranked]
-            shown[step] = [sheet.show_answer(r, "", s, config) for r, s in zip(ranked, scores, strict=True)]
+            shown[place] = [sheet.show_answer(r, "", s, config) for r, s in zip(ranked, scores, strict=True)]
         clip = sheet.read_shown_clip(samples[key], config.text_format.step_seconds)
         prompts.append((Card(samples[key], clip, []), shown))
     return prompts

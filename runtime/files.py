@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import yaml
+
 REMEDY = "correct or remove the record"
 DISK_REMEDIES = {  # what the system says -> what to do
     ("ENOSPC", "EDQUOT"): "free some space",
@@ -31,6 +33,10 @@ class UserError(ValueError):
 
 class DataError(UserError):
     """Annotations or records that cannot be used."""
+
+
+class ConfigError(UserError):
+    """A setting that cannot be used; the message names the file, the key, the value and the remedy."""
 
 
 class ModelError(UserError):
@@ -171,6 +177,34 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
         key = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {key!r} stands twice in one object; {REMEDY}")
     return dict(pairs)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing; YAML forbids them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key} stands there twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict:
+    """The settings of a file, {} if it is empty. Raises ConfigError."""
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); name a YAML file such as configs/toy.yaml"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if settings is None:  # an empty file
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: must hold `key: value` lines, not {settings!r}")
+    return settings
 
 
 def get(where: str, record: dict, name: str) -> object:

@@ -1,12 +1,14 @@
 """config.py: the paper's defaults, YAML with overrides, and errors that say what to write instead."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+import rewards
 from config import AT_LEAST, POSITIVE, Config, ConfigError, Sft, load_config, save_config
 from prompts import TextFormat
 from rewards import WEIGHTS
@@ -78,6 +80,9 @@ BAD = {
     "rewards.thinking=1": "there is no weight 'thinking'",
     "rewards.think=.nan": "the weight of think is .*; write a number",
     "sft=5": "sft: 5 must be",
+    **dict.fromkeys(
+        ("rewards=", "rewards=0", "rewards=[]", "rewards=''"), "rewards: .* must be `key: value`"
+    ),
     **dict.fromkeys(("steps=many", "steps=1.5", "steps=true", "steps="), "steps: .* must be a whole number"),
     **dict.fromkeys(("fps=1e-300", "fps=0", "fps=1e9"), "fps: .* must be from 0.01 to 60"),
     **dict.fromkeys(("fps=fast", "fps=true", "fps=nan", "fps={a: 1}"), "fps: .* must be a finite number"),
@@ -131,6 +136,35 @@ def test_bad_files(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read .*; name a YAML file"):
         load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("text", ["[]", "0", "false", '""', "{}", "", "# all defaults\n", "---\n...\n"])
+def test_only_an_empty_file_is_an_empty_configuration(path, tmp_path, text, capsys):
+    """For `python rewards.py`, too, which reads the weights in it."""
+    path.write_text(text)
+    answer = {"completion": "no", "truth": {"span": [0, 0], "boxes": {"0": [0, 0, 1, 1]}}}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(answer))
+    for use in (load_config, lambda path: rewards.main([str(tmp_path / "answers.jsonl"), str(path)])):
+        if text in ("[]", "0", "false", '""'):
+            with pytest.raises(ConfigError, match=r"a\.yaml: must hold `key: value` lines, not "):
+                use(path)
+        else:
+            use(path)
+
+
+def test_rewards_py_reads_the_weights_as_training_does(path, tmp_path, capsys):
+    """Files over files; what cannot be used is one line."""
+    text = "<time> 0 - 0 </time> <pred_bbox> 0. [0, 0, 1000, 1000] </pred_bbox>"
+    answer = {"completion": text, "truth": {"span": [0, 0], "boxes": {"0": [0, 0, 1, 1]}}, "think": False}
+    (answers := tmp_path / "answers.jsonl").write_text(json.dumps(answer))
+    path.write_text("rewards: {temporal: 5, spatial: 2}\n")
+    (over := tmp_path / "over.yaml").write_text("rewards: {temporal: 7}\n")
+    rewards.main([str(answers), str(path), str(over)])
+    assert json.loads(capsys.readouterr().out)["rewards"]["total"] == 1 + 1 + 7 + 2
+    for wrong in ("rewards: {speed: 1}", "rewards: 0", "rewards: {l1: many}", "a: 1\na: 2"):
+        over.write_text(wrong)
+        with pytest.raises(ConfigError, match=f"^{over}: "):
+            rewards.main([str(answers), str(over)])
 
 
 def test_save_and_load(path, tmp_path):

@@ -74,8 +74,8 @@ def test_files_of_a_run(finished, taught):
 def test_rollouts_file(finished):
     """Four steps, two prompts, four answers each: advantages and means follow from what is written."""
     records = read_lines(finished / "rollouts.jsonl")
-    order = [(step, g) for step in (1, 2, 3, 4) for _ in "ab" for g in range(4)]
-    assert [(r["step"], r["generation"]) for r in records] == order
+    order = [(step, k, g) for step in (1, 2, 3, 4) for k in (0, 1) for g in range(4)]
+    assert [(r["step"], r["group"], r["generation"]) for r in records] == order
     groups = [records[k : k + 4] for k in range(0, 32, 4)]
     assert any(r["advantage"] for r in records)
     for group in groups:

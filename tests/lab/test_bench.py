@@ -148,11 +148,34 @@ def test_the_correlation_is_with_the_final_boxes(table_of):
         # of one step: the same sentence twice, where an epoch ends within the batch
         ([{"id": "a", "step": 1, "generation": g} for g in (0, 1, 2, 0, 1, 2)], [[0, 1, 2], [3, 4, 5]]),
         ([{"id": i, "step": 1, "generation": g} for i in "ab" for g in (0, 1)], [[0, 1], [2, 3]]),
+        # the records say which group: those of two ranks may be mixed, and in any order
+        ([{"id": "a", "group": k, "generation": g} for g in (1, 0) for k in (0, 1)], [[0, 2], [1, 3]]),
+        ([{"id": "a", "group": 5, "step": s} for s in (1, 2, 1, 2)], [[0, 2], [1, 3]]),
+        ([{"group": k} for k in (0, 1, 0, None, 1)], [[0, 2], [1, 4]]),
     ],
 )
 def test_groups(tmp_path, keys, groups):
     path = write(tmp_path / "answers.jsonl", [line("no", **key) for key in keys])
     assert bench.score_file(path, Config()).groups == groups
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_sentence_twice_in_a_batch_is_two_groups(tmp_path, mixed):
+    """Spread by hand, and the advantages in the file are those within the bench's groups (Eq. 11)."""
+    totals, records = {RIGHT: 5, HALF: 4.5, WRONG: 3 + 2 * AWAY_VALUE}, []
+    for k, answers in enumerate([(RIGHT, HALF), (HALF, WRONG)]):
+        rewards = np.array([totals[answer] for answer in answers])
+        for g, a in enumerate((rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)):
+            records.append(line(answers[g], step=3, group=k, id="a", generation=g, advantage=a))
+    records.sort(key=lambda record: record["generation"] if mixed else 0)
+    scored = bench.score_file(write(tmp_path / "rollouts.jsonl", records), Config())
+    assert len(scored.groups) == 2
+    for group in scored.groups:
+        rewards = scored.values[group, -1]
+        expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+        assert [records[n]["advantage"] for n in group] == pytest.approx(expected.tolist(), abs=1e-9)
+    spread = bench.term_table(scored, WEIGHTS)["total"][HEADS.index("spread")]
+    assert spread == pytest.approx((0.5 + totals[HALF] - totals[WRONG]) / 2 / 2**0.5)
 
 
 def test_what_is_kept_of_an_answer_is_its_numbers(tmp_path):

@@ -107,15 +107,31 @@ def test_sampled_answers_are_those_of_the_prompts_that_came_most_often(tmp_path)
         file.write("".join(json.dumps(line) + "\n" for line in twice) + '{"step": 12, "id": "4')
     prompts = page.read_prompts(run / "rollouts.jsonl", load_config(run / "config.yaml"))
     assert [(card.sample.id, list(groups)) for card, groups in prompts] == [
-        ("1.y4m", [2, 6, 7, 12]),  # of six steps four are shown
-        ("0.y4m", [1, 5, 9]),
-        ("2.y4m", [4]),
+        ("1.y4m", [(2, None), (6, None), (7, None), (12, None)]),  # of six steps four are shown
+        ("0.y4m", [(1, None), (5, None), (9, None)]),
+        ("2.y4m", [(4, None)]),
     ]
     # Off by d = 0, 0.1, 0.2: thinking boxes earn 1, final ones (0.25 - d) / (0.25 + d) - 2 d.
-    scores = [answer.scores for answer in prompts[0][1][2]]
+    scores = [answer.scores for answer in prompts[0][1][2, None]]
     expected = [5.0, 4 + 0.15 / 0.35 - 0.2, 4 + 0.05 / 0.45 - 0.4, 0.0]
     assert [s["reward"] for s in scores] == pytest.approx(expected)
     assert [s["advantage"] for s in scores] == [1.5, 0.5, -0.5, -1.5]
+
+
+def test_a_sentence_twice_in_a_batch_is_shown_twice(tmp_path):
+    """The records of its two groups are mixed, as two ranks may leave them."""
+    run = make_run(tmp_path, videos=3)
+    lines = [line for line in read_jsonl(run / "rollouts.jsonl") if line["id"] == "2.y4m"]  # step 4 alone
+    both = [line | {"group": k, "advantage": k} for line in lines for k in (1, 6)]
+    write_jsonl(both, run / "rollouts.jsonl")
+    [(_, groups)] = page.read_prompts(run / "rollouts.jsonl", load_config(run / "config.yaml"))
+    advantages = {place: [answer.scores["advantage"] for answer in shown] for place, shown in groups.items()}
+    assert advantages == {(4, 1): [1] * 4, (4, 6): [6] * 4}
+    text = draw_run(run)[0].read_text(encoding="utf-8")
+    assert re.findall(r"<b>(Step [^<]*)</b>: .* of (.) answers", text) == [
+        ("Step 4, group 1", "4"),
+        ("Step 4, group 6", "4"),
+    ]
 
 
 def test_hostile_text_is_only_text_and_the_page_needs_nothing_else(drawn):
