@@ -9,7 +9,8 @@ A question is one JSON object: the "id" of the sentence, the "video", where the 
 
 Chat models talk, and write tables. Lines that are neither an interval nor a row are passed over, and so are
 brackets, quotes and bars around numbers, and everything before "</think>". The interval is the first one of
-the last line with one above the first row. (How the authors read these answers is not in the paper.)
+the last line with one above the first row; "End: 7" may stand below "Start: 5". Dates, "a video of 0 - 20 s"
+and "coordinates from 0 to 1" are none. (How the authors read these answers is not in the paper.)
 """
 
 import json
@@ -24,20 +25,33 @@ from runtime.files import run_script
 from runtime.predictions import read_predictions
 from samples import Box
 
-# The clock of a chat model: 5, 5.0, 5s, 0:05, 00:00:05. Not in the middle of a longer number.
-CLOCK = r"(?<![0-9:.])((?:[0-9]{1,2}:){1,2}[0-9]{2}|[0-9]{1,5})(?:\.[0-9]{1,20})?(?![0-9:])"
-UNIT = r"\s{0,9}(?:s|secs?|seconds?)?\s{0,9}"
-INTERVAL = re.compile(
-    rf"start[^0-9]{{1,9}}{CLOCK}[^0-9]{{1,20}}end[^0-9]{{1,9}}{CLOCK}"
-    rf"|between\s{{1,9}}{CLOCK}{UNIT}and\s{{0,9}}{CLOCK}"
-    rf"|{CLOCK}{UNIT}(?:-|to)\s{{0,9}}{CLOCK}"
-    rf"|[\[(]{CLOCK}{UNIT},\s{{0,9}}{CLOCK}{UNIT}[\])]",
-    re.IGNORECASE,
+# How a chat model writes times, which `plain` makes numbers of seconds: 1 min 5 s, 1m05; 0:05, 00:00:05.2
+MINUTES = re.compile(
+    r"(?i)(?<![0-9.:])([0-9]{1,3}) ?m(?:in(?:ute)?s?\b\.?|in(?=[0-9])|(?= ?[0-9]))"
+    r"(?: ?(?:and )?([0-9]{1,2})(?:\.[0-9]{1,20})?(?![0-9:]))?"
 )
-TIMESTAMP = re.compile(CLOCK + UNIT, re.IGNORECASE)
+CLOCK = re.compile(r"(?<![0-9:.])((?:[0-9]{1,2}:){1,2}[0-9]{2})(?:\.[0-9]{1,20})?(?![0-9:])")
+UNIT = (
+    r"(?<=[0-9])(?:(?:st|nd|rd|th)\b(?: seconds?\b)?| ?(?:s|secs?|seconds?)\b\.?)(?: mark\b)?"  # 5th second
+)
+UNIT = re.compile(rf"(?i){UNIT}|\b(?:(?:at|the|seconds?|secs?|t ?=) ?){{1,3}}(?=[0-9])")  # at second 5
+DATE = r"(?<![0-9.])(?:[0-9]{1,4}([-/.])[0-9]{1,2}\1[0-9]{1,4}|(?:19|20)[0-9]{2}-[0-9]{2})(?![0-9])"
+SECONDS = r"(?<![0-9:.])([0-9]{1,5})(?:\.[0-9]{1,20})?(?![0-9:])"
+OTHER = re.compile(  # a video of 0 - 20; coordinates from 0 to 1
+    r"(?i)(?:(?:video|clip|film|footage|recording) (?:of|runs|lasts|spans)(?: from)?"
+    rf"|(?:coordinates?|normali[sz]ed|y2)[^0-9]{{0,20}}) ?[\[(]?0(?:\.0)? ?(?:-|,|to|and) ?{SECONDS}"
+)
+INTERVAL = re.compile(
+    rf"(?i)(?:start|begin|from)[^0-9]{{1,20}}{SECONDS}[^0-9]{{1,30}}(?:end|stop)[^0-9]{{1,20}}{SECONDS}"
+    rf"|between\s{{1,9}}{SECONDS}\s{{0,9}}and\s{{0,9}}{SECONDS}"
+    rf"|{SECONDS},?\s{{0,9}}(?:-{{1,3}}>?|(?:up )?to|until|till|through)\s{{0,9}}{SECONDS}"
+    rf"|[\[(]{SECONDS}\s{{0,9}},\s{{0,9}}{SECONDS}\s{{0,9}}[\])]"
+)
 NUMBER = re.compile(r"-?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
-DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212~\u2192", "-"))
-BRACKETS = str.maketrans("", "", "[](){}\"'`*\u2022")
+SIGNS = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | dict.fromkeys(map(ord, "\xa0\u202f"), " ")
+SIGNS |= dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212~\u2192\u301c\uff0d\uff5e"), "-")
+SIGNS |= dict.fromkeys(map(ord, "\"'`*\u2022"))
+BRACKETS = str.maketrans("", "", "[](){}")
 
 
 def build_csv_prompt(sentence: str) -> str:
@@ -60,12 +74,17 @@ def parse_csv_answer(text: str) -> Answer | None:
     Timestamps are cut to whole seconds; of two boxes in one second the first counts. Never raises, and takes
     time linear in the text.
     """
-    interval, boxes = None, {}
-    for line in text.rpartition("</think>")[2].translate(DASHES).splitlines():
+    interval, boxes, above = None, {}, ""
+    for line in text.rpartition("</think>")[2].translate(SIGNS).splitlines():
         if row := parse_row(line):
             boxes.setdefault(*row)
-        elif not boxes and (found := INTERVAL.search(line[:1000])):
-            interval = [seconds(clock) for clock in found.groups() if clock]
+        elif not boxes and line.strip():
+            line = plain(line)
+            if found := INTERVAL.search(
+                f"{above} {line}" if re.match(r"(?i)\W{0,20}(?:end|stop)", line) else line
+            ):
+                interval = [int(number) for number in found.groups() if number]
+            above = line
     return Answer(*interval, None, tuple(boxes.items())) if interval and boxes else None
 
 
@@ -73,15 +92,22 @@ def parse_row(line: str) -> tuple[int, Box] | None:
     """(second, box) of a line with five columns of numbers, None for any other line."""
     line = line.translate(BRACKETS).strip().removeprefix("- ").strip(" ,;|\t")
     clock, *cells = [cell.strip() for cell in re.split(r"[,;|\t]", line)]
-    timestamp = TIMESTAMP.fullmatch(clock)
-    if len(cells) != 4 or not timestamp or not all(map(NUMBER.fullmatch, cells)):
+    if len(cells) != 4 or not all(map(NUMBER.fullmatch, cells)):
         return None
-    return seconds(timestamp[1]), tuple(map(float, cells))
+    timestamp = re.fullmatch(SECONDS, plain(clock))
+    return timestamp and (int(timestamp[1]), tuple(map(float, cells)))
 
 
-def seconds(clock: str) -> int:
-    """5 or 0:05 or 00:00:05 -> 5; at most 99999, what an answer can say."""
-    return min(sum(int(part) * 60**k for k, part in enumerate(reversed(clock.split(":")))), 99999)
+def plain(line: str) -> str:
+    """The line with its times as numbers of seconds (at most 99999, what an answer can say), and without
+    dates, the length of the video and the range of the coordinates."""
+    line = MINUTES.sub(lambda found: str(60 * int(found[1]) + int(found[2] or 0)), re.sub(DATE, "", line))
+    return OTHER.sub("", UNIT.sub("", CLOCK.sub(lambda found: seconds(found[1]), line)))
+
+
+def seconds(clock: str) -> str:
+    """0:05 or 00:00:05 -> 5."""
+    return str(min(sum(int(part) * 60**k for k, part in enumerate(reversed(clock.split(":")))), 99999))
 
 
 def convert(text: str) -> tuple[str, bool]:

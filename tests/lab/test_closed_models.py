@@ -28,6 +28,29 @@ SPELLINGS += ' / "{}", "{}", "{}", "{}", "{}" / - {}, {}, {}, {}, {} / * {}.0, {
 SPELLINGS += " / 00:0{}, {}, {}, {}, {} / {}, [{}, {}, {}, {}] / | {} | {} | {} | {} | {} | / {},{}\t{};{},{}"
 
 
+PHRASES = {  # divided by a slash
+    (5, 7): "Start: 5\nEnd: 7 / - **Start time:** 5 s\n\n- **End time:** 7 s / {'start': 5,\r\n 'end': 7}"
+    " / Starts at 5 seconds and ends at 7 seconds / from second 5 to second 7 / 5 until 7 / 5 through 7"
+    " / from the 5th second to the 7th second / 5 sec. to 7 sec. / 5 s, until 7 s / 5 up to 7 / 5 --> 7"
+    " / 5\uff0d7 / \uff15\uff5e\uff17 / 5\xa0s \u2013 7\xa0s / t=5s to t = 7s / 0 min 5 s - 0 min 7 s"
+    " / between the 5 s mark and the 7 s mark / 2024-05-06: 5 - 7 / 5 - 7\nDate: 2024-05-06"
+    " / 5 - 7\n06.05.2024, 12:30 / 5 - 7\nRecorded 2024-05 / 5 - 7\n(in a video of 0 - 20 s)"
+    " / 5 - 7\nThe clip runs from 0:00 to 0:20. / 5 - 7\nBoxes, coordinates from 0 to 1:"
+    " / 5 - 7\nx1, y1, x2, y2 in [0, 1] / 5 - 7\nEnd of the interval. / In the video it is from 5 to 7.",
+    (65, 67): "1 min 5 s - 1 min 7 s / 1m5s to 1m07 / 1 minute and 5 seconds to 1 minute and 7.9 seconds"
+    " / 01:05 - 1 min 7 sec. / Start: 1 min. 5.5 s\nEnd: 67 s",
+    (60, 120): "1 min - 2 min / from 1 minute to 2:00",
+}
+
+
+@pytest.mark.parametrize("span", PHRASES)
+def test_intervals_as_chat_models_write_them(span):
+    for text in PHRASES[span].split(" / "):
+        for row in ("5, 0, 0, 1, 1", "0 min 5 s | 0 | 0 | 1 | 1", "second 5, 0, 0, 1, 1"):
+            answer = parse_csv_answer(f"{text}\n{row}")
+            assert answer and (answer.span, answer.pred) == (span, ((5, (0, 0, 1, 1)),)), text
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -76,7 +99,23 @@ def test_other_texts_stay_and_fail(text):
     assert convert(text) == (text, False) and parse_answer(text, think=False) is None
 
 
-TOKENS = [*"0123456789.,[]- \n<>/;|:", "5", "99999", "5 - 7", "\n", "5, .1", "0.5", "s to ", ROWS, "between "]
+TOKENS = [
+    *"0123456789.,[]- \n<>/;|:",
+    "5",
+    "99999",
+    "5 - 7",
+    "\n",
+    "5, .1",
+    "0.5",
+    "s to ",
+    ROWS,
+    "between ",
+    "start ",
+    "\nend ",
+    " min ",
+    "th ",
+    "second ",
+]
 
 
 @settings(max_examples=50)
@@ -87,7 +126,24 @@ def test_whatever_is_read_can_be_written(text):
 
 
 @pytest.mark.parametrize(
-    "piece", ["5, ", "5 - ", "5 ", "9", "\n", " ", "(5 s, ", "5, 0.1, 0.2, 0.3, 0.4\n", "[", "1:"]
+    "piece",
+    [
+        "5, ",
+        "5 - ",
+        "5 ",
+        "9",
+        "\n",
+        " ",
+        "(5 s, ",
+        "5, 0.1, 0.2, 0.3, 0.4\n",
+        "[",
+        "1:",
+        "start 1 ",
+        "end\n",
+        "1 min ",
+        "1-",
+        "the ",
+    ],
 )
 def test_time_is_linear_in_the_text(piece):
     """Twice the text takes twice the time, 4 times would be quadratic."""
