@@ -26,7 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from config import DTYPES, Config, ConfigError, load_config
@@ -39,7 +38,7 @@ from rewards import score
 from runtime import distributed
 from runtime.files import DataError, run_script, write_jsonl
 from runtime.logs import peak_memory
-from runtime.plugins import load_plugins
+from runtime.plugins import load_plugins, plugin_names, plugins_note
 from runtime.predictions import (
     fingerprint_of,
     merge_rank_files,
@@ -231,10 +230,12 @@ def answers_from_file(path: Path, config: Config) -> tuple[list[Sample], list[di
 
 def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, Config]:
     """RUN, RUN/checkpoint_50, or CHECKPOINT CONFIG [CONFIG ...] -> the checkpoint, the file for its answers,
-    the settings. Raises ConfigError if RUN has no checkpoint, or is none."""
+    the settings. Loads the plug-ins that the user names, which RUN/config.yaml cannot do. Raises ConfigError
+    if RUN has no checkpoint, or is none, and UserError for a plug-in."""
     checkpoint = Path(places[0])
     if len(places) > 1:
         config, run = load_config(places[1:], settings), checkpoint.resolve().parent
+        load_plugins(config.rewards)
         name = checkpoint.resolve().name
         if (run / "config.yaml").is_file():
             name = f"{run.name}_{name}".replace("_checkpoint", "")
@@ -248,7 +249,12 @@ def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, 
         others = sorted(map(str, [*run.glob("*_[0-9]*/"), *run.parent.glob(f"{run.name}.[0-9]*/")]))
         raise ConfigError(f"{run} has no {checkpoint.name} yet; there is {', '.join(others) or 'no other'}")
     name = "predictions" if checkpoint.name == "checkpoint" else f"predictions_of_{checkpoint.name}"
-    return str(checkpoint), run / f"{name}.jsonl", load_config(run / "config.yaml", settings)
+    config = load_config(run / "config.yaml", settings)
+    keys = {word.partition("=")[0] for word in settings}
+    load_plugins({name: 1 for name in plugin_names(config.rewards) if f"rewards.{name}" in keys})
+    if distributed.init()[0] == 0:
+        print(plugins_note(config.rewards, run / "config.yaml"), end="", file=sys.stderr)
+    return str(checkpoint), run / f"{name}.jsonl", config
 
 
 @contextlib.contextmanager
@@ -261,7 +267,6 @@ def open_checkpoint(
         return
     if config.threads:
         torch.set_num_threads(config.threads)
-    load_plugins(config.rewards)
     if config.on_bad_video == "error":
         check_videos(samples)
     policy = load_policy(checkpoint, getattr(torch, DTYPES[config.precision]), distributed.device())
@@ -282,12 +287,13 @@ def coordinates_note(policy: Policy, config: Config) -> str:
 
 def settings_note(checkpoint: str, config: Config) -> str:
     """A line for each setting in which a run's checkpoint was trained to see or to write something else."""
-    path, note = Path(checkpoint).resolve().parent / "config.yaml", ""
-    trained = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path, trained, note = Path(checkpoint).resolve().parent / "config.yaml", config, ""
+    with contextlib.suppress(ConfigError):  # there is none, or it is no run's
+        trained = load_config(path)
     for key in ("fps", "max_side", "time_unit", "coordinates", "think"):
-        now = getattr(config, key)
-        if trained.get(key, now) != now:
-            note += f"note: {checkpoint} was trained with {key}: {trained[key]}, and is asked with {now}\n"
+        then, now = getattr(trained, key), getattr(config, key)
+        if then != now:
+            note += f"note: {checkpoint} was trained with {key}: {then}, and is asked with {now}\n"
     return note
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from prompts import Answer, parse_answer
 from runtime.files import ConfigError, read_jsonl, read_yaml, run_script
-from runtime.plugins import RewardError, call_plugin, plugins
+from runtime.plugins import RewardError, call_plugin, load_plugins, plugins
 from samples import Box, Truth
 
 # Eq. 10, and within the spatial reward Eq. 8.
@@ -161,8 +161,9 @@ def score(
     """Score one answer. No text makes it raise; a plug-in may: RewardError, which names it and the answer.
 
     scale: (width, height) that divides the text's coordinates (TextFormat.scale). weights: any of WEIGHTS,
-    and FILE.py:FUNCTION. think: False for answers without thinking boxes; their two terms are then 0. An
-    answer whose span is empty (last step < first step) keeps its format reward alone.
+    and each FILE.py:FUNCTION that load_plugins has loaded. think: False for answers without thinking boxes;
+    their two terms are then 0. An answer whose span is empty (last step < first step) keeps its format
+    reward alone.
     """
     weights = WEIGHTS | weights
     parsed = parse_answer(completion, think)
@@ -245,6 +246,7 @@ def main(arguments: list[str]) -> None:
     weights, scored = {}, []
     for path in map(Path, arguments[1:]):
         weights |= checked_weights(read_yaml(path).get("rewards", {}), str(path))
+    load_plugins(weights)
     for record in read_jsonl(Path(arguments[0]), "completion", "truth"):
         boxes = {int(step): tuple(box) for step, box in record["truth"]["boxes"].items()}
         truth, scale = Truth(tuple(record["truth"]["span"]), boxes), record.get("scale", (1000, 1000))

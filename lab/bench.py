@@ -1,7 +1,7 @@
 """Show what each reward does in saved answers: mean, spread, decisions.
 
     python -m lab.bench FILE.jsonl [--config C ...]   rollouts.jsonl, predictions.jsonl, or lines of your own
-    python -m lab.bench RUN [--config C ...]          RUN/rollouts.jsonl, with the rewards of RUN/config.yaml
+    python -m lab.bench RUN [--config C ...]          RUN/rollouts.jsonl, with the weights in RUN/config.yaml
 
 The answers are scored again, without any model. Each line is a JSON object:
 
@@ -33,7 +33,7 @@ import numpy as np
 from config import Config, load_config
 from rewards import TERMS, score
 from runtime.files import DataError, iterate_jsonl, run_script
-from runtime.plugins import load_plugins, plugins
+from runtime.plugins import load_plugins, plugins, plugins_note
 from samples import Truth
 
 FORM = (
@@ -63,9 +63,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--config", nargs="+", default=[], metavar="C", help=words)
     options = parser.parse_args(arguments)
     path, words = options.path, options.config
-    if path.is_dir():
-        path, words = path / "rollouts.jsonl", words or [str(path / "config.yaml")]
     config = read_config(words)
+    if path.is_dir():
+        if not words:
+            config = load_config(path / "config.yaml")
+            print(plugins_note(config.rewards, path / "config.yaml"), end="", file=sys.stderr)
+        path /= "rollouts.jsonl"
     print(summary(score_file(path, config), config.rewards))
 
 

@@ -25,8 +25,9 @@ from config import Config, load_config
 from lab import page, sheet
 from lab.sheet import Evaluations, ShownAnswer
 from metrics import COLUMNS, native_scores, tube_of, viou_by_area
-from rewards import TERMS, plugins
+from rewards import TERMS
 from runtime.files import DataError, read_jsonl, run_script, write_whole
+from runtime.plugins import plugin_names
 from samples import Sample
 
 EVALUATIONS = 5  # shown at most
@@ -133,7 +134,7 @@ def panels_of(metrics: list[dict], config: Config) -> dict[str, Curves]:
     """Collect the curves of each panel: title -> curves. A reward of your own has a panel to itself."""
     flat = [line | {f"seconds/{k}": v for k, v in line.get("seconds", {}).items()} for line in metrics]
     panels = {}
-    for title, (phase, names) in (PANELS | {n: ("grpo", (n,)) for n in plugins(config.rewards)}).items():
+    for title, (phase, names) in (PANELS | {n: ("grpo", (n,)) for n in plugin_names(config.rewards)}).items():
         for name in names:
             lines = [line for line in flat if line["phase"] == phase and name in line]
             if lines and (config.think or not ("think" in name or name == "copied")):

@@ -19,7 +19,7 @@ from metrics import PROTOCOLS, whole_step_scores
 from prompts import Answer, format_answer, parse_answer, truth_answer
 from qwen.checkpoint import load_policy
 from runtime.files import UserError, write_jsonl
-from runtime.plugins import load_file
+from runtime.plugins import FUNCTIONS, read_source
 from runtime.predictions import fingerprint_of
 from video.frames import VideoError
 
@@ -251,25 +251,30 @@ def test_notes_about_what_a_checkpoint_was_taught(taught, place, world, capsys):
 
 
 def test_plugin_rewards(taught, tmp_path, capsys, monkeypatch):
-    """They stand in the records; a file that has changed since makes other rewards, in another file."""
+    """One that the user names is run and stands in the records; of one that the run alone names only the
+    text counts. A file that has changed since makes other rewards, in another file."""
     monkeypatch.chdir(tmp_path)
     plugin = "def first_step(answer, truth):\n    return answer.span[0] + 0.5\n"
-    (tmp_path / "mine.py").write_text(plugin)
+    (tmp_path / "own.py").write_text(plugin)
     shutil.copytree(taught / "checkpoint", "run/best")
     settings = yaml.safe_load((taught / "config.yaml").read_text())
-    settings["rewards"]["mine.py:first_step"] = 0.25
+    settings["rewards"]["own.py:first_step"] = 0.25
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
-    evaluate.main(["run/best", "eval_limit=3"])
+    evaluate.main(["run/best", "eval_limit=3", "rewards.own.py:first_step=0.25"])
+    assert "note: not computed" not in capsys.readouterr().err
     parsed = [record for record in read(tmp_path / "run/predictions_of_best.jsonl") if record["span"]]
     assert parsed
     for record in parsed:
         rewards = record["rewards"]
-        assert rewards["mine.py:first_step"] == record["span"][0] + 0.5
+        assert rewards["own.py:first_step"] == record["span"][0] + 0.5
         paper = sum(rewards[name] for name in ("format", "consistency", "temporal", "spatial_pred"))
-        assert rewards["total"] == pytest.approx(paper + 0.25 * rewards["mine.py:first_step"])
-    (tmp_path / "mine.py").write_text(plugin + "# another\n")
-    load_file.cache_clear()  # as in another process
+        assert rewards["total"] == pytest.approx(paper + 0.25 * rewards["own.py:first_step"])
+    (tmp_path / "own.py").write_text(plugin + "# another\n")
+    read_source.cache_clear()  # as in another process
+    FUNCTIONS.clear()
     evaluate.main(["run/best", "eval_limit=1"])
+    said = "note: not computed, as only run/config.yaml names it: own.py:first_step; to run this code, write"
+    assert said in capsys.readouterr().err
     assert len([*(tmp_path / "run").glob("predictions_of_best*.jsonl")]) == 2
 
 

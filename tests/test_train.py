@@ -411,7 +411,8 @@ WRONG = {
     "train_annotations={}/none.json": r"none\.json: cannot be read",
     "videos={}": r"6 of 6 videos missing: 0\.y4m, 1\.y4m, 2\.y4m, \.\.\.; set `videos`",
     "model={}": "name a checkpoint folder",
-    "rewards.{}/no.py:f=1": r"there is no file .*/no\.py",
+    "rewards.no.py:f=1": r"there is no file .*/no\.py",
+    "rewards.{}/no.py:f=1": r"/no\.py is not below the current directory .*; copy it there",
     "output_dir={}/precious": "precious exists and is no run of train.py; choose another",
     "output_dir={}/precious/data": "data exists and is no run of train.py; choose another",
 }

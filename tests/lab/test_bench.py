@@ -196,7 +196,8 @@ def test_a_run_has_its_rewards_and_a_last_line_that_is_cut_off(tmp_path, capsys)
     assert re.search(r"^total +4\.000 ", capsys.readouterr().out, re.M)
 
 
-def test_a_configuration_gives_the_weights_and_whether_answers_think(tmp_path, table_of):
+def test_a_configuration_gives_the_weights_and_whether_answers_think(tmp_path, table_of, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("length = lambda answer, truth: answer.end - answer.start + 1\n")
     name, records = f"{tmp_path}/mine.py:length", [line(text(4, 7, AWAY, GOOD), id="a"), line(HALF, id="a")]
     assert term_weights(WEIGHTS | {"spatial": 3, name: 2})["spatial_think"] == 3

@@ -363,7 +363,7 @@ def error_of(arguments):
     return str(caught.value)
 
 
-def test_a_reward_that_fails(tmp_path, configure):
+def test_a_reward_that_fails(tmp_path, configure, monkeypatch):
     """On one of two ranks, in the second step: both stop with the answer and the batch; the rest is kept."""
     (tmp_path / "mine.py").write_text(
         "import os, pathlib\n"
@@ -372,6 +372,7 @@ def test_a_reward_that_fails(tmp_path, configure):
         "    again = log.exists() and 'grpo' in log.read_text()\n"
         "    return 1 / (not again or os.environ['RANK'] != '1')\n"
     )
+    monkeypatch.chdir(tmp_path)
     path = configure(tmp_path, steps=9, rewards={f"{tmp_path}/mine.py:f": 1})
     first, second = on_ranks(2, error_of, [path])
     assert first == second and "mine.py:f raised ZeroDivisionError" in first and "'<time>" in first

@@ -12,10 +12,16 @@ from prompts import Answer, format_answer
 from rewards import TERMS, score
 from runtime.files import UserError
 from runtime.fingerprints import settings_of
-from runtime.plugins import RewardError, load_file, load_function, load_plugins
+from runtime.plugins import (
+    FUNCTIONS,
+    RewardError,
+    load_file,
+    load_plugins,
+    plugin_fingerprints,
+    read_source,
+)
 from samples import Truth
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 # Two steps; boxes of an eighth of the frame, drafts of half that.
 BOX, HALF = (0, 0, 500, 250), (0, 0, 250, 250)
 ANSWER = Answer(4, 5, ((4, HALF), (5, HALF)), ((4, BOX), (5, BOX)))
@@ -25,8 +31,9 @@ PAPER = 4.625
 
 
 @pytest.fixture
-def plugin(tmp_path):
-    """A function that writes a file of rewards and returns FILE.py:f."""
+def plugin(tmp_path, monkeypatch):
+    """A function that writes a file of rewards, below the current directory, and returns FILE.py:f."""
+    monkeypatch.chdir(tmp_path)
 
     def write(body):
         path = tmp_path / "mine.py"
@@ -39,11 +46,12 @@ def plugin(tmp_path):
 def test_it_sees_what_the_built_in_rewards_see(plugin):
     seen = "answer.span, answer.think_boxes[4], answer.pred_boxes, truth.span, truth.boxes[5]"
     name = plugin(f"f.seen = {seen}; return iou(answer.think_boxes[4], truth.boxes[4])")
+    load_plugins({name: 1})
     scored = score(format_answer(ANSWER), TRUTH, weights={name: 3.0})
     assert scored.rewards[name] == 0.5 and list(scored.rewards) == [*TERMS, name, "total"]
     assert scored.rewards["total"] == pytest.approx(PAPER + 3 * 0.5, abs=1e-12)
     box = (0, 0, 0.5, 0.25)
-    assert load_function(name).seen == ((4, 5), (0, 0, 0.25, 0.25), {4: box, 5: box}, (4, 5), box)
+    assert FUNCTIONS[name].seen == ((4, 5), (0, 0, 0.25, 0.25), {4: box, 5: box}, (4, 5), box)
     # With weight 0 it is only watched; what is no answer scores nothing.
     watched = score(format_answer(ANSWER), TRUTH, weights={name: 0})
     assert watched.rewards[name] == 0.5 and watched.rewards["total"] == pytest.approx(PAPER, abs=1e-12)
@@ -52,7 +60,8 @@ def test_it_sees_what_the_built_in_rewards_see(plugin):
 
 def test_the_example_by_hand():
     """Of the union of [4, 5] and [5, 8], five steps, one is common; there the box is half of the truth."""
-    name = f"{ROOT}/examples/viou.py:viou"
+    name = "examples/viou.py:viou"
+    load_plugins({name: 1})
     answer = Answer(4, 5, None, ((4, BOX), (5, HALF)))
     truth = Truth((5, 8), dict.fromkeys(range(5, 9), (0.0, 0.0, 0.5, 0.25)))
     scored = score(format_answer(answer), truth, weights={name: 1}, think=False)
@@ -71,7 +80,8 @@ FAULTS = {
 def test_a_fault_names_the_reward_and_the_answer(plugin, body):
     completion = format_answer(ANSWER)
     with pytest.raises(RewardError, match=FAULTS[body]) as caught:
-        score(completion, TRUTH, weights={plugin(body): 1.0})
+        load_plugins(weights := {plugin(body): 1.0})
+        score(completion, TRUTH, weights=weights)
     assert str(caught.value).endswith(f"; the answer was {completion!r}") and "\n" not in str(caught.value)
 
 
@@ -88,7 +98,8 @@ def test_what_cannot_be_loaded(plugin, body):
         load_plugins({"think": 1, plugin(body): 1.0})
 
 
-def test_a_file_is_run_once_and_may_hold_what_python_files_hold(tmp_path):
+def test_a_file_is_run_once_and_may_hold_what_python_files_hold(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "two.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "@dataclass\nclass Seen:\n    count: int = 0\nseen = Seen()\n"
@@ -96,7 +107,8 @@ def test_a_file_is_run_once_and_may_hold_what_python_files_hold(tmp_path):
         "def g(answer, truth):\n    return 10 * seen.count\n"
     )
     names = [f"{tmp_path}/two.py:{name}" for name in "fg"]
-    terms = score(format_answer(ANSWER), TRUTH, weights=dict.fromkeys(names, 1)).rewards
+    load_plugins(weights := dict.fromkeys(names, 1))
+    terms = score(format_answer(ANSWER), TRUTH, weights=weights).rewards
     assert [terms[name] for name in names] == [1, 10]
 
 
@@ -104,13 +116,39 @@ def test_another_text_is_another_reward(plugin, tmp_path):
     """A checkpoint belongs to the text of the file as it was loaded: a running process keeps its function."""
     name, path = plugin("return 0.0"), tmp_path / "config.yaml"
     path.write_text(f"rewards: {{{name}: 0.2}}\n")
+    load_plugins({name: 1})
     before = settings_of(load_config(path))
     plugin("return 1.0")
     assert settings_of(load_config(path)) == before
     assert score(format_answer(ANSWER), TRUTH, weights={name: 1}).rewards[name] == 0
-    load_file.cache_clear()  # as in another process
+    read_source.cache_clear()  # as in another process
+    load_file.cache_clear()
     after = settings_of(load_config(path))
     assert {key for key in after if after[key] != before[key]} == {f"rewards.{name.removesuffix(':f')}"}
+
+
+def test_only_files_below_the_current_directory(plugin, tmp_path, monkeypatch):
+    """Not above it, not beside it, not through a link; a text that is not run has a fingerprint all the same,
+    and a reward that is not loaded is left out of the total."""
+    here = tmp_path / "here"
+    here.mkdir()
+    name = plugin("return 9.0").removeprefix(f"{tmp_path}/")
+    fingerprint = plugin_fingerprints({name: 1})
+    monkeypatch.chdir(here)
+    (here / "link.py").symlink_to(tmp_path / "mine.py")
+    (here / "linked").symlink_to(tmp_path)
+    (here / "pipe.py").symlink_to("/dev/stdin")
+    for outside in (f"../{name}", f"{tmp_path}/{name}", f"x/../../{name}", "link.py:f", f"linked/{name}"):
+        with pytest.raises(UserError, match=r"^rewards: .* is not below the current directory"):
+            load_plugins({outside: 1.0})
+        assert [*plugin_fingerprints({outside: 1}).values()] == ["missing"]
+    assert plugin_fingerprints({"pipe.py:f": 1, "no.py:f": 1}) == {"no.py": "missing", "pipe.py": "missing"}
+    (here / "mine.py").write_bytes((tmp_path / "mine.py").read_bytes())
+    read_source.cache_clear()
+    assert plugin_fingerprints({name: 1}) == fingerprint and len(fingerprint["mine.py"]) == 12
+    assert score(format_answer(ANSWER), TRUTH, weights={name: 1}).rewards["total"] == PAPER
+    load_plugins({name: 1})
+    assert score(format_answer(ANSWER), TRUTH, weights={name: 1}).rewards["total"] == PAPER + 9
 
 
 def test_in_a_run(plugin, tmp_path, grpo_config):
