@@ -31,7 +31,11 @@ class Models:
 def load(policy: Policy, config) -> Models:
     """The checkpoint of a configuration as transformers loads it. policy: ours, for all but its model."""
     model = policy.family.model_class.from_pretrained(
-        config.model, dtype=compute_dtype(config), attn_implementation="sdpa"
+        config.model,
+        dtype=compute_dtype(config),
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     model.model.visual.requires_grad_(not config.freeze_vision)
     reference = copy.deepcopy(model).requires_grad_(False).eval()

@@ -44,7 +44,7 @@ def named_model(name: str) -> nn.Module:
     """A model without memory: of a folder, a hub id in the local cache, or PUBLISHED. Raises ModelError."""
     name = base_of(name)
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        config = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if name not in PUBLISHED:
             raise ModelError(

@@ -24,7 +24,7 @@ from transformers.utils import cached_file, logging
 
 from config import DTYPES, Config, ConfigError
 from qwen.attention import IMPLEMENTATION
-from qwen.inputs import VIDEO_BLOCK, render_chat
+from qwen.inputs import QUESTION, VIDEO_BLOCK, render_chat
 from qwen.lora import SETTINGS, add_adapters, base_of, import_peft, save_adapters
 from qwen.speed import speed_up
 from runtime import distributed
@@ -175,7 +175,8 @@ def load_tokenizer(checkpoint: str) -> tuple[PreTrainedTokenizerBase, int]:
     base = base_of(checkpoint)
     with _loading(repr(base)):
         vision = _load_config(base).vision_config
-        return AutoTokenizer.from_pretrained(base), vision.patch_size * vision.spatial_merge_size
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        return tokenizer, vision.patch_size * vision.spatial_merge_size
 
 
 def load_policy(checkpoint: str, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> Policy:
@@ -190,6 +191,8 @@ def load_policy(checkpoint: str, dtype: torch.dtype | str = torch.float32, devic
     if base != checkpoint:
         with _loading(repr(checkpoint)):
             import_peft()
+            if not (Path(checkpoint) / "adapter_model.safetensors").is_file():  # else a pickle would be read
+                raise ModelError("it has no adapter_model.safetensors; fetch its files again")
             found = policy.model.load_adapter(checkpoint, is_trainable=True)
             _refuse_unfit({*found.missing_keys, *found.unexpected_keys})
     policy.model.to(device)
@@ -198,7 +201,7 @@ def load_policy(checkpoint: str, dtype: torch.dtype | str = torch.float32, devic
 
 def _load_config(checkpoint: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(checkpoint)
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except BROKEN as error:
         reason = _reason(error)
         if isinstance(error.__cause__, LocalEntryNotFoundError):
@@ -231,11 +234,13 @@ def _load_base(checkpoint: str, dtype: torch.dtype | str) -> Policy:
     video = nested or next((preprocessors[n] for n in PREPROCESSORS[1:] if n in preprocessors), {})
     # transformers passes over a broken one in silence, and an end of the answer would be forgotten.
     _read_json(checkpoint, "generation_config.json")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     check_files(config, tokenizer, video)  # before the weights, which can take minutes
     model, found = family.model_class.from_pretrained(
         checkpoint,
         dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,  # and never a *.bin, which is a pickle
         attn_implementation={"": "sdpa", "text_config": IMPLEMENTATION, "vision_config": "sdpa"},
         ignore_mismatched_sizes=True,  # they are refused below, with their names
         output_loading_info=True,
@@ -286,13 +291,14 @@ def check_files(config: PreTrainedConfig, tokenizer, video: dict) -> None:
             found = f"{key} is {ours!r} in its config.json, but {theirs!r} in {where}"
             raise ModelError(f"{found}; fetch its files again")
     try:
-        chat = render_chat(tokenizer, "What happens?")
-    except BROKEN as error:  # of a model that knows no videos, for example
-        chat = _reason(error)
+        chat = render_chat(tokenizer, QUESTION)
+    except ModelError as error:  # of a model that knows no videos, for example
+        chat = str(error)
     before, block, after = chat.partition(VIDEO_BLOCK)
     one_block = block and "<|video_pad|>" not in before + after
     # The templates of "Thinking" checkpoints open a <think> at the end, with which no answer of ours begins.
-    if not (one_block and "What happens?" in after and after.endswith("<|im_start|>assistant\n")):
+    if not (one_block and QUESTION in after and after.endswith("<|im_start|>assistant\n")):
+        chat = chat if len(chat) <= 80 else f"{chat[:38]}...{chat[-39:]}"
         raise ModelError(
             f"its chat template gives {chat!r}, not {VIDEO_BLOCK}, the text and '<|im_start|>assistant\\n';"
             " use the template of an Instruct checkpoint"

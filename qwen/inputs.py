@@ -1,17 +1,67 @@
 """The text and the positions that Qwen-VL reads a video by. `policy` is a qwen.checkpoint.Policy."""
 
+import contextlib
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+from runtime.files import ModelError
+
 VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
+QUESTION = "What happens?"  # stands for the text while a template is rendered
+SECONDS, MEMORY, CHARACTERS = 2, 2**29, 20_000  # that a template may take; 2**29 bytes more than this process
+RENDERED: dict[str, str] = {}  # by template and special tokens
 
 
 def render_chat(tokenizer, text: str) -> str:
-    """Render what the user says about a video, up to where the answer begins, with one <|video_pad|>."""
-    content = [{"type": "video", "video": ""}, {"type": "text", "text": text}]
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    """Render what the user says about a video, up to where the answer begins, with one <|video_pad|>.
+
+    A chat template is a program of whoever made the checkpoint. It runs once, within limits, and never sees
+    the text, which takes the place of QUESTION in what comes out. Raises ModelError if it fails.
+    """
+
+    def render() -> str:
+        content = [{"type": "video", "video": ""}, {"type": "text", "text": QUESTION}]
+        chat = [{"role": "user", "content": content}]
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+    key = repr((tokenizer.chat_template, tokenizer.special_tokens_map))
+    if key not in RENDERED:
+        RENDERED[key] = _within_limits(render)
+    return RENDERED[key].replace(QUESTION, text)
+
+
+def _within_limits(function: Callable[[], str]) -> str:
+    """What a function returns in a process of its own, which ends at SECONDS of CPU time. Raises ModelError,
+    with the kind and the first line of its error, or what it has exceeded."""
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        with contextlib.suppress(BaseException), os.fdopen(writing, "w") as pipe:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            memory = pages * resource.getpagesize() + MEMORY
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            try:
+                text, why = function(), ""
+                if len(text) > CHARACTERS:
+                    text, why = "", f"more than {CHARACTERS} characters"
+            except Exception as error:
+                text, why = "", ": ".join([type(error).__name__, *str(error)[:200].splitlines()[:1]])
+            json.dump([text, why], pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    text, why = json.loads(answer or f'["", "nothing within {SECONDS} s"]')
+    if why:
+        raise ModelError(why)
+    return text
 
 
 def video_text(policy, count: int, size: int, fps: float) -> tuple[str, list[Tensor]]:

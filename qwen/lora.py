@@ -73,10 +73,12 @@ def base_of(checkpoint: str) -> str:
     path = Path(checkpoint) / SETTINGS
     if not path.is_file():
         return checkpoint
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        if base := json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if base and not (Path(base) / SETTINGS).is_file():
             return str(base)
-    raise ModelError(f"model: {checkpoint!r}: write base_model_name_or_path into its {SETTINGS}")
+    what = f"write base_model_name_or_path into its {SETTINGS}: a model without adapters"
+    raise ModelError(f"model: {checkpoint!r}: {what}")
 
 
 def save_adapters(model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:

@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 from config import Config
-from runtime.files import read_json
+from qwen.lora import SETTINGS, base_of
 from runtime.plugins import plugin_fingerprints
 from samples import Sample
 
@@ -49,8 +49,8 @@ def weights_fingerprint(checkpoint: str) -> str:
     weights, or at least all of the language model's. A date would change with a copy.
     """
     folder, pieces = Path(checkpoint), []
-    adapters = folder / "adapter_config.json"
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob(adapters.name)]):
+    adapters = folder / SETTINGS
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(SETTINGS)]):
         length, size = path.stat().st_size, 65536
         with path.open("rb") as file:
             parts = [str(length).encode()]
@@ -59,5 +59,5 @@ def weights_fingerprint(checkpoint: str) -> str:
                 parts.append(file.read(size))
         pieces.append((path.name, hashlib.sha256(b"".join(parts)).hexdigest()))
     if adapters.is_file():
-        pieces.append(weights_fingerprint(read_json(adapters)["base_model_name_or_path"]))
+        pieces.append(weights_fingerprint(base_of(checkpoint)))
     return hashlib.sha256(repr(pieces).encode()).hexdigest()[:12] if pieces else checkpoint

@@ -339,6 +339,15 @@ SPOILED = [  # family, what is done to its folder, what the message says
     (Q25, template(f"{SAY}{OPEN}"), "template gives 'What happens"),
     (Q25, template(f"{BLOCK}{BLOCK}{SAY}{OPEN}"), "not <.vision_start"),
     (Q25, template(f"{BLOCK}{SAY}"), "not <.vision_start"),
+    (Q25, template("{{ 1 / 0 }}"), "template gives .ZeroDivisionError: division by zero., not"),
+    (Q25, template("{{ range(10**9) }}"), "template gives .OverflowError: .{60,70}, not"),
+    (
+        Q25,
+        template("{% set r = range(99999) %}" + "{% for _ in r %}" * 3 + "{% endfor %}" * 3),
+        "nothing within",
+    ),
+    (Q25, template("{{ 'x' * 20001 }}"), "template gives .more than 20000 characters., not"),
+    (Q25, template("{{ 'x' * 200000000000 }}"), "template gives .MemoryError., not"),
     (Q3, template(f"{BLOCK}{SAY}{OPEN}<think>"), "<think>', not"),  # of "Thinking" checkpoints
     (Q3, damage(CONFIG), "good config.json"),
     (Q3, damage(GENERATION), "does not load: JSONDecodeError"),  # transformers passes over it in silence
