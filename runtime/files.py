@@ -180,7 +180,13 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; YAML forbids them."""
+    """PyYAML keeps the last of two equal keys and says nothing; YAML forbids them. Aliases, too, are refused:
+    a few of them make a value that no memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"*{self.peek_event().anchor} is an alias; write the value itself")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
@@ -198,7 +204,7 @@ def read_yaml(path: Path) -> dict:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); name a YAML file such as configs/toy.yaml"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError of a date, or of the text
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if settings is None:  # an empty file
         return {}

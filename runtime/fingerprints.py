@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 from config import Config
-from qwen.lora import SETTINGS, base_of
+from runtime.files import get, read_json
 from runtime.plugins import plugin_fingerprints
 from samples import Sample
 
@@ -49,8 +49,8 @@ def weights_fingerprint(checkpoint: str) -> str:
     weights, or at least all of the language model's. A date would change with a copy.
     """
     folder, pieces = Path(checkpoint), []
-    adapters = folder / SETTINGS
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(SETTINGS)]):
+    adapters = folder / "adapter_config.json"
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(adapters.name)]):
         length, size = path.stat().st_size, 65536
         with path.open("rb") as file:
             parts = [str(length).encode()]
@@ -59,5 +59,7 @@ def weights_fingerprint(checkpoint: str) -> str:
                 parts.append(file.read(size))
         pieces.append((path.name, hashlib.sha256(b"".join(parts)).hexdigest()))
     if adapters.is_file():
-        pieces.append(weights_fingerprint(base_of(checkpoint)))
+        base = str(get(str(adapters), read_json(adapters), "base_model_name_or_path"))
+        again = (Path(base) / adapters.name).is_file()  # which load_policy refuses
+        pieces.append(base if again else weights_fingerprint(base))
     return hashlib.sha256(repr(pieces).encode()).hexdigest()[:12] if pieces else checkpoint

@@ -271,7 +271,7 @@ def test_plugin_rewards(taught, tmp_path, capsys, monkeypatch):
         assert rewards["total"] == pytest.approx(paper + 0.25 * rewards["own.py:first_step"])
     (tmp_path / "own.py").write_text(plugin + "# another\n")
     read_source.cache_clear()  # as in another process
-    FUNCTIONS.clear()
+    del FUNCTIONS["own.py:first_step"]
     evaluate.main(["run/best", "eval_limit=1"])
     said = "note: not computed, as only run/config.yaml names it: own.py:first_step; to run this code, write"
     assert said in capsys.readouterr().err

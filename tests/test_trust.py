@@ -1,4 +1,4 @@
-"""Strangers' folders: their code is not run, whatever asks for it, and a script ends in a result or one line."""
+"""Strangers' folders: no code of theirs is run, and a script ends in a result or in one line."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from lab import bench, compare, controls, pictures
 from qwen.checkpoint import load_policy
 from runtime.files import UserError
 from runtime.fingerprints import weights_fingerprint
-from runtime.plugins import FUNCTIONS
+from runtime.plugins import FUNCTIONS, load_file, read_source
 from runtime.predictions import saved_answers
 
 PAYLOAD = "__import__('pathlib').Path({!r}).touch()"
@@ -34,6 +34,8 @@ class Pickled:
 def ran(tmp_path, monkeypatch):
     """The file that a stranger's code would make; the current directory is its folder."""
     monkeypatch.chdir(tmp_path)
+    read_source.cache_clear()
+    load_file.cache_clear()
     path = tmp_path / "ran"
     yield path
     assert not path.exists()
@@ -83,8 +85,10 @@ CONFIGS = {
     "python": "!!python/object/apply:eval [{payload}]",
     "new": "fps: !!python/object/new:os.system ['touch {ran}']",
     "name": "rewards: {{!!python/name:os.system : 1}}",
-    "deep": "[" * 2000,
+    "deep": "[" * 1000,
     "date": "fps: 2001-99-99",
+    "laughs": "\n".join(["a0: &a0 [1]", *(f"a{k}: &a{k} [{9 * f'*a{k - 1}, '}]" for k in range(1, 12))]),
+    "laughing list": "\n".join(["- &a0 [1]", *(f"- &a{k} [{9 * f'*a{k - 1}, '}]" for k in range(1, 12))]),
 }
 
 
@@ -125,12 +129,19 @@ def endless(folder, payload):
 
 
 def adapters(folder, payload):
-    """Adapters in a pickle, on a base that is a path, here to pickled weights."""
+    """Pickled, on a base that is a path, here to pickled weights."""
     base = shutil.copytree(folder, folder / "base")
     pickled(base, payload)
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Pickled(payload)))
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def pickled_adapters(folder, payload):
+    adapters(folder, payload)
+    (folder / "base/pytorch_model.bin").unlink()
+    for path in folder.glob("model*.safetensors"):
+        path.rename(folder / "base" / path.name)
 
 
 def circle(folder, payload):
@@ -139,7 +150,9 @@ def circle(folder, payload):
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
-@pytest.mark.parametrize("spoil", [custom_code, custom_tokenizer, pickled, endless, adapters, circle])
+@pytest.mark.parametrize(
+    "spoil", [custom_code, custom_tokenizer, pickled, endless, adapters, pickled_adapters, circle]
+)
 def test_a_checkpoint_runs_nothing(taught, tmp_path, ran, monkeypatch, write_config, spoil):
     """Nor does it ask whether it may."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
@@ -152,7 +165,9 @@ def test_a_checkpoint_runs_nothing(taught, tmp_path, ran, monkeypatch, write_con
         load_policy(str(folder))
         assert spoil is custom_tokenizer  # transformers has a class of its own for this type
     except UserError as error:
-        assert "\n" not in str(error) and len(str(error)) < 500
+        assert "\n" not in str(error) and len(str(error)) < 700
+        if spoil is endless:
+            return
         with pytest.raises(UserError):
             evaluate.main([str(folder), config, "eval_limit=1"])
 
