@@ -154,17 +154,25 @@ def _write_rows(folder: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def _read_rows(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """Read the tensors of a state in place: of each the rows that this rank has, from whichever files."""
-    files = [safe_open(path, "pt") for path in sorted((folder / "state").glob("*.safetensors"))]
-    places = [json.loads(file.metadata()["first_rows"]) for file in files]
-    for name, tensor in state.items():
-        rows, first = distributed.rows_of(tensor)
-        for file, first_rows in zip(files, places, strict=True):
-            saved = file.get_slice(name)
-            begin = max(first, first_rows[name])
-            end = min(first + len(rows), first_rows[name] + saved.get_shape()[0])
-            if begin < end:
-                rows[begin - first : end - first] = saved[begin - first_rows[name] : end - first_rows[name]]
+    """Read the tensors of a state in place: of each the rows that this rank has, from whichever files. Raises
+    UserError for a state of another model."""
+    try:
+        files = [safe_open(path, "pt") for path in sorted((folder / "state").glob("*.safetensors"))]
+        places = [json.loads(file.metadata()["first_rows"]) for file in files]
+        for name, tensor in state.items():
+            rows, first = distributed.rows_of(tensor)
+            for file, first_rows in zip(files, places, strict=True):
+                saved = file.get_slice(name)
+                begin = max(first, first_rows[name])
+                end = min(first + len(rows), first_rows[name] + saved.get_shape()[0])
+                if begin < end:
+                    rows[begin - first : end - first] = saved[
+                        begin - first_rows[name] : end - first_rows[name]
+                    ]
+    except (SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{folder}/state: is of another model ({error}); choose another output_dir"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -247,11 +255,18 @@ def _checkpoints(run: Path, problems: list[str]) -> list[Checkpoint]:
 
 def _read_checkpoint(path: Path) -> Checkpoint:
     """Raises DataError for a progress.json that is not as it was written."""
-    record = read_json(path)
+    record, damaged = read_json(path), f"{path}: is damaged, or of an earlier version of this program"
     if not isinstance(record, dict) or record.pop("checksum", None) != _checksum(record):
-        raise DataError(f"{path}: is damaged, or of an earlier version of this program")
-    progress = Progress(**record.pop("progress"))
-    return Checkpoint(path.parent.parent, progress, **record)
+        raise DataError(damaged)
+    try:
+        progress = Progress(**record.pop("progress"))
+        found = Checkpoint(path.parent.parent, progress, **record)
+        counts = (progress.sft_step, progress.step, *progress.positions.values())
+    except (TypeError, KeyError, AttributeError) as error:  # somebody has made the checksum, too
+        raise DataError(damaged) from error
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise DataError(damaged)
+    return found
 
 
 def _damage(found: Checkpoint) -> str:

@@ -85,6 +85,11 @@ def trained(base, tmp_path_factory):
     return run / "checkpoint_2", tensors(policy, optimizer)
 
 
+@pytest.fixture
+def another_base(checkpoints):
+    return checkpoints["qwen3_vl"]
+
+
 def load_and_save(base, source, target):
     policy, optimizer = new_policy(base)
     checkpoints.load(source, policy.model, optimizer)
@@ -235,6 +240,24 @@ def test_a_record_that_was_changed(run, edit, capsys):
     with pytest.raises(UserError, match=r"no checkpoint in .* has a whole state/ \(") as caught:
         checkpoints.last_checkpoint(run)
     assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("edit", [e for e in EDITS if isinstance(e, tuple) and e[0] != "best"][:-2], ids=str)
+def test_a_record_that_was_forged(run, edit):
+    """The same with a right checksum."""
+    for n in (2, 4):
+        plain(run, f"checkpoint_{n}", step=n)
+    progress = dataclasses.asdict(Progress(step=4)) | {edit[0]: edit[1]}
+    checkpoints._write_progress(run / "checkpoint_4", progress, PRINTS, {})
+    legal = type(edit[1]) is int and edit[1] >= 0
+    assert checkpoints.last_checkpoint(run).folder == run / f"checkpoint_{4 if legal else 2}"
+
+
+def test_the_state_of_another_model(trained, another_base):
+    """With right checksums."""
+    policy, optimizer = new_policy(another_base)
+    with pytest.raises(UserError, match=r"state: is of another model .* choose another output_dir"):
+        checkpoints.load(trained[0], policy.model, optimizer)
 
 
 def flip(path):
