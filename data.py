@@ -101,7 +101,10 @@ TEXT: Kind = (
     "a text of at most 2000 characters, without '<|', NUL or half a surrogate pair",
     lambda v: isinstance(v, str) and bool(v.strip()) and len(v) <= 2000 and not NO_TEXT.search(v),
 )
-PATH: Kind = ("a path below `videos`", lambda v: TEXT[1](v) and not {"", ".."} & set(v.split("/")))
+PATH: Kind = (
+    "a printable path below `videos`",
+    lambda v: TEXT[1](v) and v.isprintable() and not {"", ".."} & set(v.split("/")),
+)
 LIST: Kind = ("a list", lambda v: isinstance(v, list))
 OBJECT: Kind = ("an object", lambda v: isinstance(v, dict))
 BOX: Kind = ("[x, y, w, h]", lambda v: isinstance(v, list) and len(v) == 4 and all(map(is_number, v)))

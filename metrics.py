@@ -215,15 +215,17 @@ def _rows(scores: list[dict[str, Scores]], samples: list[Sample]) -> dict[str, R
 def whole_step_scores(samples: list[Sample], text_format: TextFormat) -> dict[str, dict[str, Row]]:
     """What answers in whole steps reach: "best" and "taught" -> rows as of score_tubes.
 
-    best: the most, of tIoU and of vIoU, with true boxes on the spans whose edges are next to those of the
-    truth. It is below 100 where truths begin and end between steps, and where boxes do not move evenly.
+    best: the most, of tIoU and of vIoU, on the spans whose edges are next to those of the truth, with its
+    boxes. It is below 100 where truths begin and end between steps, and where boxes do not move evenly.
     taught: the answer with the full reward (Sample.truth), which supervised fine-tuning teaches.
     """
     best, taught, scale = [], [], (1000, 1000)
     for sample in samples:
         grid = sample.grid(text_format.step_seconds)
         scores = {}
-        for span in grid.spans_near(sample.first_frame, sample.stop_frame):
+        # `stcat` has the truth end a frame earlier.
+        stops = {sample.stop_frame, max(sample.stop_frame - 1, sample.first_frame + 1)}
+        for span in {span for stop in stops for span in grid.spans_near(sample.first_frame, stop)}:
             answer = truth_answer(sample.truth(text_format.step_seconds, span), scale, think=False)
             scores[span] = _by_protocol(tube_from_answer(answer, sample, text_format, scale), sample)
         taught.append(scores[grid.steps_of(sample.first_frame, sample.stop_frame)])
@@ -241,8 +243,9 @@ def score_answers(
     """score_tubes, each row with the best that whole steps allow, "ceiling_m_tIoU" and "ceiling_m_vIoU"."""
     rows, best = score_tubes(tubes, samples), whole_step_scores(samples, text_format)["best"]
     for name, row in rows.items():
-        for kind in [kind for kind in QUESTION_TYPES if kind in row]:
-            row[kind] |= {key: best[name][kind][key.removeprefix("ceiling_")] for key in CEILINGS}
+        for kind in QUESTION_TYPES:
+            if kind in row:
+                row[kind] |= {key: best[name][kind][key.removeprefix("ceiling_")] for key in CEILINGS}
         row |= {key: best[name][key.removeprefix("ceiling_")] for key in CEILINGS}
     return rows
 

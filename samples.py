@@ -42,8 +42,8 @@ class TimeGrid:
 
         def edges(frame: int) -> list[int]:  # edge i is where step i begins
             place = frame / self.fps / self.step_seconds
-            inside = {math.floor(place + 1e-6), math.ceil(place - 1e-6)}
-            return sorted(inside) if frame < self.num_frames else [self.num_steps]
+            end = {self.num_steps} if frame == self.num_frames else set()
+            return sorted({math.floor(place + 1e-6), math.ceil(place - 1e-6)} | end)
 
         return [(begin, end - 1) for begin in edges(first) for end in edges(stop) if begin < end]
 
@@ -55,7 +55,8 @@ class TimeGrid:
 
         def distance(span: tuple[int, int]) -> tuple[float, int]:
             begin, end = (min(i * step_frames, self.num_frames) for i in (span[0], span[1] + 1))
-            return round(abs(begin - first) + abs(end - stop), 6), span[0] - span[1]  # in native frames
+            longest_first = span[0] - span[1]
+            return round(abs(begin - first) + abs(end - stop), 6), longest_first  # in native frames
 
         return min(self.spans_near(first, stop), key=distance)
 

@@ -107,14 +107,16 @@ def check_videos(config: Config, samples: list[Sample], factor: int, decode: boo
                 if header.frames != sample.file_frames:
                     by_time.add(sample.video)
                 if shown < len(times):
-                    loader.say_once(f"{sample.video}: ends early; what exists is used")
                     if sample.truth(step_seconds).before(config.text_format.num_steps(shown)) is None:
-                        raise VideoError(f"{sample.video}: ends before the event begins")
+                        raise VideoError(
+                            f"{sample.video}: ends before the event begins; fetch the whole video"
+                        )
+                    loader.say_once(f"{sample.video}: ends early; what exists is used")
             except VideoError as error:
                 bad[str(error)] += 1
         if by_time:
             videos = f"{len(by_time)} videos have another number of frames than annotated"
-            loader.say(f"{videos}: their pictures are chosen by time")
+            loader.say(f"{videos}, and are read by their own clock: {few(sorted(by_time))}")
     return bad
 
 

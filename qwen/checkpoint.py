@@ -293,7 +293,7 @@ def check_files(config: PreTrainedConfig, tokenizer, video: dict) -> None:
     try:
         chat = render_chat(tokenizer, QUESTION)
     except ModelError as error:  # of a model that knows no videos, for example
-        chat = str(error)
+        chat = f"an error: {error}"
     before, block, after = chat.partition(VIDEO_BLOCK)
     one_block = block and "<|video_pad|>" not in before + after
     # The templates of "Thinking" checkpoints open a <think> at the end, with which no answer of ours begins.

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def _within_limits(function: Callable[[], str]) -> str:
             memory = pages * resource.getpagesize() + MEMORY
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            signal.alarm(10 * SECONDS)  # by the clock, should it wait for something
             try:
                 text, why = function(), ""
                 if len(text) > CHARACTERS:

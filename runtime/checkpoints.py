@@ -232,7 +232,7 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
         lambda: any(CHECKPOINT.fullmatch(p.name) for p in run.glob("checkpoint*"))
     ):
         why = "".join(f" ({problem})" for problem in problems[-1:])
-        raise UserError(f"resume: no checkpoint in {run} has a whole state/{why}; choose another output_dir")
+        raise UserError(f"resume: no checkpoint in {run} is whole{why}; choose another output_dir")
     if problems and distributed.init()[0] == 0:
         print("".join(f"not used: {problem}\n" for problem in problems), end="", file=sys.stderr)
     return found[-1] if found else None
@@ -298,12 +298,14 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
 
 def tidy(run: Path, found: Checkpoint | None) -> None:
     """Restore or remove what a killed run left half done. Set aside, as NAME.damaged, the checkpoints that
-    are further on than the one that the run resumes from. Rank 0."""
+    are damaged, or further on than the one that the run resumes from. Rank 0."""
     folders = [checkpoint.folder for checkpoint in _checkpoints(run, [])]
-    for folder in folders[folders.index(found.folder) + 1 :] if found else []:
-        aside = folder.with_name(f"{folder.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+    whole = folders[: folders.index(found.folder) + 1] if found else folders
+    for folder in [path.parent.parent for path in run.glob(f"checkpoint*/{PROGRESS}")]:
+        if CHECKPOINT.fullmatch(folder.name) and folder not in whole:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
     for path in [path for path in run.glob("*") if LEFTOVER.fullmatch(path.name)]:
         if path.suffix == ".old" and not path.with_suffix("").exists():
             path.rename(path.with_suffix(""))

@@ -184,10 +184,12 @@ def test_errors_name_file_record_and_value(tmp_path, key, value):
 
 
 @pytest.mark.parametrize(
-    "key", ["../a.mp4", "/abs/a.mp4", "a/../../b.mp4", "a//b.mp4", "", "a\0.mp4", "\udc80"]
+    "key", ["../a.mp4", "/abs/a.mp4", "a/../../b.mp4", "a//b.mp4", "", "a\0.mp4", "\udc80", "a\n.mp4"]
 )
 def test_a_video_stays_in_its_folder(tmp_path, key):
-    with pytest.raises(DataError, match=r"its key is .*, must be a path below `videos`; correct or remove"):
+    with pytest.raises(
+        DataError, match=r"its key is .*, must be a printable path below `videos`; correct or remove"
+    ):
         load(tmp_path, {key: V1["12_AbCdEfGhIjK.mp4"]})
     assert load(tmp_path, {"a/b..mp4": V1["12_AbCdEfGhIjK.mp4"]})[0][0].video == "videos/a/b..mp4"
 

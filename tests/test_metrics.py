@@ -512,6 +512,9 @@ def slow_truths(sample, step):
 def test_whole_steps_by_brute_force(time_unit):
     """best: the maximum over all spans. taught: the score of the span whose edges are nearest."""
     text_format, rng, samples = TextFormat(time_unit=time_unit), random.Random(0), ceiling_samples()
+    # The first frames of the last step are not in the truth, which ends with the clip; a step of no frame.
+    samples.append(make_sample(28, 37, num_frames=37, fps=29.97, question_type="declarative"))
+    samples.append(make_sample(49, 60, num_frames=60, fps=59.94))
     for _ in range(12):  # spans anywhere
         num_frames, fps = rng.choice([(40, 20), (60, 25), (37, 23.75)])
         first = rng.randrange(num_frames)

@@ -79,8 +79,8 @@ def check_header(sample: Sample, header: Header, times: list[float]) -> int:
     if min(abs(shape - 1), abs(shape * header.pixel_aspect - 1)) > 0.02:
         raise VideoError(
             f"{sample.video}: its frames are {header.width} x {header.height}, but its annotation says"
-            f" {sample.width} x {sample.height}; correct the size in the record (of a film whose pixels are"
-            " not square its boxes, too), or fetch the right file"
+            f" {sample.width} x {sample.height}; correct the size in the record (if the film's pixels are"
+            " not square, give size and boxes in stored pixels), or fetch the right file"
         )
     annotated = sample.file_frames / sample.fps  # seconds
     rate = header.frames / max(header.seconds, TIMESTAMP_ERROR)  # a lone frame may have no duration

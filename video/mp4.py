@@ -16,11 +16,10 @@ def end_and_aspect(path: str) -> tuple[float, float]:
         if _find(track, b"mdia", b"minf", b"vmhd"):  # the first with pictures
             samples = _find(track, b"mdia", b"minf", b"stbl", b"stsd")[8:]  # a box: 78 bytes, then boxes
             entry = next((content for _, content in _boxes(samples)), b"")
-            aspect = _find(entry[78:], b"pasp")
-            wide, high = _number(aspect, 0), _number(aspect, 4)
-            return _end(
-                _find(track, b"edts", b"elst"), _find(movie, b"mvhd")
-            ), wide / high if wide and high else 1.0
+            pixel = _find(entry[78:], b"pasp")
+            wide, high = _number(pixel, 0), _number(pixel, 4)
+            end = _end(_find(track, b"edts", b"elst"), _find(movie, b"mvhd"))
+            return end, wide / high if wide and high else 1.0
     return math.inf, 1.0
 
 

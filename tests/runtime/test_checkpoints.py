@@ -237,7 +237,7 @@ def test_a_record_that_was_changed(run, edit, capsys):
     why = f"{path}: is damaged, or of an earlier version of this program"
     assert capsys.readouterr().err == f"not used: {why}\n"
     shutil.rmtree(run / "checkpoint_2")
-    with pytest.raises(UserError, match=r"no checkpoint in .* has a whole state/ \(") as caught:
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole \(") as caught:
         checkpoints.last_checkpoint(run)
     assert why in str(caught.value) and "\n" not in str(caught.value)
 
@@ -307,9 +307,12 @@ def test_a_damaged_one_is_set_aside(run):
     (run / "checkpoint_4/state/0.safetensors").write_bytes(b"added")
     checkpoints.tidy(run, checkpoints.last_checkpoint(run))
     assert names(run) == {"checkpoint_2", "checkpoint_4.damaged"}
+    plain(run, "checkpoint_6", step=6)
+    (run / "checkpoint_6/state/progress.json").write_text("[]")
+    checkpoints.tidy(run, checkpoints.last_checkpoint(run))
     plain(run, "checkpoint_3", step=3)
     checkpoints.prune(run, 1)
-    assert names(run) == {"checkpoint_3", "checkpoint_4.damaged"}
+    assert names(run) == {"checkpoint_3", "checkpoint_4.damaged", "checkpoint_6.damaged"}
     assert checkpoints.last_checkpoint(run).progress.step == 3
 
 
