@@ -31,12 +31,11 @@ MINUTES = re.compile(
     r"(?: ?(?:and )?([0-9]{1,2})(?:\.[0-9]{1,20})?(?![0-9:]))?"
 )
 CLOCK = re.compile(r"(?<![0-9:.])((?:[0-9]{1,2}:){1,2}[0-9]{2})(?:\.[0-9]{1,20})?(?![0-9:])")
-UNIT = (
-    r"(?<=[0-9])(?:(?:st|nd|rd|th)\b(?: seconds?\b)?| ?(?:s|secs?|seconds?)\b\.?)(?: mark\b)?"  # 5th second
-)
-UNIT = re.compile(rf"(?i){UNIT}|\b(?:(?:at|the|seconds?|secs?|t ?=) ?){{1,3}}(?=[0-9])")  # at second 5
+AFTER = r"(?:(?:st|nd|rd|th)\b(?: seconds?\b)?| ?(?:s|secs?|seconds?)\b\.?)(?: mark\b)?"  # 5th second, 5 sec.
+BEFORE = r"\b(?:(?:at|the|about|around|approximately|seconds?|secs?|t ?=) ?){1,3}"  # at about second 5, t=5
+UNIT = re.compile(rf"(?i)(?<=[0-9]){AFTER}|{BEFORE}(?=[0-9])")
 DATE = r"(?<![0-9.])(?:[0-9]{1,4}([-/.])[0-9]{1,2}\1[0-9]{1,4}|(?:19|20)[0-9]{2}-[0-9]{2})(?![0-9])"
-SECONDS = r"(?<![0-9:.])([0-9]{1,5})(?:\.[0-9]{1,20})?(?![0-9:])"
+SECONDS = r"(?<![0-9:.])([0-9]{1,5})(?:\.[0-9]{1,20})?(?![0-9:]| ?%)"  # and no share, such as 80 - 90%
 OTHER = re.compile(  # a video of 0 - 20; coordinates from 0 to 1
     r"(?i)(?:(?:video|clip|film|footage|recording) (?:of|runs|lasts|spans)(?: from)?"
     rf"|(?:coordinates?|normali[sz]ed|y2)[^0-9]{{0,20}}) ?[\[(]?0(?:\.0)? ?(?:-|,|to|and) ?{SECONDS}"

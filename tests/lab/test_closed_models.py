@@ -31,6 +31,7 @@ SPELLINGS += " / 00:0{}, {}, {}, {}, {} / {}, [{}, {}, {}, {}] / | {} | {} | {} 
 PHRASES = {  # divided by a slash
     (5, 7): "Start: 5\nEnd: 7 / - **Start time:** 5 s\n\n- **End time:** 7 s / {'start': 5,\r\n 'end': 7}"
     " / Starts at 5 seconds and ends at 7 seconds / from second 5 to second 7 / 5 until 7 / 5 through 7"
+    " / from about 5 to approximately 7 seconds / 5 - 7\nConfidence: 80 - 90%"
     " / from the 5th second to the 7th second / 5 sec. to 7 sec. / 5 s, until 7 s / 5 up to 7 / 5 --> 7"
     " / 5\uff0d7 / \uff15\uff5e\uff17 / 5\xa0s \u2013 7\xa0s / t=5s to t = 7s / 0 min 5 s - 0 min 7 s"
     " / between the 5 s mark and the 7 s mark / 2024-05-06: 5 - 7 / 5 - 7\nDate: 2024-05-06"
