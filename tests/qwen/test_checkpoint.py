@@ -334,20 +334,24 @@ SPOILED = [  # family, what is done to its folder, what the message says
     (Q25, change(CONFIG, video_token_id=8), "video_token_id is 8 .* but 7 in its tokenizer"),
     (Q2, lacks("<|video_pad|>"), "lacks .*video_pad"),
     (Q25, change(CONFIG, quantization_config=QUANTIZED), "quantized"),
-    (Q25, change(SETTINGS, chat_template=None), "template gives 'ValueError"),
-    (Q25, template("{{ messages[0]['content'] + '!' }}"), "template gives 'TypeError"),  # it knows text only
+    (Q25, change(SETTINGS, chat_template=None), "template gives 'an error: ValueError"),
+    (
+        Q25,
+        template("{{ messages[0]['content'] + '!' }}"),
+        "template gives 'an error: TypeError",
+    ),  # it knows text only
     (Q25, template(f"{SAY}{OPEN}"), "template gives 'What happens"),
     (Q25, template(f"{BLOCK}{BLOCK}{SAY}{OPEN}"), "not <.vision_start"),
     (Q25, template(f"{BLOCK}{SAY}"), "not <.vision_start"),
-    (Q25, template("{{ 1 / 0 }}"), "template gives .ZeroDivisionError: division by zero., not"),
-    (Q25, template("{{ range(10**9) }}"), "template gives .OverflowError: .{60,70}, not"),
+    (Q25, template("{{ 1 / 0 }}"), "template gives .an error: ZeroDivisionError: division by zero., not"),
+    (Q25, template("{{ range(10**9) }}"), "template gives .an error: OverflowError: .{50,66}, not"),
     (
         Q25,
         template("{% set r = range(99999) %}" + "{% for _ in r %}" * 3 + "{% endfor %}" * 3),
         "nothing within",
     ),
-    (Q25, template("{{ 'x' * 20001 }}"), "template gives .more than 20000 characters., not"),
-    (Q25, template("{{ 'x' * 200000000000 }}"), "template gives .MemoryError., not"),
+    (Q25, template("{{ 'x' * 20001 }}"), "template gives .an error: more than 20000 characters., not"),
+    (Q25, template("{{ 'x' * 200000000000 }}"), "template gives .an error: MemoryError., not"),
     (Q3, template(f"{BLOCK}{SAY}{OPEN}<think>"), "<think>', not"),  # of "Thinking" checkpoints
     (Q3, damage(CONFIG), "good config.json"),
     (Q3, damage(GENERATION), "does not load: JSONDecodeError"),  # transformers passes over it in silence
