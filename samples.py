@@ -88,13 +88,6 @@ class Track(Mapping[int, Box]):
         self.first, self.array = first, boxes
         self.there = ~np.isnan(boxes[:, 0])  # (frames,)
 
-    @classmethod
-    def of(cls, boxes: Mapping[int, Box]) -> "Track":
-        """The same as a view of an array; frame -> box, of one frame at least."""
-        first, last = min(boxes), max(boxes)
-        nothing = (math.nan,) * 4
-        return cls(first, np.array([boxes.get(frame, nothing) for frame in range(first, last + 1)]))
-
     def rows(self, frames: np.ndarray) -> np.ndarray:
         """The boxes of some frames, (N,) -> (N, 4); NaN where there is none."""
         places = frames - self.first

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import track_of
 
 from metrics import (
     AREA_EDGES,
@@ -39,7 +40,7 @@ def make_sample(first, stop, box=LEFT, num_frames=100, fps=20.0, **changes):
     record = {"id": "a.mp4", "video": "a.mp4", "sentence": "it moves", "width": 640, "height": 480}
     record |= {"num_frames": num_frames, "file_frames": num_frames, "fps": fps, "begin_frame": 0}
     record |= {"first_frame": first, "stop_frame": stop, "boxes": boxes} | changes
-    return Sample(**{**record, "boxes": Track.of(record["boxes"])})
+    return Sample(**{**record, "boxes": track_of(record["boxes"])})
 
 
 def make_answer(start, end, boxes):
@@ -459,7 +460,7 @@ def tubes_and_samples(draw):
     end = draw(st.integers(start, min(num_frames, start + 50)))
     skipped = draw(st.integers(1, 5))
     boxes = {f: (0.25, 0.0, 0.75, 1.0) for f in range(start, end) if f % skipped == 0}
-    return ((start, end), Track.of(boxes) if boxes else Track(0, np.empty((0, 4)))), sample
+    return ((start, end), track_of(boxes) if boxes else Track(0, np.empty((0, 4)))), sample
 
 
 @settings(deadline=None, max_examples=50)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_runs import track_of
 
-from samples import TimeGrid, Track, Truth
+from samples import TimeGrid, Truth
 
 RATES = [(Fraction(r), float(Fraction(r))) for r in ("10", "12.5", "15", "24", "25", "29.97", "30", "60")]
 RATES += [(Fraction(30000, 1001), 30000 / 1001), (Fraction(24000, 1001), 23.976023976023978)]
@@ -71,9 +72,9 @@ def test_grid_by_hand():
     assert TimeGrid(600, 30.0, 0.5).steps_of(93, 146) == (6, 9)  # 3.10 to 4.87 s: 3.0 to 5.0 s
 
 
-def test_track_of_a_dict():
+def test_a_track_reads_like_a_dict():
     boxes = {3: (0.0, 0.0, 1.0, 1.0), 5: (0.1, 0.2, 0.3, 0.4)}
-    track = Track.of(boxes)
+    track = track_of(boxes)
     assert track == boxes and list(track) == [3, 5] and len(track) == 2 and 4 not in track
     rows = track.rows(np.array([2, 3, 4, 5, 6]))
     assert np.isnan(rows[[0, 2, 4]]).all() and rows[[1, 3]].tolist() == [list(box) for box in boxes.values()]

@@ -15,7 +15,7 @@ import torch
 import yaml
 from one_by_one import slow_logprobs
 from shown import shown_prompt
-from tiny_runs import assert_same, metrics_of, names, read_lines, weights_of
+from tiny_runs import assert_same, metrics_of, names, read_lines, track_of, weights_of
 
 import train
 from config import load_config
@@ -25,7 +25,6 @@ from qwen.checkpoint import load_policy
 from rewards import TERMS, WEIGHTS, score
 from runtime.files import UserError
 from runtime.run import global_batch
-from samples import Track
 from video.frames import VideoError
 from video.loader import FrameLoader
 
@@ -386,14 +385,14 @@ def test_a_video_that_ends_early(qwen2_5, tmp_path, write_config, world, capsys)
     sample, whole = samples_of(config)[0], (world / "0.y4m").read_bytes()
     (tmp_path / "0.y4m").write_bytes(whole[: len(whole) * 20 // 24 + 60])  # and a piece of the header
     late = replace(
-        sample, first_frame=18, stop_frame=24, boxes=Track.of(dict.fromkeys(range(18, 24), (0, 0, 1, 1)))
+        sample, first_frame=18, stop_frame=24, boxes=track_of(dict.fromkeys(range(18, 24), (0, 0, 1, 1)))
     )
     loader = FrameLoader(config, qwen2_5.size_factor)
     _, (truth,), (prompt,) = train.make_prompts(qwen2_5, [(0, late)], loader, config)
     assert truth.span == (18, 22) and set(truth.boxes) == set(range(18, 23))  # the last is held for 0.5 s
     assert len(prompt.frames) == 23 and "23 steps of 0.25 s" in qwen2_5.tokenizer.decode(prompt.ids)
     assert "0.y4m: ends early; the 23 steps that exist are used" in capsys.readouterr().err
-    after = replace(late, first_frame=23, boxes=Track.of({23: (0, 0, 1, 1)}))
+    after = replace(late, first_frame=23, boxes=track_of({23: (0, 0, 1, 1)}))
     with pytest.raises(VideoError, match=r"0\.y4m: ends before the event of '0\.y4m' begins"):
         train.make_prompts(qwen2_5, [(0, after)], loader, config)
 

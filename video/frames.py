@@ -49,15 +49,14 @@ class Header:
     seconds: float  # from the beginning of the first of them to the end of the last
     width: int  # as shown, in pixels: a portrait film stored on its side stands upright
     height: int
-    hidden: int  # frames that are stored before the beginning and not shown
     pixel_aspect: float = 1.0  # width of a pixel by its height, when shown; known of mp4 and mov only
 
 
 def probe(path: str) -> Header:
     """Read a file's index, and its first frame for the size. Raises VideoError."""
-    reader, spans, hidden = _open(path)
+    reader, spans, _ = _open(path)
     height, width = next(_decode(path, reader, [0])).shape[:2]
-    return Header(len(spans), float(spans[-1, 1]), width, height, hidden, mp4.end_and_aspect(path)[1])
+    return Header(len(spans), float(spans[-1, 1]), width, height, mp4.end_and_aspect(path)[1])
 
 
 def clip_times(sample: Sample, fps: float) -> list[float]:
