@@ -95,7 +95,7 @@ COUNT: Kind = ("a whole number from 1 to 1000000", lambda v: is_number(v) and 1 
 RATE: Kind = ("a number above 0 and up to 1000", lambda v: is_number(v) and 0 < v <= 1000)
 INTEGER: Kind = ("a whole number", lambda v: type(v) is int)  # True is none
 FRAME: Kind = ("a frame, counted from 0", lambda v: type(v) is int and v >= 0)
-SECONDS: Kind = ("at most 3600, for a model to be shown it", lambda v: v <= 3600)
+SECONDS: Kind = ("at most 3600: no model can be shown more", lambda v: v <= 3600)
 # "<|" begins Qwen's special tokens; half a surrogate pair (JSON's \ud83d alone) cannot be encoded.
 TEXT: Kind = (
     "a text of at most 2000 characters, without '<|', NUL or half a surrogate pair",
@@ -162,7 +162,7 @@ def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report
     width, height = (int(_read(where, size, side, COUNT)) for side in ("width", "height"))
     num_frames = int(_read(where, record, "img_num", COUNT))
     fps = float(_check(f"{where}: fps", record.get("fps", num_frames / HCSTVG_SECONDS), RATE))
-    _check(f"{where}: img_num / fps, its seconds,", num_frames / fps, SECONDS)
+    _check(f"{where}: its length in seconds, img_num / fps,", num_frames / fps, SECONDS)
     first = int(_read(where, record, "st_frame", COUNT)) - 1  # from 1-based to 0-based
     if first >= num_frames:
         raise _wrong(f"{where}: st_frame", first + 1, f"at most img_num, {num_frames}")
@@ -236,7 +236,7 @@ def _check_vidstg(where: str, record: dict) -> None:
     for key in ("width", "height", "frame_count"):
         _read(where, record, key, COUNT)
     seconds = record["frame_count"] / _read(where, record, "fps", RATE)
-    _check(f"{where}: frame_count / fps, its seconds,", seconds, SECONDS)
+    _check(f"{where}: its length in seconds, frame_count / fps,", seconds, SECONDS)
     for key in ("used_segment", "temporal_gt"):
         span = _read(where, record, key, OBJECT)
         _read(f"{where}: {key}", span, "begin_fid", FRAME)

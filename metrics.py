@@ -243,10 +243,9 @@ def score_answers(
     """score_tubes, each row with the best that whole steps allow, "ceiling_m_tIoU" and "ceiling_m_vIoU"."""
     rows, best = score_tubes(tubes, samples), whole_step_scores(samples, text_format)["best"]
     for name, row in rows.items():
-        for kind in QUESTION_TYPES:
-            if kind in row:
-                row[kind] |= {key: best[name][kind][key.removeprefix("ceiling_")] for key in CEILINGS}
-        row |= {key: best[name][key.removeprefix("ceiling_")] for key in CEILINGS}
+        kinds = [kind for kind in QUESTION_TYPES if kind in row]
+        for part, most in [(row, best[name]), *((row[kind], best[name][kind]) for kind in kinds)]:
+            part |= {key: most[key.removeprefix("ceiling_")] for key in CEILINGS}
     return rows
 
 

@@ -203,8 +203,9 @@ def truth_answer(truth: Truth, scale: tuple[int, int], think: bool = True) -> An
     It lists every step of the span; a step without a true box takes that of the nearest step with one.
     """
     start, end = truth.span
-    boxes = dict(truth.boxes)
-    for i in range(start, end + 1):
-        boxes[i] = truth.boxes.get(i) or truth.boxes[min(truth.boxes, key=lambda step: (abs(step - i), step))]
-    items = tuple((i, to_text_box(boxes[i], scale)) for i in range(start, end + 1))
+
+    def box(i: int) -> Box:
+        return truth.boxes.get(i) or truth.boxes[min(truth.boxes, key=lambda step: (abs(step - i), step))]
+
+    items = tuple((i, to_text_box(box(i), scale)) for i in range(start, end + 1))
     return Answer(start, end, items if think else None, items)

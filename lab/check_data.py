@@ -62,10 +62,9 @@ def check_split(config: Config, annotations: str, decode: bool, tokenizer, facto
     print(f"{annotations}: {count_sentences(samples, report)}{differs}\n{format_report(report, True)}\n")
     if tokenizer:
         print(answer_lengths(config, samples, tokenizer, factor) + "\n")
-    whole_steps = {
-        name: rows["native"] for name, rows in whole_step_scores(samples, config.text_format).items()
-    }
-    print(f"answers in whole steps of {config.text_format.step_seconds:g} s\n{format_table(whole_steps)}\n")
+    scores = whole_step_scores(samples, config.text_format)
+    table = format_table({name: rows["native"] for name, rows in scores.items()})
+    print(f"answers in whole steps of {config.text_format.step_seconds:g} s\n{table}\n")
     present = [sample for sample in samples if os.path.isfile(sample.video)]
     bad = check_videos(config, present, factor, decode)
     if missing := missing_videos(samples):

@@ -40,7 +40,7 @@ OTHER = re.compile(  # a video of 0 - 20; coordinates from 0 to 1
     r"(?i)(?:(?:video|clip|film|footage|recording) (?:of|runs|lasts|spans)(?: from)?"
     rf"|(?:coordinates?|normali[sz]ed|y2)[^0-9]{{0,20}}) ?[\[(]?0(?:\.0)? ?(?:-|,|to|and) ?{SECONDS}"
 )
-INTERVAL = re.compile(
+INTERVAL = re.compile(  # start 5, end 7; between 5 and 7; 5 - 7; [5, 7]
     rf"(?i)(?:start|begin|from)[^0-9]{{1,20}}{SECONDS}[^0-9]{{1,30}}(?:end|stop)[^0-9]{{1,20}}{SECONDS}"
     rf"|between\s{{1,9}}{SECONDS}\s{{0,9}}and\s{{0,9}}{SECONDS}"
     rf"|{SECONDS},?\s{{0,9}}(?:-{{1,3}}>?|(?:up )?to|until|till|through)\s{{0,9}}{SECONDS}"

@@ -52,7 +52,7 @@ def _within_limits(function: Callable[[], str]) -> str:
                 text, why = function(), ""
                 if len(text) > CHARACTERS:
                     text, why = "", f"more than {CHARACTERS} characters"
-            except Exception as error:
+            except Exception as error:  # whatever the template does; raised again as a ModelError
                 text, why = "", ": ".join([type(error).__name__, *str(error)[:200].splitlines()[:1]])
             json.dump([text, why], pipe)
         os._exit(0)
