@@ -162,17 +162,13 @@ def _read_rows(folder: Path, state: dict[str, torch.Tensor]) -> None:
         for name, tensor in state.items():
             rows, first = distributed.rows_of(tensor)
             for file, first_rows in zip(files, places, strict=True):
-                saved = file.get_slice(name)
-                begin = max(first, first_rows[name])
-                end = min(first + len(rows), first_rows[name] + saved.get_shape()[0])
+                saved, at = file.get_slice(name), first_rows[name]
+                begin, end = max(first, at), min(first + len(rows), at + saved.get_shape()[0])
                 if begin < end:
-                    rows[begin - first : end - first] = saved[
-                        begin - first_rows[name] : end - first_rows[name]
-                    ]
+                    rows[begin - first : end - first] = saved[begin - at : end - at]
     except (SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{folder}/state: is of another model ({error}); choose another output_dir"
-        ) from error
+        why = f"is of another model ({error}); choose another output_dir"
+        raise UserError(f"{folder}/state: {why}") from error
 
 
 @contextlib.contextmanager
@@ -220,17 +216,16 @@ def last_checkpoint(run: Path) -> Checkpoint | None:
     """Return the checkpoint that is furthest on, of those that are whole; say what is wrong with the others.
     Raises UserError where there are checkpoints, but none is whole."""
 
-    def find() -> tuple[list[Checkpoint], list[str]]:
+    def find() -> tuple[list[Checkpoint], list[str], bool]:
         problems: list[str] = []
-        return _checkpoints(run, problems), problems
+        found = _checkpoints(run, problems)
+        return found, problems, any(CHECKPOINT.fullmatch(path.name) for path in run.glob("checkpoint*"))
 
-    found, problems = distributed.on_rank0(find)
+    found, problems, some = distributed.on_rank0(find)
     while found and (problem := _damage(found[-1])):
         problems.append(problem)
         found.pop()
-    if not found and distributed.on_rank0(
-        lambda: any(CHECKPOINT.fullmatch(p.name) for p in run.glob("checkpoint*"))
-    ):
+    if some and not found:
         why = "".join(f" ({problem})" for problem in problems[-1:])
         raise UserError(f"resume: no checkpoint in {run} is whole{why}; choose another output_dir")
     if problems and distributed.init()[0] == 0:

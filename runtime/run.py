@@ -290,28 +290,16 @@ def _lock(run: Path, stack: contextlib.ExitStack) -> None:
 def _prepare(
     config: Config, run: Path, identity: dict, found: Checkpoint | None, stack: contextlib.ExitStack
 ) -> None:
-    """Roll a run back to its last checkpoint, or to its start where it has none; move another run aside.
-    Write settings, versions and the files of plug-ins."""
+    """Roll the run back, or move another one aside. Write settings, versions and the files of plug-ins."""
     known, auto, same = run / "config.yaml", config.resume == "auto", bool(found)
     if found:
         checkpoints.refuse_other(found, config, identity)
     elif auto and known.exists():
         same = settings_of(load_config(known)) == identity["settings"]
     if same:
-        progress = found.progress if found else Progress()
-        checkpoints.cut_back(run, progress)  # which may refuse, too
-        checkpoints.tidy(run, found)
-        if progress.step < config.steps:  # what an earlier end has left
-            (run / "summary.json").unlink(missing_ok=True)
-            ended = found and found.folder.with_suffix("").name == "checkpoint"
-            if ended and (run / "predictions.jsonl").exists():
-                (run / "predictions.jsonl").replace(run / f"predictions_{progress.step}.jsonl")
+        _roll_back(config, run, found)
     elif known.exists():
-        number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
-        run.rename(f"{run}.{number}")
-        print(f"{run} held an earlier run: moved to {run}.{number}")
-        run.mkdir(exist_ok=True)
-        _lock(run, stack)
+        _move_aside(run, stack)
     for path in leftovers(run, *WRITTEN):
         path.unlink()
     save_config(config, known)
@@ -323,6 +311,27 @@ def _prepare(
     if auto:
         name = found and found.folder.with_suffix("")
         print(f"resuming from {name}" if found else f"no checkpoint in {run}: starting at step 0")
+
+
+def _roll_back(config: Config, run: Path, found: Checkpoint | None) -> None:
+    """To the last checkpoint, or to the start where there is none."""
+    progress = found.progress if found else Progress()
+    checkpoints.cut_back(run, progress)  # which may refuse, too
+    checkpoints.tidy(run, found)
+    if progress.step < config.steps:  # what an earlier end has left
+        (run / "summary.json").unlink(missing_ok=True)
+        ended = found and found.folder.with_suffix("").name == "checkpoint"
+        if ended and (run / "predictions.jsonl").exists():
+            (run / "predictions.jsonl").replace(run / f"predictions_{progress.step}.jsonl")
+
+
+def _move_aside(run: Path, stack: contextlib.ExitStack) -> None:
+    """Rename a folder with an earlier run, and make and lock an empty one in its place."""
+    number = next(n for n in itertools.count(1) if not Path(f"{run}.{n}").exists())
+    run.rename(f"{run}.{number}")
+    print(f"{run} held an earlier run: moved to {run}.{number}")
+    run.mkdir(exist_ok=True)
+    _lock(run, stack)
 
 
 def describe(config: Config, policy, train_samples: list[Sample], eval_samples: list[Sample]) -> str:
