@@ -38,19 +38,17 @@ class TimeGrid:
 
     def spans_near(self, first: int, stop: int) -> list[tuple[int, int]]:
         """The spans (first and last step, inclusive) that begin at a step's edge next to that of the native
-        frames [first, stop), and end likewise: up to four. The clip's end is an edge, too."""
+        frames [first, stop), and end likewise: up to four. The last edge is the clip's end."""
 
         def edges(frame: int) -> list[int]:  # edge i is where step i begins
             place = frame / self.fps / self.step_seconds
-            end = {self.num_steps} if frame == self.num_frames else set()
-            return sorted({math.floor(place + 1e-6), math.ceil(place - 1e-6)} | end)
+            return sorted({math.floor(place + 1e-6), math.ceil(place - 1e-6)})
 
         return [(begin, end - 1) for begin in edges(first) for end in edges(stop) if begin < end]
 
     def steps_of(self, first: int, stop: int) -> tuple[int, int]:
         """The span of at least one step whose edges are nearest to those of the native frames [first, stop).
         Of two that are equally near the longer one, which overlaps more. Not in the paper."""
-
         step_frames = self.step_seconds * self.fps
 
         def distance(span: tuple[int, int]) -> tuple[float, int]:
