@@ -174,9 +174,8 @@ def ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     widths, heights = (np.minimum(a, b)[:, 2 + k] - np.maximum(a, b)[:, k] for k in (0, 1))
     shared = np.maximum(widths, 0.0) * np.maximum(heights, 0.0)
     sides_a, sides_b = a[:, 2:] - a[:, :2], b[:, 2:] - b[:, :2]  # (N, 2)
-    valid = (sides_a > 0).all(axis=1) & (sides_b > 0).all(axis=1)
     union = sides_a.prod(axis=1) + sides_b.prod(axis=1) - shared
-    return np.divide(shared, union, out=np.zeros(len(a)), where=valid)
+    return np.divide(shared, union, out=np.zeros(len(a)), where=shared > 0)  # a flipped box shares nothing
 
 
 def summarize(scores: list[Scores]) -> Row:

@@ -535,6 +535,12 @@ def test_whole_steps_by_brute_force(time_unit):
                 assert result["taught"][name][key] == pytest.approx(100 * scores[taught][name][k])
 
 
+def test_the_best_under_stcat_may_end_a_frame_earlier():
+    """Where a step is one frame: 19 of HC-STVG's 20 frames are all that the protocol wants."""
+    result = whole_step_scores([make_sample(20, 40)], TextFormat(fps=20.0))
+    assert [result[name]["stcat"]["m_tIoU"] for name in ("best", "taught")] == [100, 95]
+
+
 @given(st.lists(st.tuples(*[st.integers(0, 8)] * 8), min_size=1))
 def test_rows_of_ious_are_those_of_the_rewards(rows):
     """To the last bit, also of boxes without an inside."""
