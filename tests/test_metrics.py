@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import track_of
+from tracks import track_of
 
 from metrics import (
     AREA_EDGES,

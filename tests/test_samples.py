@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_runs import track_of
+from tracks import track_of
 
 from samples import TimeGrid, Truth
 

@@ -15,7 +15,8 @@ import torch
 import yaml
 from one_by_one import slow_logprobs
 from shown import shown_prompt
-from tiny_runs import assert_same, metrics_of, names, read_lines, track_of, weights_of
+from tiny_runs import assert_same, metrics_of, names, read_lines, weights_of
+from tracks import track_of
 
 import train
 from config import load_config

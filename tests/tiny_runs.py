@@ -6,22 +6,13 @@ import itertools
 import json
 import sys
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file
-
-from samples import Track
 
 SHORT = {"think": False, "max_new_tokens": 72}  # as the `taught` checkpoint answers
 GRPO = {**SHORT, "steps": 4, "eval_every": 2, "learning_rate": 1e-4, "kl_beta": 0.05, "seed": 3}
 TIMED = ("seconds", "tokens_per_second", "peak_memory")  # of metrics.jsonl: never twice the same
 BYTES = ("rollouts.jsonl", "predictions_before.jsonl", "predictions.jsonl")
-
-
-def track_of(boxes):
-    """frame -> box, of one frame at least, as a Track."""
-    first, last = min(boxes), max(boxes)
-    return Track(first, np.array([boxes.get(frame, [np.nan] * 4) for frame in range(first, last + 1)]))
 
 
 @contextlib.contextmanager
