@@ -1,11 +1,11 @@
 """What closed chat models are asked (Fig. 8), and their CSV answers in our own grammar."""
 
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear import assert_linear
 
 import evaluate
 from data import load_samples
@@ -147,17 +147,7 @@ def test_whatever_is_read_can_be_written(text):
     ],
 )
 def test_time_is_linear_in_the_text(piece):
-    """Twice the text takes twice the time, 4 times would be quadratic."""
-
-    def cost(length):
-        text, times = "1 - 2\n" + piece * (length // len(piece)), []
-        for _ in range(3):
-            start = time.process_time()
-            parse_csv_answer(text)
-            times.append(time.process_time() - start)
-        return min(times)
-
-    assert cost(100_000) < 3 * cost(50_000) + 0.05
+    assert_linear(parse_csv_answer, lambda length: "1 - 2\n" + piece * (length // len(piece)))
 
 
 def test_from_question_to_score(tmp_path, write_config, capsys, monkeypatch):
