@@ -7,9 +7,9 @@ SMALL, LARGE = 6_250, 200_000
 
 
 def assert_linear(parse, text):
-    """parse: str -> anything. text: length -> str of about this length. 32 times the text takes about 32 times
-    the CPU time, or 1,024 times if it is quadratic; the bound lies at 5 times from both, as a crowded machine
-    alone makes a part of a measurement 2 to 3 times slower."""
+    """parse: str -> anything. text: length -> str of about this length. 32 times the text takes about 32
+    times the CPU time, or 1,024 times if it is quadratic. The bound lies 5 times from both, as a crowded
+    machine alone makes a measurement 2 to 3 times slower."""
     small, large = (_seconds(parse, text(length)) for length in (SMALL, LARGE))
     assert large < 170 * small + 0.05
 
