@@ -46,6 +46,7 @@ INTERVAL = re.compile(  # start 5, end 7; between 5 and 7; 5 - 7; [5, 7]
     rf"|{SECONDS},?\s{{0,9}}(?:-{{1,3}}>?|(?:up )?to|until|till|through)\s{{0,9}}{SECONDS}"
     rf"|[\[(]{SECONDS}\s{{0,9}},\s{{0,9}}{SECONDS}\s{{0,9}}[\])]"
 )
+END = re.compile(r"(?i)\W{0,20}(?:end|stop)")  # a line that goes with the one above it, "Start: 5"
 NUMBER = re.compile(r"-?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})")
 SIGNS = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | dict.fromkeys(map(ord, "\xa0\u202f"), " ")
 SIGNS |= dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212~\u2192\u301c\uff0d\uff5e"), "-")
@@ -79,9 +80,7 @@ def parse_csv_answer(text: str) -> Answer | None:
             boxes.setdefault(*row)
         elif not boxes and line.strip():
             line = plain(line)
-            if found := INTERVAL.search(
-                f"{above} {line}" if re.match(r"(?i)\W{0,20}(?:end|stop)", line) else line
-            ):
+            if found := INTERVAL.search(f"{above} {line}" if END.match(line) else line):
                 interval = [int(number) for number in found.groups() if number]
             above = line
     return Answer(*interval, None, tuple(boxes.items())) if interval and boxes else None

@@ -61,6 +61,11 @@ class Checkpoint:
     fingerprints: dict
     checksums: dict[str, str]  # file in state/ -> its SHA-256
 
+    @property
+    def tidied(self) -> Path:
+        """Where the folder is once `tidy` has renamed NAME.old to NAME."""
+        return self.folder.with_suffix("")
+
 
 def save(folder: Path, policy, optimizer, progress: Progress, fingerprints: dict) -> None:
     """Write a checkpoint, or replace the one of that name. Raises UserError, and leaves that one alone, where

@@ -260,7 +260,7 @@ def _open_folder(
     exists = distributed.on_rank0(lambda: _enter(run, stack))
     found = checkpoints.last_checkpoint(run) if exists and config.resume == "auto" else None
     distributed.on_rank0(lambda: _prepare(config, run, identity, found, stack))
-    return (found.folder.with_suffix(""), found.progress) if found else (None, Progress())  # no NAME.old now
+    return (found.tidied, found.progress) if found else (None, Progress())
 
 
 def _enter(run: Path, stack: contextlib.ExitStack) -> bool:
@@ -309,8 +309,7 @@ def _prepare(
     packages = {package.__name__: package.__version__ for package in (torch, transformers, decord, np)}
     write_json({"python": platform.python_version(), **packages}, run / "versions.json")
     if auto:
-        name = found and found.folder.with_suffix("")
-        print(f"resuming from {name}" if found else f"no checkpoint in {run}: starting at step 0")
+        print(f"resuming from {found.tidied}" if found else f"no checkpoint in {run}: starting at step 0")
 
 
 def _roll_back(config: Config, run: Path, found: Checkpoint | None) -> None:
@@ -320,7 +319,7 @@ def _roll_back(config: Config, run: Path, found: Checkpoint | None) -> None:
     checkpoints.tidy(run, found)
     if progress.step < config.steps:  # what an earlier end has left
         (run / "summary.json").unlink(missing_ok=True)
-        ended = found and found.folder.with_suffix("").name == "checkpoint"
+        ended = found and found.tidied.name == "checkpoint"
         if ended and (run / "predictions.jsonl").exists():
             (run / "predictions.jsonl").replace(run / f"predictions_{progress.step}.jsonl")
 

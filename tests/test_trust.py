@@ -12,7 +12,6 @@ import evaluate
 from lab import bench, compare, controls, pictures
 from qwen.checkpoint import load_policy
 from runtime.files import UserError
-from runtime.fingerprints import weights_fingerprint
 from runtime.plugins import FUNCTIONS, load_file, read_source
 from runtime.predictions import saved_answers
 
@@ -166,7 +165,7 @@ def test_a_checkpoint_runs_nothing(taught, tmp_path, ran, monkeypatch, write_con
         assert spoil is custom_tokenizer  # transformers has a class of its own for this type
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 700
-        if spoil is endless:
+        if spoil is endless:  # 5 s are enough
             return
         with pytest.raises(UserError):
             evaluate.main([str(folder), config, "eval_limit=1"])
@@ -181,7 +180,3 @@ def test_a_fresh_answer_beats_an_unreadable_one_in_any_order(tmp_path):
             (tmp_path / name).write_text(json.dumps(record) + "\n")
         assert saved_answers(tmp_path / files[0], "f")["a"]["completion"] == "read"
         assert saved_answers(tmp_path / files[0], "g") == {}
-
-
-def test_weights_are_safetensors(taught):
-    assert len(weights_fingerprint(str(taught / "checkpoint"))) == 12

@@ -143,7 +143,8 @@ def read_frames(path: str, times: list[float], begin: float = 0.0, size: Size | 
     or unreadable or ends before the first of the times.
     """
     wanted = begin + np.asarray(times, dtype=np.float64)  # (T,) seconds from the file's first frame
-    opened = _, spans, _ = _open(path)
+    opened = _open(path)
+    spans = opened[1]  # (frames, 2) seconds
     end = float(spans[-1, 1])
     if wanted[0] > end + HELD_SECONDS:
         raise VideoError(_too_short(path, end, wanted[0]))
