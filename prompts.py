@@ -15,6 +15,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from samples import Box, Truth
 
@@ -131,16 +132,16 @@ def _first_of_each(items: Items) -> dict[int, Box]:
     return boxes
 
 
-# Every quantifier is possessive ("*+"): the matcher never goes back, so it takes linear time for any text.
-_NUMBER = r"[0-9]{1,5}+"
-_BOX = r"\s*+,\s*+".join([_NUMBER] * 4)
-_ITEM = rf"{_NUMBER}\s*+\.\s*+\[\s*+{_BOX}\s*+\]"
-_LIST = rf"{_ITEM}(?:\s*+,\s*+{_ITEM})*+"
-_TIME = rf"<time>\s*+({_NUMBER})\s*+-\s*+({_NUMBER})\s*+</time>"
-_THINK = rf"<think_bbox>\s*+({_LIST})\s*+</think_bbox>"
-_PRED = rf"<pred_bbox>\s*+({_LIST})\s*+</pred_bbox>"
-_ANSWER = {True: re.compile(rf"{_TIME}\s*+{_THINK}\s*+{_PRED}"), False: re.compile(rf"{_TIME}\s*+{_PRED}")}
-_INTEGER = re.compile(r"[0-9]+")
+# The grammar, token by token, with or without space between them. Every quantifier is possessive ("*+"): the
+# matcher never goes back, so it takes linear time for any text.
+_NUMBER, _SPACE = "[0-9]{1,5}+", r"\s*+"
+_ITEM = [_NUMBER, r"\.", r"\[", *[_NUMBER, ","] * 3, _NUMBER, r"\]"]
+_OTHERS = f"(?:{_SPACE.join([*_ITEM, ','])}{_SPACE})*+"  # the items of a list before its last one
+_TIME = ["<time>", _NUMBER, "-", _NUMBER, "</time>"]
+_THINK, _PRED = ([f"<{name}>", _OTHERS, *_ITEM, f"</{name}>"] for name in ("think_bbox", "pred_bbox"))
+_TOKENS = {True: [*_TIME, *_THINK, *_PRED, r"\Z"], False: [*_TIME, *_PRED, r"\Z"]}
+_ANSWER = {think: re.compile(_SPACE + _SPACE.join(tokens)) for think, tokens in _TOKENS.items()}
+_NAMES = {_NUMBER: "an integer from 0 to 99999", r"\Z": "the end", ",": "a comma", r"\.": "a full stop"}
 
 
 def parse_answer(text: str, think: bool = True) -> Answer | None:
@@ -148,43 +149,44 @@ def parse_answer(text: str, think: bool = True) -> Answer | None:
 
     Never raises; takes time linear in the text. Does not judge whether the numbers make sense.
     """
-    match = _ANSWER[think].fullmatch(text.strip())
-    if match is None:
+    if not _ANSWER[think].match(text):
         return None
-    start, end, *lists = match.groups()
-    *think_items, pred_items = [_parse_list(items) for items in lists]
-    return Answer(int(start), int(end), think_items[0] if think else None, pred_items)
+    (start, end), *lists, _ = ([int(n) for n in re.findall("[0-9]+", part)] for part in text.split("</"))
+    items = [tuple((n[k], tuple(n[k + 1 : k + 5])) for k in range(0, len(n), 5)) for n in lists]
+    return Answer(start, end, items[0] if think else None, items[-1])
 
 
-def _parse_list(items: str) -> Items:
-    """The items in a text that matches _LIST, such as "5. [271, 30, 395, 212], 6. [...]"."""
-    numbers = [int(number) for number in _INTEGER.findall(items)]
-    return tuple((numbers[k], tuple(numbers[k + 1 : k + 5])) for k in range(0, len(numbers), 5))
+def where_it_fails(text: str, think: bool = True) -> str:
+    """Where parse_answer gives up (characters count from 1), and what it expected there; "" if it does not.
+    Never raises; takes time linear in the text."""
+    place = len(text) - len(text.lstrip())
+    for last, token in pairwise(["", *_TOKENS[think]]):
+        if match := re.compile(token + _SPACE).match(text, place):
+            place = match.end()
+            continue
+        expected = "a comma or " * (last == r"\]") + _NAMES.get(token, token.replace("\\", ""))
+        expected = "a box such as 5. [1, 2, 3, 4]" if last == _OTHERS else expected
+        before, rest = text[:place].rstrip(), text[place:].rstrip()
+        if not rest or (rest[0] == "<" and token.startswith(rest)):  # a tag may be cut off
+            return f"the text ends after {text.rstrip()[-30:]!r}: {expected} was expected"
+        after = f", after {before[-30:]!r}" if before else ""
+        return f"at character {place + 1}{after}: {expected} was expected, found {rest[:30]!r}"
+    return ""
 
 
 def format_answer(answer: Answer) -> str:
-    """Write an answer on one line, as in the paper: the inverse of parse_answer.
-
-    Raises ValueError for what the grammar cannot say: an empty list, or a number that is not an integer from
-    0 to 99999.
-    """
-    parts = [f"<time> {_digits(answer.start)} - {_digits(answer.end)} </time>"]
-    if answer.think is not None:
-        parts.append(f"<think_bbox> {_format_list(answer.think)} </think_bbox>")
-    parts.append(f"<pred_bbox> {_format_list(answer.pred)} </pred_bbox>")
-    return " ".join(parts)
-
-
-def _format_list(items: Items) -> str:
-    if not items:
-        raise ValueError("an answer needs at least one box in each list")
-    return ", ".join(f"{_digits(step)}. [{', '.join(_digits(v) for v in box)}]" for step, box in items)
-
-
-def _digits(number: int) -> str:
-    if not (0 <= number <= 99999 and number == int(number)):
-        raise ValueError(f"{number!r} cannot be written: answers hold integers from 0 to 99999")
-    return str(int(number))
+    """Write an answer on one line, as in the paper: the inverse of parse_answer. Raises ValueError for what
+    the grammar cannot say: an empty list, or a number that is not an integer from 0 to 99999."""
+    text = f"<time> {answer.start:.0f} - {answer.end:.0f} </time>"
+    for name, items in {"think_bbox": answer.think, "pred_bbox": answer.pred}.items():
+        if items is not None:
+            boxes = [f"{step:.0f}. [{', '.join(f'{v:.0f}' for v in box)}]" for step, box in items]
+            text += f" <{name}> {', '.join(boxes)} </{name}>"
+    if parse_answer(text, answer.think is not None) != answer:
+        raise ValueError(
+            f"{answer} cannot be written: a list is empty, or a number not an integer in 0 to 99999"
+        )
+    return text
 
 
 def to_text_box(box: Box, scale: tuple[int, int]) -> Box:

@@ -18,6 +18,7 @@ from prompts import (
     parse_answer,
     to_text_box,
     truth_answer,
+    where_it_fails,
 )
 from samples import Truth
 
@@ -154,6 +155,14 @@ def slow_parse(text, think):
         return None
 
 
+def check_against_the_slow_parser(text, think):
+    assert parse_answer(text, think) == slow_parse(text, think)
+    fault = where_it_fails(text, think)
+    assert (fault == "") == (slow_parse(text, think) is not None)
+    if place := re.match("at character ([0-9]+)", fault):  # so far, the text is the beginning of an answer
+        assert where_it_fails(text[: int(place[1]) - 1], think).startswith("the text ends after ")
+
+
 def edit(text, edits):
     for place, length, token in edits:
         place = place % (len(text) + 1)
@@ -168,12 +177,39 @@ edits = st.lists(one_edit, max_size=3)
 @given(edits, st.booleans(), st.booleans())
 def test_edited_answers_parse_as_the_slow_parser_says(changes, has_think, think):
     text = edit(PAPER if has_think else re.sub("<think_bbox>.*</think_bbox>", "", PAPER), changes)
-    assert parse_answer(text, think) == slow_parse(text, think)
+    check_against_the_slow_parser(text, think)
 
 
 @given(st.text() | st.lists(st.sampled_from(TOKENS), max_size=60).map("".join), st.booleans())
 def test_no_text_raises(text, think):
-    assert parse_answer(text, think) == slow_parse(text, think)
+    check_against_the_slow_parser(text, think)
+
+
+def test_where_an_answer_fails():
+    """A mark in the place of any token of an answer is found there; the answer cut off anywhere has ended."""
+    tokens = list(re.finditer(r"</?\w+>|[0-9]+|[^\s0-9]", PAPER))
+    assert len(tokens) == 5 + 2 * (2 + 3 * 11 + 2)
+    for token in tokens:
+        text = PAPER[: token.start()] + "!" + PAPER[token.end() :]
+        assert where_it_fails(text).startswith(f"at character {token.start() + 1}")
+    assert all(where_it_fails(PAPER[:n]).startswith("the text ends after ") for n in range(len(PAPER)))
+    end = f"at character {len(PAPER) + 1}, after '00, 28, 405, 237] </pred_bbox>'"
+    assert where_it_fails(PAPER + "\ud800") == end + r": the end was expected, found '\ud800'"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("6. [267", "the man [267", "a box such as 5. [1, 2, 3, 4] was expected, found 'the man [267"),
+        ("395, 212]", "395]", "a comma was expected, found '], 6"),
+        ("271", "-271", "an integer from 0 to 99999 was expected, found '-271"),
+        ("], 6", "] 6", "a comma or </think_bbox> was expected, found '6."),
+        ("</time> ", "</time> so ", "<think_bbox> was expected, found 'so <think"),
+        ("6.", "6", "a full stop was expected, found '[267"),
+    ],
+)
+def test_what_was_expected(old, new, found):
+    assert found in where_it_fails(PAPER.replace(old, new, 1))
 
 
 HEAD = "<time> 5 - 7 </time> <think_bbox> "
@@ -196,6 +232,7 @@ HOSTILE = {
 @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE.keys())
 def test_time_is_linear_in_the_text(hostile):
     assert_linear(parse_answer, hostile)
+    assert_linear(where_it_fails, hostile)
 
 
 @pytest.mark.parametrize(
