@@ -235,7 +235,7 @@ def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, 
     checkpoint = Path(places[0])
     if len(places) > 1:
         config, run = load_config(places[1:], settings), checkpoint.resolve().parent
-        load_plugins(config.rewards)
+        load_plugins(config.rewards, config.think)
         name = checkpoint.resolve().name
         if (run / "config.yaml").is_file():
             name = f"{run.name}_{name}".replace("_checkpoint", "")
@@ -251,7 +251,8 @@ def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, 
     name = "predictions" if checkpoint.name == "checkpoint" else f"predictions_of_{checkpoint.name}"
     config = load_config(run / "config.yaml", settings)
     keys = {word.partition("=")[0] for word in settings}
-    load_plugins({name: 1 for name in plugin_names(config.rewards) if f"rewards.{name}" in keys})
+    named = {name: 1 for name in plugin_names(config.rewards) if f"rewards.{name}" in keys}
+    load_plugins(named, config.think)
     if distributed.init()[0] == 0:
         print(plugins_note(config.rewards, run / "config.yaml"), end="", file=sys.stderr)
     return str(checkpoint), run / f"{name}.jsonl", config

@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
 def read_config(words: list[str]) -> Config:
     """The settings of --config, with the plug-ins loaded. Raises ConfigError, or UserError for a plug-in."""
     config = load_config([word for word in words if "=" not in word], [word for word in words if "=" in word])
-    load_plugins(config.rewards)
+    load_plugins(config.rewards, config.think)
     return config
 
 

@@ -11,10 +11,13 @@ import math
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from prompts import Answer, format_answer, from_text_box
 from runtime.files import UserError, few
+from samples import Truth
 
 
 class RewardError(FloatingPointError):
@@ -65,16 +68,70 @@ def load_file(path: str) -> types.ModuleType:
     return module
 
 
-def load_plugins(weights: dict) -> None:
-    """Load all plug-ins, before hours of work depend on them. Raises UserError.
+def load_plugins(weights: dict, think: bool = True) -> None:
+    """Load all plug-ins and try them out, before hours of work depend on them. Raises UserError.
 
-    weights: `rewards` of a configuration that the user has named, never those of a run folder.
+    weights: `rewards` of a configuration that the user has named, never those of a run folder. think: whether
+    answers have thinking boxes.
     """
     for name in plugin_names(weights):
         path, _, function = name.rpartition(":")
         if not callable(found := getattr(load_file(path), function, None)):
             raise UserError(f"rewards: {path} has no function {function!r}; write FILE.py:FUNCTION")
         FUNCTIONS[name] = found
+        try_out(name, think)
+
+
+# Boxes of an event in steps 4 to 7, step -> box, in the numbers of a text whose coordinates go to 1000.
+SCALE = (1000, 1000)
+TRUE = {4: (200, 200, 400, 800), 5: (220, 200, 440, 800), 6: (240, 190, 480, 810), 7: (260, 180, 500, 820)}
+NEAR = {4: (210, 200, 420, 790), 5: (220, 210, 450, 800), 6: (260, 190, 480, 840), 7: (270, 180, 540, 820)}
+AWKWARD = {  # what is awkward -> the span and the boxes, of both lists
+    "the true boxes in both lists": ((4, 7), TRUE),
+    "the same box in every step": ((4, 7), dict.fromkeys(NEAR, NEAR[4])),
+    "a box without area": ((4, 7), NEAR | {5: (300, 300, 300, 300)}),
+    "a flipped side": ((4, 7), NEAR | {5: (450, 210, 220, 800)}),
+    "two flipped sides": ((4, 7), NEAR | {5: (450, 800, 220, 210)}),
+    "a box far larger than the frame": ((4, 7), NEAR | {5: (0, 0, 99999, 99999)}),
+    "no box in its first and last step": ((4, 7), {5: NEAR[5], 6: NEAR[6]}),
+    "boxes outside its span alone": ((4, 7), {0: NEAR[4], 1: NEAR[5]}),
+    "an empty span": ((90, 3), NEAR),
+    "a single step": ((5, 5), {5: NEAR[5]}),
+    "a span far beyond the clip": ((4, 99999), NEAR),
+    "a span that misses the event": ((8, 11), {step + 4: box for step, box in NEAR.items()}),
+}
+
+
+def awkward_cases(think: bool) -> Iterator[tuple[str, Answer, Truth]]:
+    """Name, answer in the numbers of its text, and truth of the cases that a reward is tried on."""
+    true, near = tuple(TRUE.items()), tuple(NEAR.items())
+    truth = Truth((4, 7), {step: from_text_box(box, SCALE) for step, box in true})
+    ordinary = Answer(4, 7, true if think else None, near)
+    yield "an ordinary answer", ordinary, truth
+    for name, (span, boxes) in AWKWARD.items():
+        items = tuple(boxes.items())
+        yield name, Answer(*span, items if think else None, items), truth
+    yield "every step twice, backwards", replace(ordinary, pred=near[::-1] * 2), truth
+    if think:
+        yield "a draft of other steps", replace(ordinary, think=true[:2], pred=near[2:]), truth
+    yield "true steps without a box", ordinary, replace(truth, boxes={5: truth.boxes[5]})
+    yield "an event of one step", ordinary, Truth((5, 5), {5: truth.boxes[5]})
+
+
+@functools.cache
+def try_out(name: str, think: bool) -> None:
+    """Call a loaded plug-in, once in a process, on answers that training brings sooner or later. Raises
+    UserError, which says what it did on the first that it fails on, and names others."""
+    failed = {}
+    for what, answer, truth in awkward_cases(think):
+        try:
+            call_plugin(name, answer.in_frame(SCALE), truth, format_answer(answer))
+        except RewardError as error:
+            failed[what] = error
+    if failed:
+        first, *others = failed
+        also = f"; it also fails on {few(others)}" if others else ""
+        raise UserError(f"rewards: tried on {first}, which training brings: {failed[first]}{also}")
 
 
 def plugins_note(weights: dict, where: str | Path) -> str:
@@ -93,10 +150,13 @@ def plugin_fingerprints(weights: dict) -> dict[str, str]:
     return found
 
 
-def call_plugin(name: str, answer, truth, completion: str) -> float:
-    """The reward that a loaded plug-in gives. Raises RewardError where it fails or is not finite."""
+def call_plugin(name: str, answer: Answer, truth: Truth, completion: str) -> float:
+    """The reward that a loaded plug-in gives. Raises RewardError where it fails or is not finite.
+
+    answer: in [0, 1] of the frame. The plug-in gets copies, so that what it does to their boxes stays there.
+    """
     try:
-        value = float(FUNCTIONS[name](answer, truth))
+        value = float(FUNCTIONS[name](replace(answer), replace(truth, boxes=dict(truth.boxes))))
     except (Exception, SystemExit) as error:  # whatever the function does
         reason = _reason(error, name.rpartition(":")[0])
         raise RewardError(f"{name} raised {reason}; the answer was {completion!r}") from error

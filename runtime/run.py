@@ -352,7 +352,7 @@ def describe(config: Config, policy, train_samples: list[Sample], eval_samples: 
 def check_start(config: Config) -> None:
     """Find what would end the run later. (A group lives on one rank.) Raises UserError."""
     check_trackers(config)
-    load_plugins(config.rewards)
+    load_plugins(config.rewards, config.think)
     _, world_size = distributed.init()
     for key, part in {"batch_size": config, "sft.batch_size": config.sft}.items():
         if part.steps and part.batch_size % world_size:
