@@ -90,11 +90,11 @@ AWKWARD = {  # what is awkward -> the span and the boxes, of both lists
     "the true boxes in both lists": ((4, 7), TRUE),
     "the same box in every step": ((4, 7), dict.fromkeys(NEAR, NEAR[4])),
     "a box without area": ((4, 7), NEAR | {5: (300, 300, 300, 300)}),
-    "a flipped side": ((4, 7), NEAR | {5: (450, 210, 220, 800)}),
-    "two flipped sides": ((4, 7), NEAR | {5: (450, 800, 220, 210)}),
+    "a box with a flipped side": ((4, 7), NEAR | {5: (450, 210, 220, 800)}),
+    "a box with two flipped sides": ((4, 7), NEAR | {5: (450, 800, 220, 210)}),
     "a box far larger than the frame": ((4, 7), NEAR | {5: (0, 0, 99999, 99999)}),
-    "no box in its first and last step": ((4, 7), {5: NEAR[5], 6: NEAR[6]}),
-    "boxes outside its span alone": ((4, 7), {0: NEAR[4], 1: NEAR[5]}),
+    "a list without the span's first and last step": ((4, 7), {5: NEAR[5], 6: NEAR[6]}),
+    "a list of steps outside the span": ((4, 7), {0: NEAR[4], 1: NEAR[5]}),
     "an empty span": ((90, 3), NEAR),
     "a single step": ((5, 5), {5: NEAR[5]}),
     "a span far beyond the clip": ((4, 99999), NEAR),
@@ -111,11 +111,11 @@ def awkward_cases(think: bool) -> Iterator[tuple[str, Answer, Truth]]:
     for name, (span, boxes) in AWKWARD.items():
         items = tuple(boxes.items())
         yield name, Answer(*span, items if think else None, items), truth
-    yield "every step twice, backwards", replace(ordinary, pred=near[::-1] * 2), truth
+    yield "steps listed twice and backwards", replace(ordinary, pred=near[::-1] * 2), truth
     if think:
         yield "a draft of other steps", replace(ordinary, think=true[:2], pred=near[2:]), truth
-    yield "true steps without a box", ordinary, replace(truth, boxes={5: truth.boxes[5]})
-    yield "an event of one step", ordinary, Truth((5, 5), {5: truth.boxes[5]})
+    yield "a truth without a box in some steps", ordinary, replace(truth, boxes={5: truth.boxes[5]})
+    yield "a truth of one step", ordinary, Truth((5, 5), {5: truth.boxes[5]})
 
 
 @functools.cache
@@ -131,7 +131,7 @@ def try_out(name: str, think: bool) -> None:
     if failed:
         first, *others = failed
         also = f"; it also fails on {few(others)}" if others else ""
-        raise UserError(f"rewards: tried on {first}, which training brings: {failed[first]}{also}")
+        raise UserError(f"rewards: tried on {first} (training brings such cases): {failed[first]}{also}")
 
 
 def plugins_note(weights: dict, where: str | Path) -> str:

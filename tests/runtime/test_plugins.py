@@ -1,5 +1,6 @@
 """Rewards of your own: from a file to the total, what is wrong with one, and a run that it ends."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from tiny_runs import at_call, metrics_of, names, no_pictures, read_lines
 
 import train
-from config import load_config
-from prompts import Answer, format_answer
+from config import Config, load_config
+from prompts import Answer, format_answer, parse_answer
 from rewards import TERMS, score
 from runtime.files import UserError
 from runtime.fingerprints import settings_of
@@ -20,6 +21,7 @@ from runtime.plugins import (
     plugin_fingerprints,
     read_source,
 )
+from runtime.run import check_start
 from samples import Truth
 
 # Two steps; boxes of an eighth of the frame, drafts of half that.
@@ -44,8 +46,9 @@ def plugin(tmp_path, monkeypatch):
 
 
 def test_it_sees_what_the_built_in_rewards_see(plugin):
-    seen = "answer.span, answer.think_boxes[4], answer.pred_boxes, truth.span, truth.boxes[5]"
-    name = plugin(f"f.seen = {seen}; return iou(answer.think_boxes[4], truth.boxes[4])")
+    seen = "answer.span, answer.think_boxes.get(4), answer.pred_boxes, truth.span, truth.boxes[5]"
+    first = "(4, (0, 0, 0, 0))"
+    name = plugin(f"f.seen = {seen}; return iou(answer.think_boxes.get{first}, truth.boxes.get{first})")
     load_plugins({name: 1})
     scored = score(format_answer(ANSWER), TRUTH, weights={name: 3.0})
     assert scored.rewards[name] == 0.5 and list(scored.rewards) == [*TERMS, name, "total"]
@@ -58,31 +61,118 @@ def test_it_sees_what_the_built_in_rewards_see(plugin):
     assert set(score("no answer", TRUTH, weights={name: 9}).rewards.values()) == {0.0}
 
 
-def test_the_example_by_hand():
-    """Of the union of [4, 5] and [5, 8], five steps, one is common; there the box is half of the truth."""
-    name = "examples/viou.py:viou"
-    load_plugins({name: 1})
-    answer = Answer(4, 5, None, ((4, BOX), (5, HALF)))
+def test_the_examples_by_hand():
+    """Of the union of [4, 5] and [5, 8], five steps, one is common; there the box is half of the truth. So is
+    that of step 8, which the answer's span leaves out and its list names."""
+    viou, onethinker = "examples/viou.py:viou", "examples/onethinker.py:onethinker"
+    guards = {f"examples/guards.py:{name}": 1 for name in ("no_overlap", "missed_steps")}
+    load_plugins((weights := {viou: 1, onethinker: 1}) | guards)
+    load_plugins(weights | guards, think=False)
+    answer = Answer(4, 5, None, ((4, BOX), (5, HALF), (8, BOX)))
     truth = Truth((5, 8), dict.fromkeys(range(5, 9), (0.0, 0.0, 0.5, 0.25)))
-    scored = score(format_answer(answer), truth, weights={name: 1}, think=False)
-    assert scored.rewards[name] == pytest.approx(0.5 / 5, abs=1e-12) == scored.diagnostics["viou_pred"]
+    scored = score(format_answer(answer), truth, weights=weights, think=False)
+    assert scored.rewards[viou] == pytest.approx(0.5 / 5, abs=1e-12) == scored.diagnostics["viou_pred"]
+    assert scored.rewards[onethinker] == pytest.approx(0.5 * 1 / 5 + 0.5 * (0.5 + 1) / 2, abs=1e-12)
+    elsewhere = format_answer(Answer(20, 21, None, ((20, BOX),)))
+    assert score(elsewhere, truth, weights=weights, think=False).rewards[onethinker] == 0
 
 
 FAULTS = {
-    "return 1 / 0": r"raised ZeroDivisionError: division by zero \(line 5\)",
-    "return math.nan": r"the reward .*mine\.py:f is nan",
-    "pass": r"raised TypeError: float\(\) argument must be",
-    "raise SystemExit(3)": r"raised SystemExit: 3 \(line 5\)",
+    "1 / 0": r"raised ZeroDivisionError: division by zero \(line 5\)",
+    "math.nan": r"the reward .*mine\.py:f is nan",
+    "None": r"raised TypeError: float\(\) argument must be",
+    "exit(3)": r"raised SystemExit: 3 \(line 5\)",
 }
 
 
-@pytest.mark.parametrize("body", FAULTS)
-def test_a_fault_names_the_reward_and_the_answer(plugin, body):
+@pytest.mark.parametrize("value", FAULTS)
+def test_a_fault_names_the_reward_and_the_answer(plugin, value):
+    """Also on an answer that it was not tried on."""
     completion = format_answer(ANSWER)
-    with pytest.raises(RewardError, match=FAULTS[body]) as caught:
-        load_plugins(weights := {plugin(body): 1.0})
+    load_plugins(weights := {plugin(f"return {value} if answer.span == (4, 5) else 0"): 1.0})
+    with pytest.raises(RewardError, match=FAULTS[value]) as caught:
         score(completion, TRUTH, weights=weights)
     assert str(caught.value).endswith(f"; the answer was {completion!r}") and "\n" not in str(caught.value)
+
+
+PRED, EACH = "answer.pred_boxes", "for x1, y1, x2, y2 in answer.pred_boxes.values()"
+CARELESS = [  # a reward, the first answer that it fails on, and how
+    ("return 1 / 0", "an ordinary answer", "ZeroDivisionError: division by zero"),
+    ("return math.nan * exit()", "an ordinary answer", "SystemExit: None"),
+    ("pass", "an ordinary answer", "TypeError: float() argument must be"),
+    ("return 1 / (answer.think != answer.pred)", "the true boxes in both lists", "ZeroDivisionError"),
+    (f"x = [x1 {EACH}]; return 1 / (max(x) - min(x))", "the same box in every step", "ZeroDivisionError"),
+    (f"return sum(1 / ((x2 - x1) * (y2 - y1)) {EACH})", "a box without area", "ZeroDivisionError"),
+    (f"return sum(math.sqrt((x2 - x1) * (y2 - y1)) {EACH})", "a box with a flipped side", "ValueError"),
+    (f"return sum(math.sqrt(y2 - y1) {EACH})", "a box with two flipped sides", "ValueError"),
+    (f"return sum(math.log(1 - x2) {EACH})", "a box far larger than the frame", "ValueError"),
+    (f"return {PRED}[answer.span[0]][0]", "a list without the span's first and last step", "KeyError: 4"),
+    (f"return 1 / (4 in {PRED} or 5 in {PRED})", "a list of steps outside the span", "ZeroDivisionError"),
+    ("return math.sqrt(answer.end - answer.start)", "an empty span", "ValueError"),
+    ("return 1 / (answer.end - answer.start)", "a single step", "ZeroDivisionError"),
+    ("return 1 / [1, 1, 1, 1, 1, 1, 1, 1][answer.end]", "a span far beyond the clip", "IndexError"),
+    ("return 1 / (answer.start != 8)", "a span that misses the event", "ZeroDivisionError"),
+    (
+        "return sum(math.log(b - a) for (a, _), (b, _) in zip(answer.pred, answer.pred[1:]))",
+        *("steps listed twice and backwards", "ValueError"),
+    ),
+    (f"return sum(answer.think_boxes[i][0] for i in {PRED})", "a draft of other steps", "KeyError: 6"),
+    ("return truth.boxes[truth.span[0]][0]", "a truth without a box in some steps", "KeyError: 4"),
+    ("return 1 / (truth.span[1] - truth.span[0])", "a truth of one step", "ZeroDivisionError"),
+]
+
+
+@pytest.mark.parametrize(("body", "what", "reason"), CARELESS)
+def test_a_careless_reward_is_named_at_the_start(plugin, body, what, reason):
+    name = plugin(body)
+    with pytest.raises(UserError) as caught:
+        check_start(Config(rewards={name: 0.0}))
+    said = f"rewards: tried on {what} (training brings such cases): {name} raised {reason}"
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+    assert " (line 5)" in str(caught.value) or body == "pass"
+    text = re.search(r"; the answer was '(.*?)'", str(caught.value))[1]
+    assert format_answer(parse_answer(text)) == text
+
+
+def test_what_the_start_says(plugin, tmp_path, grpo_config):
+    """In one line, and before all else: no folder is made."""
+    name = plugin("return math.inf if answer.end - answer.start > 99 else 1 / (answer.end >= answer.start)")
+    with pytest.raises(UserError) as caught:
+        train.main([grpo_config(tmp_path, rewards={name: 1.0})])  # which has no thinking boxes
+    boxes = "4. [210, 200, 420, 790], 5. [220, 210, 450, 800], 6. [260, 190, 480, 840]"
+    boxes += ", 7. [270, 180, 540, 820]"
+    assert str(caught.value) == (
+        f"rewards: tried on an empty span (training brings such cases): {name} raised ZeroDivisionError:"
+        " division by zero (line 5); the answer was '<time> 90 - 3 </time> <pred_bbox> "
+        f"{boxes} </pred_bbox>'; it also fails on a span far beyond the clip"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_is_tried_once_on_answers_as_the_run_has_them(plugin):
+    """One that needs thinking boxes is right where there are some. Numbers of numpy are numbers."""
+    counts = "import numpy; f.calls = getattr(f, 'calls', 0) + 1"
+    name = plugin(f"{counts}; return numpy.float32(len(answer.think)) / len(answer.think_boxes) > 1")
+    load_plugins({name: 1})
+    assert (calls := FUNCTIONS[name].calls) >= 12
+    load_plugins({name: 1})
+    assert FUNCTIONS[name].calls == calls
+    with pytest.raises(UserError, match=r"tried on an ordinary answer .* '<time> 4 - 7 </time> <pred"):
+        load_plugins({name: 1}, think=False)
+
+
+def test_a_reward_may_do_with_its_boxes_what_it_likes(plugin, tmp_path):
+    """The next one gets them whole, and so does the next answer to that sentence."""
+    spoils = plugin("answer.pred_boxes.clear(); answer.think_boxes.clear(); truth.boxes.clear(); return 0")
+    (tmp_path / "next.py").write_text(
+        "def count(answer, truth):\n"
+        "    return len(answer.pred_boxes) + 10 * len(answer.think_boxes) + 100 * len(truth.boxes)\n"
+    )
+    weights = {spoils: 1, f"{tmp_path}/next.py:count": 0}
+    load_plugins(weights)
+    for _ in range(2):
+        terms = score(format_answer(ANSWER), TRUTH, weights=weights).rewards
+        assert (terms[f"{tmp_path}/next.py:count"], terms["total"]) == (222, PAPER)
 
 
 UNLOADABLE = {
@@ -108,8 +198,9 @@ def test_a_file_is_run_once_and_may_hold_what_python_files_hold(tmp_path, monkey
     )
     names = [f"{tmp_path}/two.py:{name}" for name in "fg"]
     load_plugins(weights := dict.fromkeys(names, 1))
+    first = score(format_answer(ANSWER), TRUTH, weights=weights).rewards[names[0]]
     terms = score(format_answer(ANSWER), TRUTH, weights=weights).rewards
-    assert [terms[name] for name in names] == [1, 10]
+    assert [terms[name] for name in names] == [first + 1, 10 * (first + 1)]
 
 
 def test_another_text_is_another_reward(plugin, tmp_path):
