@@ -10,10 +10,9 @@ its weight, beside the paper's five:
 
     rewards: {think: 0.5, my_rewards.py:smoothness: 0.2}
 
-It is called for every answer that parses. It gets what the functions below get: an Answer whose boxes are in
-[0, 1] of the frame (answer.span, answer.think_boxes and answer.pred_boxes: step -> box), and the Truth (span,
-boxes). Boxes may be missing, and may have no inside; a span may end before it starts. It may import
-everything here (`from rewards import giou, common_steps`). Weight 0 only logs it.
+It gets what the functions below get: an Answer whose boxes are in [0, 1] of the frame, and the Truth. What
+these may hold, and what a reward is tried on before training, stands in README.md, "Another reward". It may
+import everything here (`from rewards import giou, common_steps`). Weight 0 only logs it.
 
 Bounds, for any text and any truth with boxes in [0, 1]: format and consistency are 0 or 1; temporal is in
 [0, 1]; a box earns GIoU - L1 >= -1 - 4, so spatial is in [-5, 1] and think in [0, 6]. With the paper's

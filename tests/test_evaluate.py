@@ -427,6 +427,7 @@ def failing(arguments):
 def test_a_plugin_that_fails_on_one_rank_ends_all(decoding, tmp_path, monkeypatch):
     """The other rank does not wait for answers that never come."""
     monkeypatch.chdir(tmp_path)
-    text = "import os\ndef worse(answer, truth):\n    return float(os.environ['RANK'] == '0' or 'nan')\n"
+    good = "os.environ['RANK'] == '0' or truth.span[1] > 4"  # as in all that a reward is tried on
+    text = f"import os\ndef worse(answer, truth):\n    return float({good} or 'nan')\n"
     (tmp_path / "worse.py").write_text(text)
     on_ranks(2, failing, [*decoding, "rewards.worse.py:worse=1"], timeout=60)

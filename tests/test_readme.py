@@ -23,6 +23,7 @@ def block(pattern):
     return next(code for code in blocks if re.search(pattern, code, re.M))
 
 
+EXPLOITS = re.search(r"`one easy step` is paid ([\d.]+),\s+honest play ([\d.]+)\.\)", TEXT).groups()
 PYTHON, YAML, SHELL = map(block, (r"^def smoothness", r"^rewards:", r"^python .*my_rewards\.yaml"))
 
 
@@ -47,7 +48,10 @@ def test_another_reward(tmp_path, monkeypatch, grpo_config, capsys):
                 train.main(words)
         said[program] = "".join(capsys.readouterr())
     assert list(said) == ["train.py", "lab.exploits", "lab.bench", "lab.pictures"]
-    assert "one easy step" in said["lab.exploits"] and REWARD in said["lab.bench"]
+    paid = said["lab.exploits"].partition(f"{REWARD}, without its weight")[2]
+    for play, pay in zip(("one easy step", "honest play"), EXPLOITS, strict=True):
+        assert re.search(rf"^{play} +{pay} ", paid, re.M)
+    assert REWARD in said["lab.bench"]
     run = Path("runs/toy_my_rewards")
     assert str(run) in said["lab.pictures"]
     assert REWARD in (run / "pictures/run.html").read_text(encoding="utf-8")
