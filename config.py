@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import operator
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,6 +162,20 @@ def load_config(paths: str | Path | list[str], overrides: list[str] = ()) -> Con
         config = _overlay(config, {key: {part: value} if dot else value}, "command line")
     _check(config, "command line")
     return config
+
+
+def command_line(words: list[str], usage: str) -> Config:
+    """The settings of train.py's command line: YAML files (none: configs/toy.yaml), and key=value over them.
+    Prints the usage and exits on --help. Raises ConfigError."""
+    if {"-h", "--help"} & set(words):
+        print(usage.strip())
+        sys.exit()
+    for word in words:
+        if word.startswith("-"):
+            raise ConfigError(f"{word}: no such option; settings are written key=value")
+    files = [word for word in words if "=" not in word]
+    default = Path(__file__).parent / "configs/toy.yaml"
+    return load_config(files or default, [word for word in words if "=" in word])
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -25,10 +25,17 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
+from config import DTYPES, Config, ConfigError, load_config
+from runtime.files import DataError, check_first, run_script, write_jsonl
+
+if __name__ == "__main__":  # a wrong setting is said before the imports below, which take seconds
+    words = sys.argv[1:]
+    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    check_first(lambda: load_config([word for word in words if word.endswith(".yaml")], settings))
+
 import torch
 from tqdm import tqdm
 
-from config import DTYPES, Config, ConfigError, load_config
 from data import DROPS, Report, check_videos, count_sentences, format_report, load_samples
 from metrics import format_gain, format_table, score_answers, think_gain, tube_of
 from model import make_prompt, rollout
@@ -36,7 +43,6 @@ from prompts import Answer
 from qwen.checkpoint import Policy, load_policy
 from rewards import score
 from runtime import distributed
-from runtime.files import DataError, run_script, write_jsonl
 from runtime.logs import peak_memory
 from runtime.plugins import load_plugins, plugin_names, plugins_note
 from runtime.predictions import (

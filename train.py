@@ -28,11 +28,15 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+from config import Config, command_line
+from runtime.files import UserError, check_first, run_script
+
+if __name__ == "__main__":  # a wrong setting is said before the imports below, which take seconds
+    check_first(lambda: command_line(sys.argv[1:], __doc__))
 
 import torch
 
-from config import Config, ConfigError, load_config
 from data import check_videos
 from evaluate import answer_record, coordinates_note, decode_split, load_split, score_predictions
 from grpo import group_advantages, loss_normalizer, policy_loss
@@ -52,8 +56,7 @@ from qwen.checkpoint import Policy, freeze, load_trainable
 from qwen.lora import without_adapters
 from rewards import score
 from runtime import checkpoints, distributed
-from runtime.files import UserError, run_script
-from runtime.logs import clock
+from runtime.logs import WARNINGS, clock
 from runtime.predictions import fingerprint_of
 from runtime.run import Run, Stopped, check_start, describe, open_run
 from samples import Sample, Truth
@@ -268,16 +271,7 @@ def rollout_records(
 
 def main(arguments: list[str]) -> None:
     started = time.monotonic()
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__.strip())
-        return
-    for word in arguments:
-        if word.startswith("-"):
-            raise ConfigError(f"{word}: no such option; settings are written key=value")
-    files = [word for word in arguments if "=" not in word] or [
-        str(Path(__file__).parent / "configs/toy.yaml")
-    ]
-    config = load_config(files, [word for word in arguments if "=" in word])
+    config = command_line(arguments, __doc__)
     rank, _ = distributed.init()
     check_start(config)
     if config.threads:
@@ -335,7 +329,7 @@ def evaluate_split(run: Run, samples: list[Sample], when: str) -> None:
         predictions = decode_split(run.policy, samples, run.loader, config, path, fingerprint, run.stop)
     if predictions is None:
         raise Stopped
-    run.log_eval(score_predictions(predictions, samples, config)["native"], when)
+    run.log_eval(score_predictions(predictions, samples, config)["native"], when, predictions)
 
 
 def report(run: Run) -> None:
@@ -348,6 +342,8 @@ def report(run: Run) -> None:
                 **summary["reward"]
             )
         )
+    for name, steps in summary["warnings"].items():
+        print(f"warning, in {steps} of {run.config.steps} steps: {WARNINGS[name]}")
     print(f"{summary['seconds']:.0f} s; everything is in {run.folder}/")
     try:
         from lab.pictures import draw_run  # the only arrow from here to lab/

@@ -50,6 +50,15 @@ def disk_remedy(error: Exception) -> str:
     return next((text for names, text in DISK_REMEDIES.items() if name in names), "check the path")
 
 
+def check_first(check: Callable[[], object]) -> None:
+    """Run a check of a script's words above its slow imports, on rank 0, whose message is enough."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            check()
+        except UserError as error:
+            sys.exit(f"error: {error}")
+
+
 def run_script(main: Callable[[], None], place: str, stopped: str = "stopped") -> None:
     """Run a script's main function; an error that the user can mend is one line on stderr and exit code 1.
 

@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 
 from config import Config, ConfigError
+from prompts import where_it_fails
 from runtime.files import read_jsonl, write_jsonl, write_whole
 
 PARTS = ("decode", "rollout", "score", "reference", "update", "wait")  # of a step
-DRIFT_STEPS, DRIFT_LEAST = 30, 15  # steps that drifts_apart looks at, at most and at least
+DRIFT_STEPS, DRIFT_LEAST = 30, 15  # steps that warning_of looks at: at most, and at least for drift
+KL_LEAST = 0.05  # nats a token; less is a policy that has hardly moved
 
 
 class Clock:
@@ -161,20 +164,102 @@ def check_trackers(config: Config) -> None:
             raise ConfigError(f"log_to: {name} is not installed; pip install {name}, or leave it out")
 
 
-def drifts_apart(recent: list[tuple[float, float]]) -> bool:
+WARNINGS = {  # name, as the bar shows it -> what is the matter, and what to do (docs/glossary.md)
+    "cut off": "most answers are cut off, and earn nothing: raise max_new_tokens (python -m lab.check_data"
+    " CONFIG prints how long true answers are)",
+    "unreadable": "hardly any answer parses, and the others earn nothing: teach the form first"
+    " (sft.steps=200), and check max_new_tokens, coordinates, and the prompt",
+    "no spread": "the answers of a group earn the same, so none is better than another: raise temperature or"
+    " num_generations, or give a reward that tells them apart",
+    "no gradient": "the gradient is 0, so no weight changes: check lora.targets, freeze_vision, and that the"
+    " weights in rewards are not 0",
+    "KL alone grows": "the policy moves away from the reference, and its reward does not rise: lower"
+    " learning_rate, raise kl_beta, or enlarge the batch",
+    "drift": "the reward rises while vIoU falls, so something pays that is not the task: look at the sampled"
+    " answers (python -m lab.pictures RUN) and at python -m lab.exploits",
+}
+
+
+def parse_report(records: list[dict], config: Config, example: bool = True) -> str:
+    """How many of some answers parse, how many are cut off, and how the first of the others begins.
+
+    records: lines of rollouts.jsonl or predictions.jsonl; at least one.
+    """
+    wrong = [record["completion"] for record in records if record["span"] is None]
+    cut = np.mean([record["truncated"] for record in records])
+    text = f"{1 - len(wrong) / len(records):.0%} of {len(records)} answers parse, {cut:.0%} are cut off"
+    text += f" at max_new_tokens={config.max_new_tokens}"
+    if wrong and example:
+        begins, place = " ".join(wrong[0].split())[:80], where_it_fails(wrong[0], config.think)
+        text += f"; one that does not parse begins {begins!r} ({place})"
+    return text
+
+
+def before_report(records: list[dict], config: Config) -> str:
+    """What is said of the answers before training; if fewer than a fifth parse, with an example and a remedy.
+    "" if no video could be read."""
+    records = [record for record in records if "length" in record]
+    if not records:
+        return ""
+    few = np.mean([record["span"] is not None for record in records]) < 0.2
+    cut = np.mean([record["truncated"] for record in records]) > 0.5
+    warning = f"\nwarning: {WARNINGS['cut off' if cut else 'unreadable']}" if few else ""
+    return f"before training {parse_report(records, config, example=few)}{warning}"
+
+
+def warning_of(metrics: dict, recent: list[dict]) -> tuple[str, float]:
+    """The first of WARNINGS that holds in a step ("" for none; the later ones often follow from it), and how
+    bad it is, from 0 to 1.
+
+    metrics: a step's line of metrics.jsonl. recent: the lines of up to DRIFT_STEPS steps, this one the last.
+    """
+    shares = {
+        "cut off": (metrics["truncated"], 0.5),
+        "unreadable": (1 - metrics["format"], 0.9),
+        "no spread": (metrics["zero_spread"], 0.9),
+        "no gradient": (float(metrics["grad_norm"] == 0), 0.5),  # a loss of exactly 0 alone is healthy
+        "KL alone grows": (float(kl_alone_grows(recent)), 0.5),
+        "drift": (metrics["drift"], 0.5),
+    }
+    return next(((name, share) for name, (share, most) in shares.items() if share > most), ("", 0.0))
+
+
+def count_warnings(lines: list[dict]) -> dict[str, int]:
+    """name -> in how many steps it was given, of those in the last step or in half of them. lines: of
+    metrics.jsonl, phase grpo."""
+    counts = Counter(line["warning"] for line in lines if "warning" in line)
+    last = lines[-1].get("warning") if lines else None
+    return {name: count for name, count in counts.items() if name == last or count * 2 >= len(lines)}
+
+
+def drifts_apart(recent: list[dict]) -> bool:
     """Whether the reward rises while the vIoU falls: the policy has found something that pays and is not the
-    task. recent: (reward, vIoU) of the last steps, whose straight lines must both be steeper than twice the
-    standard error of their slopes."""
+    task. recent: lines of metrics.jsonl, of the last steps."""
     if len(recent) < DRIFT_LEAST:
         return False
-    values = np.array(recent)  # (T, 2)
+    return trend(recent, "reward") > 0 > trend(recent, "viou_pred")
+
+
+def kl_alone_grows(recent: list[dict]) -> bool:
+    """Whether over DRIFT_STEPS steps the KL rises, from its first to its last third to more than twice, and
+    neither the reward nor the vIoU does."""
+    if len(recent) < DRIFT_STEPS:
+        return False
+    kl, third = [line["kl"] for line in recent], DRIFT_STEPS // 3
+    now, then = np.mean(kl[-third:]), np.mean(kl[:third])
+    moves = trend(recent, "kl") > 0 and now > max(2 * then, KL_LEAST)
+    return bool(moves and trend(recent, "reward") <= 0 and trend(recent, "viou_pred") <= 0)
+
+
+def trend(recent: list[dict], key: str) -> int:
+    """1 if a straight line through the values rises, -1 if it falls, by more than twice the standard error of
+    its slope; else 0."""
+    values = np.array([line[key] for line in recent])  # (T,)
     steps = np.arange(len(values)) - (len(values) - 1) / 2  # (T,)
-    slopes = steps @ values / (steps @ steps)  # (2,), of the least-squares lines
-    residuals = values - values.mean(axis=0) - np.outer(steps, slopes)  # (T, 2)
-    errors = np.sqrt((residuals**2).sum(axis=0) / (len(values) - 2) / (steps @ steps))
-    reward, viou = slopes
-    rounding = 1e-9 / len(values)
-    return bool(reward > 2 * errors[0] + rounding and viou < -2 * errors[1] - rounding)
+    slope = steps @ values / (steps @ steps)  # of the least-squares line
+    residuals = values - values.mean() - steps * slope  # (T,)
+    error = np.sqrt((residuals**2).sum() / (len(values) - 2) / (steps @ steps))
+    return int(np.sign(slope)) if abs(slope) > 2 * error + 1e-9 / len(values) else 0
 
 
 def flatten(tree: dict) -> dict[str, float]:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +24,20 @@ from runtime import checkpoints, distributed
 from runtime.checkpoints import Checkpoint, Progress
 from runtime.files import leftovers, read_jsonl, write_json, write_jsonl, write_whole
 from runtime.fingerprints import fingerprints, settings_of
-from runtime.logs import DRIFT_STEPS, Log, check_trackers, clock, drifts_apart, peak_memory, summarize
+from runtime.logs import (
+    DRIFT_STEPS,
+    WARNINGS,
+    Log,
+    before_report,
+    check_trackers,
+    clock,
+    count_warnings,
+    drifts_apart,
+    parse_report,
+    peak_memory,
+    summarize,
+    warning_of,
+)
 from runtime.plugins import load_plugins, plugin_fingerprints
 from samples import Sample
 from video.frames import VideoError
@@ -50,7 +64,8 @@ class Run:
     started: float  # by time.monotonic; the starts before count as if they had ended then
     optimizer: torch.optim.Optimizer | None = None  # of the phase that is running
     batch: list[Sample] = field(default_factory=list)  # of the step that is running, on all ranks
-    recent: list[tuple[float, float]] = field(default_factory=list)  # (reward, vIoU) of the last steps
+    recent: list[dict] = field(default_factory=list)  # lines of metrics.jsonl of the last steps
+    said: dict[str, float] = field(default_factory=dict)  # warning -> how bad it was when it was said
     evaluated: int = 0  # step of the last evaluation
 
     def steps(
@@ -120,16 +135,30 @@ class Run:
         metrics |= step_cost(metrics.pop("tokens"))
         if not self.log:
             return
-        self.recent = [*self.recent, (metrics["reward"], metrics["viou_pred"])][-DRIFT_STEPS:]
+        self.recent = [*self.recent, metrics][-DRIFT_STEPS:]
         metrics["drift"] = float(drifts_apart(self.recent))
+        warning, share = warning_of(metrics, self.recent)
+        if warning:
+            metrics["warning"] = warning
+            self._warn(warning, share, step, records)
         write_jsonl(records, self.folder / "rollouts.jsonl", append=True)
         self.log.write({"phase": "grpo", "step": step + 1, **metrics})
-        reward, viou = np.mean(self.recent[-10:], axis=0)
-        warning = " (the reward rises, vIoU falls!)" if metrics["drift"] else ""
-        self.bar.set_postfix_str(f"reward {reward:.2f}, vIoU {viou:.2f}{warning}", refresh=False)
+        reward, viou = (np.mean([line[key] for line in self.recent[-10:]]) for key in ("reward", "viou_pred"))
+        loud = f" ({warning}!)" if warning else ""
+        self.bar.set_postfix_str(f"reward {reward:.2f}, vIoU {viou:.2f}{loud}", refresh=False)
 
-    def log_eval(self, scores: dict, when: str) -> None:
-        """Write the held-out scores to metrics.jsonl; keep the weights as best_STEP if they are the best."""
+    def _warn(self, warning: str, share: float, step: int, records: list[dict]) -> None:
+        """Say a warning once, and again only when it has become worse."""
+        if share > self.said.get(warning, -1) + 0.2:
+            self.said[warning] = share
+            about = f". {parse_report(records, self.config)}" if warning in ("cut off", "unreadable") else ""
+            tqdm.write(f"warning, step {step + 1}: {WARNINGS[warning]}{about}", file=sys.stderr)
+
+    def log_eval(self, scores: dict, when: str, predictions: list[dict]) -> None:
+        """Write the held-out scores to metrics.jsonl; keep the weights as best_STEP if they are the best.
+        Before training, say how many answers parse."""
+        if self.log and when == "before":
+            print(before_report(predictions, self.config), file=sys.stderr)
         if self.log:
             self.log.write({"phase": "eval", "step": self.progress.step, **scores})
         self.evaluated = self.progress.step
@@ -161,15 +190,18 @@ class Run:
 
     def write_summary(self) -> dict:
         """Write summary.json: scores before and after, the mean reward of the first and last tenth of the
-        steps (None without steps), and the seconds of all starts, each up to its checkpoint. Returns it."""
+        steps (None without steps), the warnings that held to the end or in half of the steps, and the
+        seconds of all starts, each up to its checkpoint. Returns it."""
         lines = read_jsonl(self.folder / "metrics.jsonl")
         first, *_, last = [m for m in lines if m["phase"] == "eval"]
         before, after = ({key: m[key] for key in last if key not in ("phase", "step")} for m in (first, last))
-        rewards = [m["reward"] for m in lines if m["phase"] == "grpo"]
+        grpo = [m for m in lines if m["phase"] == "grpo"]
+        rewards = [m["reward"] for m in grpo]
         tenth = max(1, len(rewards) // 10)  # the mean of a single step is noise
         parts = {"first": rewards[:tenth], "last": rewards[-tenth:]}
         reward = {name: float(np.mean(part)) if part else None for name, part in parts.items()}
         summary = {"before": before, "after": after, "reward": reward}
+        summary["warnings"] = count_warnings(grpo)
         summary["seconds"] = time.monotonic() - self.started
         write_json(summary, self.folder / "summary.json")
         return summary
@@ -231,8 +263,7 @@ def open_run(
         run = Run(config, folder, policy, loader, identity, checkpoint, progress, stop, log, started)
         if progress.step:
             lines = read_jsonl(folder / "metrics.jsonl")
-            grpo = [m for m in lines if m["phase"] == "grpo"]
-            run.recent = [(m["reward"], m["viou_pred"]) for m in grpo[-DRIFT_STEPS:]]
+            run.recent = [m for m in lines if m["phase"] == "grpo"][-DRIFT_STEPS:]
             run.evaluated = max(m["step"] for m in lines if m["phase"] == "eval")
         try:
             yield run

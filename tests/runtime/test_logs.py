@@ -11,7 +11,20 @@ from ranks import on_ranks
 from config import Config, ConfigError
 from runtime import logs
 from runtime.files import read_jsonl, write_jsonl
-from runtime.logs import PARTS, Clock, Log, check_trackers, drifts_apart, flatten
+from runtime.logs import (
+    PARTS,
+    WARNINGS,
+    Clock,
+    Log,
+    before_report,
+    check_trackers,
+    count_warnings,
+    drifts_apart,
+    flatten,
+    kl_alone_grows,
+    parse_report,
+    warning_of,
+)
 
 # Four supervised steps come before the first of reinforcement: each phase counts its own.
 SCORES = {"m_vIoU": 12.5, "vIoU@0.3": 1 / 3}
@@ -164,16 +177,21 @@ def test_peak_memory_stays_at_the_peak():
     assert after == pytest.approx(peak, abs=0.01)
 
 
+def lines_of(**columns):
+    """Lines of metrics.jsonl, from the values of each key."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def test_drift_by_hand():
     """Straight lines have no error; nothing is said before DRIFT_LEAST steps, nor of rounding."""
     up, down = np.arange(30) / 10, 1 - np.arange(30) / 100
-    assert drifts_apart([*zip(up, down, strict=True)])
+    assert drifts_apart(lines_of(reward=up, viou_pred=down))
     for reward, viou in ((up, up), (down, down), (down, up)):
-        assert not drifts_apart([*zip(reward, viou, strict=True)])
-    assert drifts_apart([*zip(up, down, strict=True)][:15])
-    assert not drifts_apart([*zip(up, down, strict=True)][:14])
-    level = [(k / 7, k / 11) for k in range(100)]
-    assert not any(drifts_apart([pair] * count) for pair in level for count in (15, 22, 30))
+        assert not drifts_apart(lines_of(reward=reward, viou_pred=viou))
+    assert drifts_apart(lines_of(reward=up, viou_pred=down)[:15])
+    assert not drifts_apart(lines_of(reward=up, viou_pred=down)[:14])
+    level = lines_of(reward=np.arange(100) / 7, viou_pred=np.arange(100) / 11)
+    assert not any(drifts_apart([line] * count) for line in level for count in (15, 22, 30))
 
 
 def test_drift_against_polyfit():
@@ -184,6 +202,65 @@ def test_drift_against_polyfit():
         values = np.stack([0.02 * steps, -0.02 * steps], 1) + noise
         lines = [np.polyfit(steps, column, 1, cov=True) for column in values.T]
         (reward, of_reward), (viou, of_viou) = [(line[0], np.sqrt(cov[0, 0])) for line, cov in lines]
-        answers.append(drifts_apart([*map(tuple, values)]))
+        answers.append(drifts_apart(lines_of(reward=values[:, 0], viou_pred=values[:, 1])))
         assert answers[-1] == (reward > 2 * of_reward and viou < -2 * of_viou)
     assert 30 < sum(answers) < 270
+
+
+def test_the_kl_alone_grows():
+    """From 0.03 to 0.3 in 30 steps; not if the reward or vIoU rises, the KL does not double, or is small."""
+    kl, level, up = np.linspace(0.03, 0.3, 30), np.tile([1.0, 1.2], 15), np.linspace(1, 2, 30)
+
+    def grows(**columns):
+        return kl_alone_grows(lines_of(**{"kl": kl, "reward": level, "viou_pred": level, **columns}))
+
+    assert grows() and grows(reward=-up)
+    others = {"reward": up, "viou_pred": up}, {"kl": kl / 10}, {"kl": kl + 0.3}, {"kl": kl[::-1]}
+    assert not any(grows(**other) for other in (*others, {"reward": up}, {"viou_pred": up}))
+    assert not kl_alone_grows(lines_of(kl=kl, reward=level, viou_pred=level)[:29])
+
+
+HEALTHY = {"truncated": 0.1, "format": 0.9, "zero_spread": 0.2, "grad_norm": 1.0, "drift": 0.0, "loss": 0.0}
+
+
+@pytest.mark.parametrize(
+    "change, warning, share",
+    [
+        ({}, "", 0),
+        ({"truncated": 0.5, "format": 0.1, "zero_spread": 0.9}, "", 0),  # at the thresholds
+        ({"truncated": 0.75}, "cut off", 0.75),
+        ({"truncated": 1, "format": 0, "zero_spread": 1, "grad_norm": 0}, "cut off", 1),  # the cause alone
+        ({"format": 0.05, "zero_spread": 1, "grad_norm": 0}, "unreadable", 0.95),
+        ({"zero_spread": 0.95, "grad_norm": 0}, "no spread", 0.95),
+        ({"grad_norm": 0}, "no gradient", 1),
+        ({"drift": 1}, "drift", 1),
+    ],
+)
+def test_what_a_step_is_warned_of(change, warning, share):
+    assert warning_of(HEALTHY | change, []) == (warning, share)
+    assert warning == "" or warning in WARNINGS
+
+
+def test_warnings_at_the_end():
+    """Those of the last step, or of half of the steps."""
+    said = ["cut off"] * 4 + ["", "no spread", "", "unreadable"]
+    assert count_warnings([{"warning": w} if w else {} for w in said]) == {"cut off": 4, "unreadable": 1}
+    assert count_warnings([{"warning": "drift"}, {}, {}]) == count_warnings([]) == {}
+
+
+def test_how_many_answers_parse():
+    """Three of four, one of them cut off; an answer about a video that cannot be read does not count."""
+    good = {"completion": "(parsed)", "span": [1, 2], "length": 5, "truncated": False}
+    bad = {"completion": "<time> 3 -", "span": None, "length": 4, "truncated": True}
+    gone = {"completion": "", "span": None, "unreadable": True}
+    config = Config(max_new_tokens=4)
+    counts = "75% of 4 answers parse, 25% are cut off at max_new_tokens=4"
+    place = "one that does not parse begins '<time> 3 -' (the text ends after '<time> 3 -': an integer"
+    assert parse_report([good, good, good, bad], config, example=False) == counts
+    assert parse_report([good, good, good, bad], config).startswith(f"{counts}; {place}")
+    assert before_report([good, bad, bad, bad, gone], config).startswith("before training 25% of 4") and (
+        "warning" not in before_report([good, bad, bad, bad], config)
+    )
+    assert f"warning: {WARNINGS['cut off']}" in before_report([bad] * 6 + [good], config)
+    assert f"warning: {WARNINGS['unreadable']}" in before_report([bad | {"truncated": False}] * 6, config)
+    assert before_report([gone], config) == ""

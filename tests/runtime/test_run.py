@@ -9,6 +9,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import types
 from collections import Counter
 
@@ -19,8 +21,9 @@ from tiny_runs import assert_same, at_call, contents, killed, metrics_of, names,
 
 import runtime.run
 import train
+from config import Config
 from runtime.files import UserError
-from runtime.run import global_batch
+from runtime.run import Run, global_batch
 
 ONE = {"eval_every": 0, "eval_limit": 1}  # as few evaluations as can be
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -178,9 +181,40 @@ def test_drift_is_looked_for_in_the_last_steps_also_after_a_kill(tmp_path, grpo_
     killed(train, "update", 4, [path])
     train.main([path, "resume=auto"])
     lines = metrics_of(run, "grpo")
-    pairs = [(line["reward"], line["viou_pred"]) for line in lines]
-    assert seen == [pairs[:1], pairs[:2], pairs[1:3], pairs[2:]]
+    steps = [[line["reward"] for line in recent] for recent in seen]
+    rewards = [line["reward"] for line in lines]
+    assert steps == [rewards[:1], rewards[:2], rewards[1:3], rewards[2:]]
     assert [line["drift"] for line in lines] == [0, 0, 0, 1]
+
+
+def test_a_run_that_learns_nothing_says_so(tmp_path, grpo_config, capsys):
+    """Three tokens are too few for any answer: once before, once in the first step, and at the end."""
+    train.main([grpo_config(tmp_path, **ONE, steps=3, max_new_tokens=3), "resume=auto"])
+    out, err = capsys.readouterr()
+    assert "before training 0% of 1 answers parse, 100% are cut off at max_new_tokens=3; one" in err
+    assert err.count("warning, step 1: most answers are cut off") == err.count("warning, step") == 1
+    assert "(cut off!)" in err and "warning, in 3 of 3 steps: most answers are cut off" in out
+    assert [line["warning"] for line in metrics_of(tmp_path / "run", "grpo")] == ["cut off"] * 3
+    assert json.loads((tmp_path / "run/summary.json").read_text())["warnings"] == {"cut off": 3}
+
+
+def test_a_warning_is_repeated_when_it_gets_worse(capsys):
+    """By more than 0.2, each warning by itself."""
+    run = types.SimpleNamespace(said={}, config=Config())
+    shares = [("no spread", 0.5), ("no spread", 0.7), ("no gradient", 1), ("no spread", 0.71)]
+    for step, (warning, share) in enumerate([*shares, ("no spread", 0.9), ("no spread", 1)]):
+        Run._warn(run, warning, share, step, [])
+    said = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == [f"warning, step {n}" for n in (1, 3, 4, 6)]
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_wrong_setting_is_said_without_torch(script):
+    command = [sys.executable, "-X", "importtime", script, "learning_rat=1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(train.__file__).parent)
+    *imports, message = done.stderr.strip().splitlines()
+    assert message == "error: command line: unknown key learning_rat; did you mean learning_rate?"
+    assert done.returncode == 1 and not any("torch" in line for line in imports)
 
 
 def test_seconds_of_all_starts(tmp_path, grpo_config, monkeypatch):
