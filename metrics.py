@@ -16,9 +16,21 @@ Published tables disagree about G and F. A protocol is one choice of the two:
     tubedetr   TubeDETR, which the paper       [first, stop)                  5 a second, at most 200
                cites for its metrics
 
-In all of them vIoU leaves out the frames of the truth without a box, which still count in tIoU (the published
-code drops such sentences or stops); a failed answer counts as 0, like any other; and vIoU@R is the share of
-answers strictly above R.
+In these three vIoU leaves out the frames of the truth without a box, which still count in tIoU (the published
+code drops such sentences or stops). Two newer protocols know a tube by its boxes, whose corners are sorted:
+
+    protocol   who                             P and G, among the frames F    F
+    vue        VUE-STG, the benchmark of       those with a box that has      one a second
+               Vidi2                           an inside
+    grid       PTD (Parallel Tube Decoding)    those with a box; in tIoU the  2 a second, 4 to 64
+                                               whole of P, and G without gaps
+
+An event that none of the frames F meets scores 0 there. `vue` also has "vIoU_common", the mean IoU over P and
+G, which tells *where* from *when*. It equals `native` on clips of one frame a second, where every frame of
+both spans has a box.
+
+In all of them a failed answer counts as 0, like any other. vIoU@R is the share of answers strictly above R;
+in `grid` also of those at R.
 """
 
 from collections.abc import Iterable
@@ -33,13 +45,16 @@ from runtime.files import DataError
 from samples import QUESTION_TYPES, Sample, Track
 
 Tube = tuple[tuple[int, int], Track]  # native frames [first, stop) of the clip, and their boxes
-Scores = dict[str, float]  # of one answer: "tIoU" and "vIoU" in [0, 1], and "failures", 0 or 1
+Scores = dict[str, float]  # of one answer: "tIoU" and "vIoU" in [0, 1], "failures", 0 or 1; see vue_scores
 Row = dict[str, "float | Row"]  # of a table: see summarize and score_tubes
 
 TUBEDETR_FPS, TUBEDETR_FRAMES = 5, 200  # its code's fps and video_max_len
+NOTHING: Tube = ((0, 0), Track(0, np.empty((0, 4))))
 AREA_EDGES = tuple(k * k / 100 for k in range(11))  # STVG-o1, Fig. 4: shares of the frame's area
 COLUMNS = ("m_tIoU", "m_vIoU", "vIoU@0.3", "vIoU@0.5")
-CEILINGS = {"ceiling_m_tIoU": "best tIoU", "ceiling_m_vIoU": "best vIoU"}  # key in a row -> head in a table
+# What not every row has: key in a row -> head in a table. VUE-STG calls m_vIoU_common v_IoU_Int.
+CEILINGS = {"ceiling_m_tIoU": "best tIoU", "ceiling_m_vIoU": "best vIoU"}
+EXTRAS = {"m_vIoU_common": "vIoU_Int"} | CEILINGS
 
 
 def tube_from_answer(
@@ -125,7 +140,62 @@ def tubedetr_scores(tube: Tube | None, sample: Sample) -> Scores:
     return _scores(tube, sample, range(sample.first_frame, sample.stop_frame), tubedetr_frames(sample))
 
 
-PROTOCOLS = {"native": native_scores, "stcat": stcat_scores, "tubedetr": tubedetr_scores}
+def vue_scores(tube: Tube | None, sample: Sample) -> Scores:
+    """The protocol `vue`: the boxes of the first frame at or after each whole second of the clip.
+
+    VUE-STG's truths have a box at each whole second; here the tubes are read there. Where both have one, the
+    scores hold "vIoU_common", too. Source: vidi VUE_STG/evaluate.py at fc30c87: t_IoU, v_IoU and v_IoU_Int.
+    """
+    (_, boxes), seconds = tube or NOTHING, sample.grid(1.0)
+    frames = np.array([seconds.first_frame(second) for second in range(seconds.num_steps)])
+    p, g = _upright(boxes.rows(frames)), _upright(sample.boxes.rows(frames))  # (F, 4)
+    in_p, in_g = ((b[:, 0] < b[:, 2]) & (b[:, 1] < b[:, 3]) for b in (p, g))  # (F,); a missing box is nan
+    overlap, both = float(ious(p, g)[in_p & in_g].sum()), int((in_p & in_g).sum())
+    scores = {"tIoU": _share(in_p, in_g), "vIoU": overlap / max(int((in_p | in_g).sum()), 1)}
+    return scores | {"failures": int(tube is None)} | ({"vIoU_common": overlap / both} if both else {})
+
+
+def grid_scores(tube: Tube | None, sample: Sample) -> Scores:
+    """The protocol `grid`: the boxes of the frames that PTD's model is shown; the truth's in thousandths.
+
+    Source: ParallelTubeDecoding data/prepare_*_eval.py and evaluation/lmms_eval/lmms_eval/tasks/*/utils.py at
+    c6a63a7 (which leaves out the sentences of HC-STVG whose truth is on none of these frames).
+    """
+    ((first, stop), boxes), frames = tube or NOTHING, grid_frames(sample)
+    p, g = _upright(boxes.rows(frames)), _upright(sample.boxes.rows(frames).round(3))  # (F, 4)
+    in_p, in_g = (~np.isnan(b[:, 0]) for b in (p, g))  # (F,)
+    event = np.maximum.accumulate(in_g) & np.maximum.accumulate(in_g[::-1])[::-1]  # first to last
+    overlap = float(ious(p, g)[in_p & in_g].sum())
+    scores = {"tIoU": _share(_within(frames, first, stop), event), "failures": int(tube is None)}
+    return scores | {"vIoU": overlap / max(int((in_p | in_g).sum()), 1)}
+
+
+def grid_frames(sample: Sample) -> np.ndarray:
+    """The native frames of the clip, 0-based, that PTD's model is shown: 2 a second, at least 4 and at most
+    64, evenly spaced from the first to the last; rounded in numbers of the whole file."""
+    count = min(max(int(sample.num_frames / sample.fps * 2), 4), 64, sample.num_frames)
+    places = np.arange(count) * (sample.num_frames - 1) / max(count - 1, 1)
+    return np.round(sample.begin_frame + places).astype(int) - sample.begin_frame
+
+
+PROTOCOLS = {
+    "native": native_scores,
+    "stcat": stcat_scores,
+    "tubedetr": tubedetr_scores,
+    "vue": vue_scores,
+    "grid": grid_scores,
+}
+AT_LEAST = ("grid",)  # the protocols whose vIoU@R holds R
+
+
+def _upright(boxes: np.ndarray) -> np.ndarray:
+    """Boxes (F, 4) with their corners sorted."""
+    return np.sort(boxes.reshape(-1, 2, 2), axis=1).reshape(-1, 4)
+
+
+def _share(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the frames in a or in b the share of those in both; (F,) and (F,) bool."""
+    return int((a & b).sum()) / max(int((a | b).sum()), 1)
 
 
 def tubedetr_frames(sample: Sample) -> np.ndarray:
@@ -178,14 +248,17 @@ def ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(shared, union, out=np.zeros(len(a)), where=shared > 0)  # a flipped box shares nothing
 
 
-def summarize(scores: list[Scores]) -> Row:
-    """The row of a table, in percent, over ALL sentences (N and failures are counts). vIoU@R is the share of
-    sentences with vIoU strictly above R. Raises ValueError for no scores."""
+def summarize(scores: list[Scores], protocol: str = "native") -> Row:
+    """The row of a table, in percent, over ALL sentences (N and failures are counts); "m_vIoU_common" over
+    those that have it, if any. Raises ValueError for no scores."""
     if not scores:
         raise ValueError("no scores to summarize: the split is empty")
     tious, vious = (np.array([score[name] for score in scores]) for name in ("tIoU", "vIoU"))
-    shares = (tious, vious, vious > 0.3, vious > 0.5)  # in the order of COLUMNS
+    above = np.greater_equal if protocol in AT_LEAST else np.greater
+    shares = (tious, vious, above(vious, 0.3), above(vious, 0.5))  # in the order of COLUMNS
     row = {name: 100 * float(values.mean()) for name, values in zip(COLUMNS, shares, strict=True)}
+    common = [score["vIoU_common"] for score in scores if "vIoU_common" in score]
+    row |= {"m_vIoU_common": 100 * float(np.mean(common))} if common else {}
     return row | {"N": len(scores), "failures": sum(score["failures"] for score in scores)}
 
 
@@ -203,11 +276,11 @@ def _by_protocol(tube: Tube | None, sample: Sample) -> dict[str, Scores]:
 
 
 def _rows(scores: list[dict[str, Scores]], samples: list[Sample]) -> dict[str, Row]:
-    rows = {name: summarize([score[name] for score in scores]) for name in PROTOCOLS}
+    rows = {name: summarize([score[name] for score in scores], name) for name in PROTOCOLS}
     for kind in QUESTION_TYPES:
         chosen = [n for n, sample in enumerate(samples) if sample.question_type == kind]
         for name in PROTOCOLS if chosen else ():
-            rows[name][kind] = summarize([scores[n][name] for n in chosen])
+            rows[name][kind] = summarize([scores[n][name] for n in chosen], name)
     return rows
 
 
@@ -215,7 +288,8 @@ def whole_step_scores(samples: list[Sample], text_format: TextFormat) -> dict[st
     """What answers in whole steps reach: "best" and "taught" -> rows as of score_tubes.
 
     best: the most, of tIoU and of vIoU, on the spans whose edges are next to those of the truth, with its
-    boxes. It is below 100 where truths begin and end between steps, and where boxes do not move evenly.
+    boxes. It is below 100 where truths begin and end between steps, and where boxes do not move evenly. (Of a
+    truth with holes `vue` and `grid` may give more to a shorter span.)
     taught: the answer with the full reward (Sample.truth), which supervised fine-tuning teaches.
     """
     best, taught, scale = [], [], (1000, 1000)
@@ -233,7 +307,7 @@ def whole_step_scores(samples: list[Sample], text_format: TextFormat) -> dict[st
 
 
 def _largest(scores: list[Scores]) -> Scores:
-    return {key: max(score[key] for score in scores) for key in scores[0]}
+    return {key: max(score[key] for score in scores) for key in ("tIoU", "vIoU", "failures")}
 
 
 def score_answers(
@@ -273,14 +347,14 @@ def format_table(rows: dict[str, Row]) -> str:
     for name, row in rows.items():
         lines |= {name: row} | {f"{name} {kind}": row[kind] for kind in QUESTION_TYPES if kind in row}
     width = max(12, *map(len, lines))
-    ceilings = {key: head for key, head in CEILINGS.items() if any(key in row for row in lines.values())}
-    heads = (*COLUMNS, "N", "failed", *ceilings.values())
+    extras = {key: head for key, head in EXTRAS.items() if any(key in row for row in lines.values())}
+    heads = (*COLUMNS, "N", "failed", *extras.values())
     table = [" " * width + "".join(f"{head:>10}" for head in heads)]
     for name, row in lines.items():
         if not row["vIoU@0.5"] <= row["vIoU@0.3"]:
             raise ValueError(f"{name}: vIoU@0.5 {row['vIoU@0.5']} is above vIoU@0.3 {row['vIoU@0.3']}")
         cells = [f"{row[key]:.1f}" for key in COLUMNS] + [f"{row['N']}", f"{row['failures'] / row['N']:.1%}"]
-        cells += [f"{row[key]:.1f}" if key in row else "-" for key in ceilings]
+        cells += [f"{row[key]:.1f}" if key in row else "-" for key in extras]
         table.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(table)
 
