@@ -6,6 +6,7 @@ until the last step.
 """
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -152,6 +153,12 @@ def read_frames(path: str, times: list[float], begin: float = 0.0, size: Size | 
     # Timestamps ascend, so the frame on screen is the last one that has begun.
     chosen = np.searchsorted(spans[:, 0], wanted + TIMESTAMP_ERROR, side="right") - 1
     return _read(path, opened, chosen.tolist(), size)
+
+
+def native_frames(path: str, first: int, stop: int) -> Iterator[np.ndarray]:
+    """Yield the frames first to stop - 1 that a file shows, uint8 (H, W, 3) each. Raises VideoError."""
+    reader, _, _ = _open(path)
+    return itertools.islice(_decode(path, reader, range(stop)), first, None)
 
 
 def _read(
