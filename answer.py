@@ -4,12 +4,13 @@
     python answer.py VIDEO "SENTENCE" CHECKPOINT [CONFIG.yaml ...] [key=value ...]
     python answer.py                                       asks that run, or the toy, a held-out sentence
 
-The first word is the video. CHECKPOINT is a run or another folder, or a hub id such as Qwen/Qwen3-VL-8B-Instruct.
-Settings are those of its run; without one the defaults of config.py, and the coordinates of its family. All
-other words are sentences; no annotations are needed.
+No annotations are needed. The first word is the video. CHECKPOINT is a folder (a run, a checkpoint,
+adapters) or a hub id such as Qwen/Qwen3-VL-8B-Instruct. Its settings are those of its run; without a run the
+defaults of config.py, and the coordinates of its family. All other words are sentences.
 
-Prints the interval and, for each step, the thinking and the final box (x1, y1, x2, y2) in pixels of the file.
-Steps count from the beginning of the clip, seconds from that of the file. With --json a line for each sentence:
+Prints the interval and, for each step, the thinking and the final box (x1, y1, x2, y2) in pixels of the
+file. Steps count from the beginning of the clip, seconds from that of the file. With --json a line for each
+sentence:
 
     {video, model, sentence, text: the answer as it is, truncated: cut off at max_new_tokens,
      steps, seconds: the interval or null, problems: [...], boxes: [{step, seconds, think, pred}, ...],
@@ -20,10 +21,8 @@ interpolated as the metrics do. Pictures need matplotlib, an .mp4 also av.
 """
 
 import contextlib
-import importlib
 import itertools
 import json
-import math
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -82,11 +81,14 @@ def main(arguments: list[str]) -> None:
             tubes = [tube_of(record, sample, config) for record in records[1:]]
             told |= {"samples": sampled, "agreement": agreement(tubes, sample)}
         print(json.dumps(told) if options.json else as_text(told, options.raw))
-        asked.append((sample, records, f"{sample.sentence}: {when(greedy)}"))
+        asked.append((sample, records, f"{sample.sentence}: {interval(greedy) or 'malformed'}"))
     if film:
-        film.save_picture(options.picture or Path("answers", f"{Path(video).stem}.png"), asked, config)
-        if options.video:
-            film.save_film(options.video, asked, config)
+        picture = options.picture or Path("answers", f"{Path(video).stem}.png")
+        film.save_picture(picture, asked, config)
+        say(f"picture: {picture}")
+    if options.video:
+        film.save_film(options.video, asked, config)
+        say(f"video: {options.video}")
 
 
 def say(text: str) -> None:
@@ -99,14 +101,16 @@ def load_film(picture: Path | None, video: Path | None):
     if video and video.suffix not in (".mp4", ".gif"):
         raise UserError(f"--video {video}: write a name that ends in .mp4 or .gif")
     try:
+        from lab import film
+
         if video and video.suffix == ".mp4":
-            importlib.import_module("av")
-        return importlib.import_module("lab.film")
+            import av  # noqa: F401
     except ImportError as error:
         remedy = f"it takes {error.name}: pip install -r requirements-dev.txt"
         if picture or video:
             raise UserError(f"{video or picture} cannot be drawn; {remedy}") from None
         return say(f"no picture; {remedy}")
+    return film
 
 
 def sort_words(words: list[str]) -> tuple[str, list[str], str, list[str], list[str]]:
@@ -187,8 +191,8 @@ def clip_of(video: str, begin: float | None, end: float | None) -> Sample:
 def ask(
     policy: Policy, clip: Sample, sentences: list[str], config: Config, num_samples: int
 ) -> list[tuple[Sample, list[dict]]]:
-    """The sample of each sentence, and the answers as records like those of predictions.jsonl: the greedy one,
-    then sampled ones. Raises UserError for a video that cannot be read, or is too long."""
+    """The sample of each sentence, and its answers as records like those of predictions.jsonl: the greedy
+    one, then sampled ones. Raises UserError for a video that cannot be read, or is too long."""
     with contextlib.closing(FrameLoader(config, policy.size_factor)) as loader:
         frames = loader.frames(clip)  # (T, h, w, 3)
     begin, end = (frame / clip.fps for frame in (clip.begin_frame, clip.begin_frame + clip.num_frames))
@@ -275,28 +279,27 @@ def agreement(tubes: list[Tube | None], sample: Sample) -> float | None:
 
 
 def as_text(told: dict, raw: bool) -> str:
-    """What `tell` has found, for people."""
-    lines = [f"\n{told['sentence']}", when(told)]
-    if told["boxes"]:
-        lines.append("  step   seconds  think                 pred")
-    for row in told["boxes"]:
-        think, pred = (", ".join(map(str, row[name])) if row[name] else "-" for name in ("think", "pred"))
-        lines.append(f"{row['step']:>6}  {row['seconds']:>8.2f}  {think:<20}  {pred}")
-    texts = [told["text"]] if raw or not told["steps"] else []
-    for sampled in told.get("samples", []):
-        lines.append(f"sampled: {when(sampled)}")
-        texts += [sampled["text"]] if raw else []
+    """What `tell` has found, for people. A malformed answer is printed as it is."""
+    lines = [f"\n{told['sentence']}"]
+    for heading, answer in [("", told), *(("sampled: ", sampled) for sampled in told.get("samples", []))]:
+        lines.append(heading + "; ".join(filter(None, [interval(answer), *answer["problems"]])))
+        if raw or not (answer["steps"] or heading):
+            lines.append(
+                "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in answer["text"])
+            )
+        if answer["boxes"] and not heading:
+            lines.append("  step   seconds  think                 pred")
+            for row in answer["boxes"]:
+                think, pred = (", ".join(map(str, row[name] or "-")) for name in ("think", "pred"))
+                lines.append(f"{row['step']:>6}  {row['seconds']:>8.2f}  {think:<20}  {pred}")
     if told.get("agreement") is not None:
-        lines.append(f"agreement: {told['agreement']:.2f}, mean vIoU of two sampled answers")
-    texts = ["".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text) for text in texts]
-    return "\n".join(lines + texts)
+        lines.append(f"agreement: {told['agreement']:.2f}, the mean vIoU of two sampled answers")
+    return "\n".join(lines)
 
 
-def when(told: dict) -> str:
-    """The interval, and what is wrong with it."""
-    words = ["{:.2f} to {:.2f} s".format(*told["seconds"])] if told["seconds"] else []
-    words += ["steps {} to {}".format(*told["steps"])] if told["steps"] else []
-    return "; ".join([", ".join(words)] * bool(words) + told["problems"])
+def interval(told: dict) -> str:
+    seconds = "{:.2f} to {:.2f} s, ".format(*told["seconds"]) if told["seconds"] else ""
+    return seconds + "steps {} to {}".format(*told["steps"]) if told["steps"] else ""
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The answers about one clip, drawn (a part of answer.py): a picture of their steps, and the clip as a film.
 
-Boxes are the tubes that the metrics judge, interpolated between steps: thinking ones blue, final ones red, and
-those of sampled answers thin. Both functions get, for each sentence, its sample, its records as answer.ask
-makes them (the greedy answer, then the sampled ones) and its caption.
+Boxes are the tubes that the metrics judge, interpolated between steps: thinking ones blue, final ones red,
+those of sampled answers thin.
 """
 
 import io
@@ -25,51 +24,43 @@ from samples import Sample
 from video.frames import native_frames
 
 FONT = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 16)
-PAGE, CELL = 1280, 312  # pixels: width of a picture, at most, and the longer side of a frame in it
-FILM, GIF = (640, 1920), (320, 480)  # the longer side of a film, at least and at most
-BOLD, GAP, GREY = 3, 8, (140, 140, 140)
-Outline = tuple[Tube, str, int, str]  # tube, "think" or "pred", width of its lines, label
-Asked = tuple[Sample, list[dict], str]  # a sentence: its sample, its records, its caption
+PAGE, CELL = 1280, 312  # pixels: width of a picture, longer side of a frame in it
+SIDES = {".mp4": (640, 1920), ".gif": (320, 480)}  # longer side of a film, at least and at most
+GAP, BOLD, GREY = 8, 3, (140, 140, 140)
+Asked = tuple[
+    Sample, list[dict], str
+]  # a sentence; its greedy answer and sampled ones, as records; its caption
+Outline = tuple[Tube, str, int, str]  # of an answer; "think" or "pred"; width of its lines; label
 
 
 def save_picture(path: Path, asked: list[Asked], config: Config) -> None:
-    """Draw frames of each sentence, from a step before its answers to one after. Raises OSError."""
-    clip = asked[0][0]
-    grid, (width, height) = clip.grid(config.text_format.step_seconds), size_of(clip, CELL, CELL)
+    """Draw the frames of each sentence's answers, and of a step before and after. Raises OSError."""
+    clip, blocks = asked[0][0], []  # caption, outlines and chosen native frames of each sentence
+    grid, size = clip.grid(config.text_format.step_seconds), size_of(clip, CELL, CELL)
     starts = [min(grid.first_frame(step), clip.num_frames - 1) for step in range(grid.num_steps)]
-    blocks = []  # outlines, caption and chosen native frames
     for one in asked:
         outlines = outlines_of([one], config)
-        spans = [tube[0] for tube, *_ in outlines]
-        steps = [k for k, start in enumerate(starts) if any(a <= start < b for a, b in spans)] or [
-            0,
-            len(starts),
-        ]
-        blocks.append(
-            (outlines, wrap(one[2], PAGE), evenly(starts[max(0, steps[0] - 1) : steps[-1] + 2], STEPS))
-        )
-    columns = min(PAGE // (width + GAP), max(len(frames) for *_, frames in blocks))
-    needed = {frame for *_, frames in blocks for frame in frames}
-    native = enumerate(native_frames(clip.video, clip.begin_frame, clip.begin_frame + max(needed) + 1))
-    images = {frame: resized(pixels, (width, height)) for frame, pixels in native if frame in needed}
-    row = height + 3 * GAP + FONT.size
-    tops = [
-        0,
-        *itertools.accumulate(tall(text) + row * -(-len(frames) // columns) for _, text, frames in blocks),
-    ]
-    page = Image.new("RGB", (GAP + max(columns * (width + GAP), PAGE // 2), tops[-1]), "white")
+        edges = [edge for tube, *_ in outlines for edge in tube[0]] or [0, clip.num_frames]
+        before = min(edges) - grid.step_seconds * clip.fps - 1
+        chosen = evenly([frame for frame in starts if before <= frame <= max(edges)], STEPS)
+        blocks.append((wrap(one[2], PAGE), outlines, chosen))
+    needed = {frame for *_, chosen in blocks for frame in chosen}
+    images = {
+        frame: image for frame, image in enumerate(images_of(clip, size, max(needed))) if frame in needed
+    }
+    columns = min(PAGE // (size[0] + GAP), max(len(chosen) for *_, chosen in blocks))
+    row = size[1] + 3 * GAP + FONT.size
+    tops = [0, *itertools.accumulate(tall(text) + row * -(-len(f) // columns) for text, _, f in blocks)]
+    page = Image.new("RGB", (GAP + max(columns * (size[0] + GAP), PAGE // 2), tops[-1]), "white")
     draw = ImageDraw.Draw(page)
-    for (outlines, text, frames), y in zip(blocks, tops, strict=False):
+    for (text, outlines, chosen), y in zip(blocks, tops, strict=False):
         draw.multiline_text((GAP, y + GAP), text, "black", FONT)
-        for k, frame in enumerate(frames):
-            left, top = GAP + k % columns * (width + GAP), y + tall(text) + k // columns * row
+        for k, frame in enumerate(chosen):
+            left, top = GAP + k % columns * (size[0] + GAP), y + tall(text) + k // columns * row
             page.paste(boxed(images[frame], frame, outlines), (left, top))
-            first, stop = span_of(outlines)
-            colour = COLOURS["pred"] if first <= frame < stop else GREY
-            draw.line([left, top + height + 3, left + width - 1, top + height + 3], colour, 4)
-            draw.text(
-                (left, top + height + GAP), f"{(clip.begin_frame + frame) / clip.fps:.2f} s", colour, FONT
-            )
+            colour, low = COLOURS["pred"] if lasts(outlines, frame) else GREY, top + size[1]
+            draw.line([left, low + 3, left + size[0] - 1, low + 3], colour, 4)
+            draw.text((left, low + GAP), seconds(clip, frame), colour, FONT)
     page.save(content := io.BytesIO(), "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.getvalue())
@@ -77,14 +68,51 @@ def save_picture(path: Path, asked: list[Asked], config: Config) -> None:
 
 def save_film(path: Path, asked: list[Asked], config: Config) -> None:
     """Write the clip with the boxes of each moment as .mp4 or .gif. Raises OSError and VideoError."""
-    clip, gif = asked[0][0], path.suffix == ".gif"
-    images = draw_frames(asked, config, size_of(clip, *(GIF if gif else FILM)))
+    clip, images = asked[0][0], draw_frames(asked, config, size_of(asked[0][0], *SIDES[path.suffix]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, encode_gif(images, clip) if gif else encode_mp4(images, clip.fps))
+    write_whole(path, encode_gif(images, clip) if path.suffix == ".gif" else encode_mp4(images, clip))
+
+
+def draw_frames(asked: list[Asked], config: Config, size: tuple[int, int]) -> Iterator[Image.Image]:
+    """Yield each native frame of the clip with its boxes, above the time and the captions, which are white
+    while their event lasts."""
+    clip, outlines = asked[0][0], outlines_of(asked, config)
+    texts = [(wrap(one[2], size[0]), outlines_of([one], config)) for one in asked]
+    tops = [*itertools.accumulate((tall(text) for text, _ in texts), initial=size[1] + tall(""))]
+    for frame, image in enumerate(images_of(clip, size, clip.num_frames - 1)):
+        film = Image.new("RGB", (size[0], tops[-1] + tops[-1] % 2))
+        film.paste(boxed(image, frame, outlines))
+        draw = ImageDraw.Draw(film)
+        draw.text((GAP, size[1] + GAP), seconds(clip, frame), "white", FONT)
+        for (text, own), top in zip(texts, tops, strict=False):
+            draw.multiline_text((GAP, top), text, "white" if lasts(own, frame) else GREY, FONT)
+        yield film
+
+
+def encode_gif(images: Iterator[Image.Image], clip: Sample) -> bytes:
+    ends = [
+        round(100 * k / clip.fps) for k in range(clip.num_frames + 1)
+    ]  # it counts in hundredths of a second
+    durations, content = [10 * (stop - start) for start, stop in itertools.pairwise(ends)], io.BytesIO()
+    next(images).save(content, "GIF", save_all=True, append_images=images, duration=durations, loop=0)
+    return content.getvalue()
+
+
+def encode_mp4(images: Iterator[Image.Image], clip: Sample) -> bytes:
+    import av
+
+    codec = next(name for name in ("libx264", "libopenh264", "mpeg4") if name in av.codecs_available)
+    with av.open(content := io.BytesIO(), "w", format="mp4") as film:
+        stream, first = film.add_stream(codec, Fraction(clip.fps).limit_denominator(1001)), next(images)
+        (stream.width, stream.height), stream.pix_fmt = first.size, "yuv420p"  # which every player knows
+        for image in itertools.chain([first], images):
+            film.mux(stream.encode(av.VideoFrame.from_image(image)))
+        film.mux(stream.encode())
+    return content.getvalue()
 
 
 def outlines_of(asked: list[Asked], config: Config) -> list[Outline]:
-    """The tubes of the answers that have one, the greedy one of each sentence last: it lies on top."""
+    """The tubes of all answers that have one, a sentence's greedy one last: it lies on top."""
     found = []
     for n, (sample, records, _) in enumerate(asked):
         for k, record in reversed(list(enumerate(records))):
@@ -95,90 +123,45 @@ def outlines_of(asked: list[Asked], config: Config) -> list[Outline]:
     return found
 
 
-def span_of(outlines: list[Outline]) -> tuple[int, int]:
-    """The native frames [first, stop) of the greedy answer; (0, 0) without one."""
-    return next((tube[0] for tube, _, width, _ in outlines if width == BOLD), (0, 0))
+def lasts(outlines: list[Outline], frame: int) -> bool:
+    """Whether a native frame is in the interval of a greedy answer."""
+    return any(tube[0][0] <= frame < tube[0][1] for tube, _, width, _ in outlines if width == BOLD)
 
 
 def boxed(image: Image.Image, frame: int, outlines: list[Outline]) -> Image.Image:
-    """A copy of a native frame with its boxes; final ones lie inside thinking ones, so equal ones are seen."""
-    image = image.copy()
-    draw = ImageDraw.Draw(image)
+    """A native frame with its boxes; final ones inside thinking ones, so that equal ones are seen."""
+    draw = ImageDraw.Draw(image := image.copy())
     for ((first, stop), boxes), name, width, label in outlines:
         if first <= frame < stop and frame in boxes and is_valid(boxes[frame]):
             x1, y1, x2, y2 = np.multiply(boxes[frame], image.size * 2).round().astype(int).tolist()
             inset = width if name == "pred" and min(x2 - x1, y2 - y1) > 4 * width else 0
-            corners = [x1 + inset, y1 + inset, max(x1, x2 - 1) - inset, max(y1, y2 - 1) - inset]
+            corners = x1 + inset, y1 + inset, max(x1, x2 - 1) - inset, max(y1, y2 - 1) - inset
             draw.rectangle(corners, outline=COLOURS[name], width=width)
-            draw.text((x1 + 3 * width, y1 + 2 * width), label, COLOURS[name], FONT)
+            draw.text((x1 + GAP, y1 + GAP), label, COLOURS[name], FONT, stroke_width=2, stroke_fill="white")
     return image
 
 
-def draw_frames(asked: list[Asked], config: Config, size: tuple[int, int]) -> Iterator[Image.Image]:
-    """Yield each native frame of the clip with its boxes, above the captions, which are white while their
-    event lasts, and the time."""
-    clip, outlines = asked[0][0], outlines_of(asked, config)
-    texts = [
-        (wrap(caption, size[0]), span_of(outlines_of([one], config))) for one in asked for caption in one[2:]
-    ]
-    tops = [size[1], *itertools.accumulate((tall(text) for text, _ in texts), initial=size[1])][1:]
-    even = tops[-1] + 2 * GAP + FONT.size
-    for frame, pixels in enumerate(
-        native_frames(clip.video, clip.begin_frame, clip.begin_frame + clip.num_frames)
-    ):
-        image = Image.new("RGB", (size[0], even + even % 2))
-        image.paste(boxed(resized(pixels, size), frame, outlines))
-        draw = ImageDraw.Draw(image)
-        for (text, (first, stop)), top in zip(texts, tops, strict=False):
-            draw.multiline_text((GAP, top + GAP), text, "white" if first <= frame < stop else GREY, FONT)
-        draw.text((GAP, tops[-1] + GAP), f"{(clip.begin_frame + frame) / clip.fps:.2f} s", "white", FONT)
-        yield image
-
-
-def encode_gif(images: Iterator[Image.Image], clip: Sample) -> bytes:
-    """An animation. Its times are whole hundredths of a second, rounded so that the sum is right."""
-    ends = [round(100 * k / clip.fps) for k in range(clip.num_frames + 1)]
-    durations = [10 * (stop - start) for start, stop in itertools.pairwise(ends)]
-    next(images).save(
-        content := io.BytesIO(), "GIF", save_all=True, append_images=images, duration=durations, loop=0
-    )
-    return content.getvalue()
-
-
-def encode_mp4(images: Iterator[Image.Image], fps: float) -> bytes:
-    """H.264, or MPEG-4 where this build of PyAV lacks it; yuv420p, which every player knows."""
-    import av
-
-    codec = next(name for name in ("libx264", "libopenh264", "mpeg4") if name in av.codecs_available)
-    with av.open(content := io.BytesIO(), "w", format="mp4") as film:
-        stream, first = film.add_stream(codec, Fraction(fps).limit_denominator(1001)), next(images)
-        (stream.width, stream.height), stream.pix_fmt = first.size, "yuv420p"
-        for image in itertools.chain([first], images):
-            film.mux(stream.encode(av.VideoFrame.from_image(image)))
-        film.mux(stream.encode())
-    return content.getvalue()
+def images_of(clip: Sample, size: tuple[int, int], last: int) -> Iterator[Image.Image]:
+    frames = native_frames(clip.video, clip.begin_frame, clip.begin_frame + last + 1)
+    return (Image.fromarray(pixels).resize(size) for pixels in frames)
 
 
 def size_of(clip: Sample, least: int, most: int) -> tuple[int, int]:
-    """The even width and height at which a clip's frames are drawn, the longer side between two sizes."""
+    """The even width and height in which a clip is drawn, its longer side between two numbers of pixels."""
     longest = max(clip.width, clip.height)
-    return tuple(
-        max(2, round(n * min(max(longest, least), most) / longest / 2) * 2) for n in (clip.width, clip.height)
-    )
+    zoom = min(max(longest, least), most) / longest
+    return tuple(max(2, round(side * zoom / 2) * 2) for side in (clip.width, clip.height))
 
 
-def resized(pixels: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    enlarged = size[0] > pixels.shape[1]
-    return Image.fromarray(pixels).resize(
-        size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-    )
+def seconds(clip: Sample, frame: int) -> str:
+    return f"{(clip.begin_frame + frame) / clip.fps:.2f} s"
 
 
 def wrap(text: str, width: int) -> str:
-    """Break a text into lines of at most so many pixels, about."""
+    """Break a text into lines of about so many pixels."""
     return textwrap.fill(text, max(8, int(len(text) * (width - 3 * GAP) / FONT.getlength(text))))
 
 
 def tall(text: str) -> int:
-    """Pixels that it takes, with the gaps around it."""
+    """The pixels that its lines take, with a gap."""
     return (text.count("\n") + 1) * (FONT.size + 4) + 2 * GAP
