@@ -11,6 +11,7 @@ a number in the matrix products; G answers of C tokens to a prompt of P tokens; 
 
 import dataclasses
 import math
+import os
 import sys
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from config import Config, load_config
+from data import load_samples
 from qwen.checkpoint import FAMILIES
 from qwen.lora import adapted_layers, base_of
 from runtime.files import ModelError, run_script
@@ -72,19 +74,36 @@ class Lengths(NamedTuple):
 
 
 def lengths_of(config: Config, model: nn.Module) -> tuple[Lengths, str]:
-    """The lengths, if every answer runs to max_new_tokens, and a line that says what clip is assumed."""
-    # seconds, size of the file, tokens of chat template, question and a sentence of 20 words
-    seconds, size, text = (world.SECONDS, (world.SIDE,) * 2, 40) if config.toy else (20, (1280, 720), 230)
-    vision, frames = model.config.vision_config, math.ceil(seconds * config.fps)
-    width, height = frame_size(*size, config.max_side, vision.patch_size * vision.spatial_merge_size)
+    """The lengths, if every answer runs to max_new_tokens, and lines that say which clip they are of: the
+    largest of train_annotations, or an assumed one where this file is not there. Raises DataError."""
+    vision = model.config.vision_config
+
+    def shown(clip: tuple[float, int, int]) -> tuple[int, int, int]:
+        """(frames, width, height) that the model sees of a clip: its seconds, and the file's size."""
+        size = frame_size(*clip[1:], config.max_side, vision.patch_size * vision.spatial_merge_size)
+        return math.ceil(clip[0] * config.fps - 1e-6), *size
+
+    text = 230  # tokens of chat template, question and a sentence of 20 words
+    if config.toy:
+        clip, text, source = (world.SECONDS, world.SIDE, world.SIDE), 40, "the toy's"
+    elif os.path.isfile(config.train_annotations):
+        samples, _ = load_samples(config.dataset, config.train_annotations, config.videos, config.vidor)
+        clips = {(sample.num_frames / sample.fps, sample.width, sample.height) for sample in samples}
+        clip, source = max(clips, key=lambda clip: math.prod(shown(clip))), "the largest in train_annotations"
+    else:
+        clip = (180 if config.dataset == "vidstg" else 20, 1280, 720)
+        source = f"assumed, as there is no file {config.train_annotations or 'train_annotations'}"
+    frames, width, height = shown(clip)
     grids = -(-frames // vision.temporal_patch_size)
     patches = grids * (width // vision.patch_size) * (height // vision.patch_size)
     visual = patches // vision.spatial_merge_size**2
     if FAMILIES[model.config.model_type].timed == "text":
         text += 9 * grids  # "<12.5 seconds>" and the marks around a block of frames
-    clip = f"A clip of {seconds} s at {config.fps:g} fps: {frames} frames of {width} x {height};"
-    clip += f" {visual:,} visual + {text} other = {visual + text:,} prompt tokens"
-    return Lengths(config.num_generations, visual + text, config.max_new_tokens, patches), clip
+    lines = (
+        f"A clip of {clip[0]:.3g} s, {source}:\n  {frames} frames of {width} x {height} at {config.fps:g} fps;"
+        f" {visual:,} visual + {text} other = {visual + text:,} prompt tokens"
+    )
+    return Lengths(config.num_generations, visual + text, config.max_new_tokens, patches), lines
 
 
 def shapes_of(model: nn.Module, c: int, frozen: bool) -> SimpleNamespace:
@@ -232,11 +251,12 @@ def table(config: Config) -> str:
         f"{config.reuse_prompts}, freeze_vision={config.freeze_vision}:",
     ]
     for lora, way in ((False, "last"), (False, "every"), (True, config.sync_gradients)):
-        title = f"LoRA of rank {rank or LORA_RANK}" if lora else f"all weights, sync_gradients={way}"
+        title = f"LoRA of rank {rank}" if rank else f"LoRA of rank {LORA_RANK}, as there is no lora.rank"
+        title = title if lora else f"all weights, sync_gradients={way}"
         mine = lora == bool(rank) and way == config.sync_gradients
         lines += ["", title + " <- this config" * mine]
         for gpus in (gpus for gpus in GPUS if config.batch_size % gpus == 0):
-            m = memory(dataclasses.replace(config, sync_gradients=way), model, gpus, lora)
+            m = memory(dataclasses.replace(config, sync_gradients=way), model, gpus, lora, n)
             if gpus == 1:
                 heads = "".join(f"{column:>8}" for column in m) + "".join(f"{x:>4}" for x in CAPACITIES)
                 lines.append(f"GPUs prompts{heads}")

@@ -2,6 +2,7 @@
 storage that is alive is counted, at every operation."""
 
 import dataclasses
+import json
 import weakref
 from pathlib import Path
 from unittest import mock
@@ -166,6 +167,35 @@ def test_published_sizes_and_the_figures_of_the_table(name, parameters, figures,
     assert f"{name}: {parameters} parameters" in text and max(map(len, text.splitlines())) <= 110
     rows = [{int(row.split()[0]): row.split() for row in b.splitlines()[2:]} for b in text.split("\n\n")[1:4]]
     assert {k: max(float(x) for x in rows[k[0]][k[1]][10:12]) for k in figures} == figures
+
+
+def test_the_clip_that_is_planned_for(tmp_path):
+    """The largest in the annotations: 8 s of 336 x 336 are 8 x 144 tokens, 10 s of 336 x 196 are 10 x 84."""
+    about = {"caption": "A dog.", "st_frame": 1, "bbox": [[0, 0, 9, 9]], "fps": 10}
+    records = {"long.mp4": {"img_num": 100, "width": 1280, "height": 720, **about}}
+    records["square.mp4"] = {"img_num": 80, "width": 800, "height": 800, **about}
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    model = memory.named_model("Qwen/Qwen2.5-VL-3B-Instruct")
+
+    def planned(name, *settings):
+        return memory.lengths_of(load_config(ROOT / f"configs/{name}.yaml", settings), model)
+
+    lengths, lines = planned("hcstvg_v1", f"train_annotations={tmp_path}/train.json")
+    assert (lengths.P, lengths.patches) == (8 * 144 + 230, 8 * 24 * 24)
+    assert lines.startswith(
+        "A clip of 8 s, the largest in train_annotations:\n  16 frames of 336 x 336 at 2 fps;"
+    )
+    for name, seconds in (("hcstvg_v1", 20), ("vidstg", 180)):
+        lengths, lines = planned(name, "train_annotations=none.json")
+        assert lengths.P == seconds * 84 + 230
+        assert lines.startswith(f"A clip of {seconds} s, assumed, as there is no file none.json:")
+
+
+def test_the_rank_of_the_configuration(capsys):
+    for rank in (0, 8):
+        memory.main([str(ROOT / "configs/toy.yaml"), f"lora.rank={rank}"])
+        said = "LoRA of rank 8 <- this config" if rank else "LoRA of rank 64, as there is no lora.rank"
+        assert f"\n{said}\n" in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_here():
