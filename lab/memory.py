@@ -100,8 +100,8 @@ def lengths_of(config: Config, model: nn.Module) -> tuple[Lengths, str]:
     if FAMILIES[model.config.model_type].timed == "text":
         text += 9 * grids  # "<12.5 seconds>" and the marks around a block of frames
     lines = (
-        f"A clip of {clip[0]:.3g} s, {source}:\n  {frames} frames of {width} x {height} at {config.fps:g} fps;"
-        f" {visual:,} visual + {text} other = {visual + text:,} prompt tokens"
+        f"A clip of {clip[0]:.3g} s, {source}:\n  {frames} frames of {width} x {height} at {config.fps:g} fps"
+        f"; {visual:,} visual + {text} other = {visual + text:,} prompt tokens"
     )
     return Lengths(config.num_generations, visual + text, config.max_new_tokens, patches), lines
 
