@@ -187,7 +187,7 @@ def test_the_clip_that_is_planned_for(tmp_path):
     )
     for name, seconds, tokens in (("hcstvg_v1", 20, 20 * 84), ("vidstg", 180, 180 * 84)):
         lengths, lines = planned(name, "train_annotations=none.json")
-        assert lengths.P == tokens + 230
+        assert lengths[1] == tokens + 230
         assert lines.startswith(f"A clip of {seconds} s, assumed, as there is no file none.json:")
 
 
