@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from config import ConfigError, load_config, save_config
-from lab.compare import PAPER, ROWS, Run, check_comparable, format_runs, read_run, row_of
+from lab.tables import PAPER, ROWS, Run, check_comparable, format_tables, read_run, row_of
 from runtime.files import UserError, run_script
 from toy.world import make_world
 
@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> None:
     check_comparable([read_run(run.folder) if finished(run.folder) else run for run, _ in plans])
     train({run.folder: command for run, command in plans if not finished(run.folder)}, options.jobs)
     done = [read_run(run.folder) for run, _ in plans if finished(run.folder)]
-    print(format_runs(done))
+    if done:
+        print(format_tables(done))
     if failed := len(plans) - len(done):
         raise UserError(f"{failed} of {len(plans)} runs failed; the same command resumes them")
 

@@ -1,130 +1,260 @@
-"""Print finished runs as the paper's Tables 5-8, beside the paper's figures.
+"""Did it help? Compare finished runs: settings, held-out scores, reward terms, curves.
 
-    python -m lab.compare RUN [RUN ...]          RUN: an output_dir of train.py or lab.ablate
+    python -m lab.compare RUN [RUN ...] [--output FOLDER]     RUN: an output_dir of train.py
 
-A run stands in the row whose settings it has (configs/ablations/ROW.yaml), whatever its folder is called.
-Runs of a row may differ in the seed alone, and are averaged. Runs of no row follow below, with their scores.
+Runs that differ in the seed alone are a group (runs/new_seed*). Printed are the settings in which groups
+differ and, for each group beside the first, held-out scores (protocol `native`) and reward terms, before ->
+after training, ± standard deviation over the seeds, and the difference from the first group, sentence by
+sentence. A single group is compared with its own start. FOLDER (default: `compared` in the last run) gets a
+page with all this and the curves, and curves.png. Rewards are those in the files; no reward is executed.
+
+What the interval means: other held-out sentences, or other seeds, would have given another difference. Of 100
+such intervals about 95 hold the difference over endless sentences and seeds. It has two parts:
+
+    sentences   the percentile bootstrap: 10,000 times, as many sentences as there are, drawn with replacement
+    seeds       each of these draws is moved at random, about as far as the runs of a group are apart, and
+                further where there are few runs to tell that from (Student's t)
+
+With one run a group nobody knows how far seeds are apart. Twice the sentences' part is then allowed for them,
+as the toy needs (docs/lab.md); elsewhere that is a guess. "no difference shown" (the interval holds 0, or
+there are fewer than 20 sentences) proves no equality, and of 20 equal pairs about one looks different.
 """
 
+import hashlib
+import html
 import itertools
+import re
 import sys
-from dataclasses import dataclass
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
 
-from config import Config, load_config
-from metrics import COLUMNS, Row
-from rewards import WEIGHTS
-from runtime.files import DataError, read_json, run_script
+import numpy as np
+
+from data import load_samples
+from lab.tables import Run, markdown, mean_text, read_run, tables_of_rows
+from metrics import COLUMNS, native_scores, summarize, tube_of
+from rewards import TERMS
+from runtime.files import DataError, is_number, read_jsonl, run_script, write_whole
 from runtime.fingerprints import MAY_CHANGE
+from runtime.plugins import plugin_names
+from runtime.predictions import read_predictions
+from samples import Sample
 
-ROWS = Path(__file__).parent.parent / "configs/ablations"
-PAPER = {  # ROW -> the paper's figures on HC-STVG v1 test, in the order of COLUMNS; Table 8 has m_vIoU alone
-    "base": (25.6, 19.1, 20.2, 12.6),
-    "sft": (53.5, 28.6, 45.2, 21.9),
-    "rft": (58.5, 41.8, 68.7, 38.9),
-    "rft_think": (60.3, 44.1, 73.3, 43.5),
-    "no_think_reward": (59.3, 42.2, 69.1, 39.9),
-    "giou_only": (58.6, 40.6, 67.6, 36.6),
-    "l1_only": (58.5, 39.9, 67.0, 34.6),
-    "lambda_0.2": (None, 42.5, None, None),
-    "lambda_1.0": (None, 43.8, None, None),
-}
-TABLES = {  # title -> ROW -> its name in the table
-    "Table 5: from the base model to the whole method": {
-        "base": "base model, untrained",
-        "sft": "supervised fine-tuning",
-        "rft": "RFT, no thinking boxes",
-        "rft_think": "RFT + thinking boxes",
-    },
-    "Table 6: the think reward": {"no_think_reward": "without it", "rft_think": "with it"},
-    "Table 7: the spatial reward": {"giou_only": "GIoU only", "l1_only": "L1 only", "rft_think": "GIoU + L1"},
-    "Table 8: its weight, λ": {"lambda_0.2": "λ = 0.2", "rft_think": "λ = 0.5", "lambda_1.0": "λ = 1.0"},
-}
-NOTE = "mean ± standard deviation over the seeds. The paper's figures: Qwen2.5-VL-7B on HC-STVG v1."
+ASKED = ("eval_limit", "fps", "time_unit", "eval_temperature")  # what the held-out split was asked, and how
+IGNORED = MAY_CHANGE - {"model", "train_annotations", "steps"} | {"seed"}
+RESAMPLES, AT_ONCE, LEAST = 10_000, 100, 20  # of the bootstrap; in memory at once; sentences that it needs
+UNKNOWN_SEEDS = 2.0  # their part of the interval with one run a group, in standard errors of the sentences
 
 
-@dataclass(frozen=True)
-class Run:
-    folder: Path
-    config: Config
-    row: str  # the row it belongs to, a key of PAPER; empty if none
-    scores: Row  # after training, on the held-out split, protocol native, in percent
+@dataclass(frozen=True, eq=False)
+class Group:
+    """K runs that differ in the seed alone."""
+
+    name: str  # as shown
+    runs: list[Run]
+    settings: dict[str, str]
+    values: dict[str, np.ndarray]  # COLUMNS (in percent) and reward terms: (K, 2, S), before and after
 
 
-def row_of(config: Config) -> str:
-    """The row with this kind of training and these rewards; empty if there is none."""
+def read_groups(folders: list[Path]) -> list[Group]:
+    """The runs in these folders. Raises DataError for runs that cannot be compared.
 
-    def identity(config: Config) -> tuple:
-        rewards = {name: weight for name, weight in config.rewards.items() if weight or name in WEIGHTS}
-        return config.think, config.steps > 0, config.sft.steps > 0, rewards if config.steps else None
-
-    ours = identity(config)
-    return next((row for row in PAPER if identity(load_config(ROWS / f"{row}.yaml")) == ours), "")
-
-
-def read_run(folder: Path) -> Run:
-    """A finished run of train.py. Raises DataError."""
-    if not (folder / "summary.json").is_file():
-        raise DataError(f"{folder}: is no finished run (it has no summary.json); finish it, or leave it out")
-    config = load_config(folder / "config.yaml")
-    return Run(folder, config, row_of(config), read_json(str(folder / "summary.json"))["after"])
-
-
-def check_comparable(runs: list[Run]) -> None:
-    """Raises DataError if two runs differ in more than the seed and what makes up their rows."""
-    compared = set(vars(Config())) - MAY_CHANGE | {"model", "train_annotations", "eval_annotations", "steps"}
-    for first, run in itertools.combinations(runs, 2):
-        a, b = first.config, run.config
-        free = {"seed"} if run.row == first.row else {"seed", "think", "rewards", "sft"}
-        free |= set() if a.think == b.think else {"model"}  # the toy has a checkpoint for each
-        free |= set() if a.steps and b.steps else {"steps"}
-        for key in sorted(compared - free):
-            one, other = getattr(a, key), getattr(b, key)
-            if one != other:
-                raise DataError(f"{run.folder}: {key} is {other}, in {first.folder} {one}; leave one out")
+    A seed that comes again with the same settings begins another group: it may be the code that differs.
+    """
+    runs = [read_run(folder) for folder in folders]
+    first, config = runs[0], runs[0].config
+    for run, key in itertools.product(runs, ASKED):
+        if (other := getattr(run.config, key)) != (one := getattr(config, key)):
+            raise DataError(f"{run.folder}: {key} is {other}, in {first.folder} {one}; leave one of them out")
+    samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
+    samples = samples[: config.eval_limit or None]
+    members: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        key = repr(settings_of(run))
+        seeds = [other.config.seed for (k, _), group in members.items() if k == key for other in group]
+        members.setdefault((key, seeds.count(run.config.seed)), []).append(run)
+    groups = []
+    for group in members.values():
+        names = {re.sub(r"[-_.]*seed[-_]?\d+", "", str(run.folder)) for run in group}
+        name = names.pop() if len(names) == 1 < len(group) else str(group[0].folder)
+        name += f" ({len(group)} seeds)" if len(group) > 1 else ""
+        values = [read_values(run, samples, first) for run in group]
+        shared = [term for term in values[0] if all(term in one for one in values)]
+        stacked = {term: np.stack([one[term] for one in values]) for term in shared}
+        groups.append(Group(name, group, settings_of(group[0]), stacked))
+    return groups
 
 
-def format_runs(runs: list[Run]) -> str:
-    """Tables 5-8 in Markdown, then the runs of no row. Raises DataError as check_comparable does."""
-    known, parts = [run for run in runs if run.row], []
-    if known:
-        check_comparable(known)
-        parts = [f"After training, on {known[0].config.eval_annotations}, protocol native; {NOTE}"]
-        parts += [f"{title}\n\n{format_table(rows, known)}" for title, rows in TABLES.items()]
-    if len(known) < len(runs):
-        lines = [[f"{r.folder}", *(f"{r.scores[name]:.1f}" for name in COLUMNS)] for r in runs if not r.row]
-        parts.append(f"In no row of these tables\n\n{markdown([['', *COLUMNS], *lines])}")
-    return "\n\n".join(parts)
+def settings_of(run: Run) -> dict[str, str]:
+    """What can matter to a run, but for the seed: by dotted names, and the text of its reward files."""
+    flat = {}
+    for path in sorted((run.folder / "rewards").glob("*.py")):
+        flat[f"rewards, text of {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    for key, value in asdict(run.config).items():
+        parts = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {}
+        flat |= {} if key in IGNORED else parts or {key: value}
+    return {key: str(value) for key, value in flat.items()}
 
 
-def format_table(rows: dict[str, str], runs: list[Run]) -> str:
-    """One of TABLES in Markdown: mean ± sample standard deviation; of a single run its scores."""
-    lines = [["", "runs", *(head for name in COLUMNS for head in (name, "paper"))]]
-    for row, title in rows.items():
-        same = [run.scores for run in runs if run.row == row]
-        lines.append([title, str(len(same))])
-        for name, figure in zip(COLUMNS, PAPER[row], strict=True):
-            values = [scores[name] for scores in same]
-            ours = f"{mean(values):.1f}" if values else "not run"
-            ours += f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            lines[-1] += [ours, str(figure or "-")]
+def read_values(run: Run, samples: list[Sample], first: Run) -> dict[str, np.ndarray]:
+    """name -> (2, S). Raises DataError where answers are missing or do not belong to `samples`, the sentences
+    that the run `first` was asked."""
+    columns: dict[str, list[float]] = {}
+    for path in (run.folder / f"predictions{when}.jsonl" for when in ("_before", "")):
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file; train this run again, or leave it out")
+        records = {record["id"]: record for record in read_predictions(path)}
+        for sample in samples:
+            truth, record = sample.truth(run.config.text_format.step_seconds), records.get(sample.id, {})
+            boxes = {str(step): list(box) for step, box in truth.boxes.items()}
+            if record.get("truth") != {"span": list(truth.span), "boxes": boxes}:
+                asked = (
+                    f"{sample.id!r} as {first.config.eval_annotations} has it, the split of {first.folder}"
+                )
+                raise DataError(f"{path}: has no answer to {asked}; leave out the runs of one split")
+            rewards = record.get("rewards")
+            if not isinstance(rewards, dict) or not all(map(is_number, rewards.values())):
+                raise DataError(f'{path}: "rewards" of {sample.id!r} must be numbers; leave this run out')
+            row = summarize([native_scores(tube_of(record, sample, run.config), sample)])
+            for name, value in ({name: row[name] for name in COLUMNS} | rewards).items():
+                columns.setdefault(name, []).append(value)
+    whole = {name: values for name, values in columns.items() if len(values) == 2 * len(samples)}
+    return {name: np.array(values).reshape(2, -1) for name, values in whole.items()}
+
+
+def intervals(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Mean of second - first, and its 95 % interval as described above: (T, 3).
+
+    first: (K, S, T), T values of S sentences in K runs; second: (L, S, T), of the same sentences.
+    """
+    rng, draws = np.random.default_rng(0), []
+    differences = second.mean(axis=0) - first.mean(axis=0)  # (S, T)
+    count, degrees = len(differences), len(first) + len(second) - 2
+    for _ in range(RESAMPLES // AT_ONCE):
+        places = rng.integers(count, size=(AT_ONCE, count)) + count * np.arange(AT_ONCE)[:, None]
+        times = np.bincount(places.ravel(), minlength=AT_ONCE * count).reshape(AT_ONCE, count)
+        draws.append(times @ differences / count)
+    draws = np.concatenate(draws)  # (RESAMPLES, T)
+    if degrees:
+        squares = sum(values.mean(axis=1).var(axis=0) * len(values) for values in (first, second))  # (T,)
+        seeds = np.sqrt(squares / degrees * (1 / len(first) + 1 / len(second)))
+        moves = rng.standard_t(degrees, (RESAMPLES, 1))
+    else:
+        seeds, moves = UNKNOWN_SEEDS * draws.std(axis=0), rng.standard_normal((RESAMPLES, 1))
+    bounds = np.percentile(draws + moves * seeds, [2.5, 97.5], axis=0)
+    return np.array([differences.mean(axis=0), *bounds]).T
+
+
+def comparison(groups: list[Group]) -> str:
+    """The table of two groups, or of one and its own start, in Markdown."""
+    first, last = groups[0], groups[-1]
+    changed = {row[0] for row in differences(groups)}
+    unlike = {"total"} if any(key.startswith("rewards") for key in changed) else set()
+    unlike |= {*TERMS[3:]} if changed & {"rewards.giou", "rewards.l1"} else set()  # R_spa is another quantity
+    names = list(dict.fromkeys([*first.values, *last.values]))
+    both = [name for name in names if name in first.values.keys() & last.values.keys() - unlike]
+    ends = (first, len(groups) - 1), (last, 1)  # 0: before training
+    sides = [np.stack([group.values[name][:, when] for name in both], axis=2) for group, when in ends]
+    found = dict(zip(both, intervals(*sides), strict=True))
+    lines = [["", *(group.name for group in groups), "difference [95 %]", ""]]
+    for name in names:
+        digits, more, less = (1, "better", "worse") if name in COLUMNS else (3, "higher", "lower")
+        means = [group.values[name].mean(axis=2).T if name in group.values else [] for group in groups]
+        cells = [" -> ".join(mean_text(values, digits) for values in pair) or "-" for pair in means]
+        cells += ["", "other weights" if name in unlike else ""]
+        if name in found:
+            (_, low, high), enough = found[name], sides[0].shape[1] >= LEAST
+            shown = more if enough and low > 0 else less if enough and high < 0 else "no difference shown"
+            signed = (f"{round(number, digits) + 0.0:+.{digits}f}" for number in found[name])
+            cells[-2:] = "{} [{}, {}]".format(*signed), shown
+        lines.append([name, *cells])
     return markdown(lines)
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """A table in Markdown whose columns are aligned. lines: the cells, the heads first."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+def differences(groups: list[Group]) -> list[list[str]]:
+    """Each setting in which groups differ, rewards first, with its values; "-" where a group has none."""
+    keys = dict.fromkeys(key for group in groups for key in group.settings)
+    keys = sorted(keys, key=lambda key: not key.startswith("rewards"))
+    rows = [[key, *(group.settings.get(key, "-") for group in groups)] for key in keys]
+    return [row for row in rows if len({*row[1:]}) > 1 and not ("text of" in row[0] and "-" in row)]
+
+
+def report(groups: list[Group]) -> str:
+    """What is printed."""
+    first, *others = groups
+    count, split = first.values["m_tIoU"].shape[2], first.runs[0].config.eval_annotations
+    parts = [f"{count} held-out sentences of {split}; before -> after training"]
+    if rows := differences(groups):
+        parts.append(markdown([["", *(group.name for group in groups)], *rows]))
+    parts += [comparison([first, group]) for group in others] or [comparison(groups)]
+    if all(len(group.runs) == 1 for group in groups):
+        parts.append(
+            "One run each: another seed alone may change as much; how much is guessed here. To tell the"
+            "\nreward from the seed, train two more of each: seed=1 output_dir=NAME_seed1, ..."
+        )
+    if tables := tables_of_rows([run for group in groups for run in group.runs]):
+        parts.append(tables)
+    return "\n\n".join(parts)
+
+
+PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<style>body {{ margin: 1rem; font: 15px sans-serif; overflow-wrap: anywhere; }} h1 {{ font-size: 22px; }}
+pre {{ overflow-x: auto; padding-bottom: 1em; font-size: 13px; }} img {{ width: min(100%, 25rem); }}</style>
+<h1>{title}</h1><pre>{text}</pre><p>Over optimiser steps: means of the last {window}.</p>{images}</html>
+"""
+
+
+def write_page(groups: list[Group], text: str, folder: Path) -> list[Path]:
+    """Write index.html and curves.png. Returns their paths. Raises ImportError without matplotlib."""
+    from lab import page, pictures
+
+    curves: dict[str, list[tuple]] = {}  # what is shown -> group, steps, values
+    for k, run in ((k, run) for k, group in enumerate(groups) for run in group.runs):
+        lines = [m for m in read_jsonl(run.folder / "metrics.jsonl", "phase", "step") if m["phase"] == "grpo"]
+        for name in ("reward", *TERMS, *plugin_names(run.config.rewards), "viou_pred", "kl", "length"):
+            if points := [(line["step"], line[name]) for line in lines if name in line]:
+                curves.setdefault(name, []).append((k, *zip(*points, strict=True)))
+
+    def drawn(names: list[str], columns: int) -> pictures.Figure:
+        rows, labels = -(-len(names) // columns), {}
+        figure = pictures.Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+        for place, name in enumerate(names, 1):
+            axes = figure.add_subplot(rows, columns, place)
+            for k, steps, values in curves[name]:
+                means = [np.mean(values[max(0, n - page.WINDOW) : n]) for n in range(1, len(values) + 1)]
+                (line,) = axes.plot(steps, means, color=pictures.CYCLE[k % len(pictures.CYCLE)])
+                labels[groups[k].name.replace("$", r"\$")] = line
+            pictures.style(axes, name)
+        figure.legend(labels.values(), labels, loc="outside lower center", frameon=False)
+        return figure
+
+    images = [f'<img alt="{html.escape(name)}" src="{page.svg_uri(drawn([name], 1))}">' for name in curves]
+    texts = {"title": ", ".join(group.name for group in groups), "text": text}
+    texts = {key: html.escape(value) for key, value in texts.items()} | {"images": "".join(images)}
+    paths = [folder / "index.html", folder / "curves.png"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(paths[0], PAGE.format(**texts, window=page.WINDOW).encode(errors="replace"))
+    if curves:
+        pictures.save_figure(drawn([*curves], 3), paths[1])
+    return paths[: 1 + bool(curves)]
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or arguments[0].startswith("-"):
-        sys.exit(__doc__.strip())
-    print(format_runs([read_run(Path(folder)) for folder in arguments]))
+    parser = ArgumentParser("python -m lab.compare", description=__doc__)
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run of train.py")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: `compared` in the last run")
+    options = parser.parse_args(arguments)
+    groups = read_groups(options.runs)
+    text, folder = report(groups), options.output or options.runs[-1] / "compared"
+    print(text, flush=True)
+    try:
+        print("\npage and curves:", *write_page(groups, text, folder))
+    except ImportError:
+        print("\nfor a page and curves: pip install -r requirements-dev.txt")
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(sys.argv[1:]), "standard output")
+    run_script(lambda: main(sys.argv[1:]), "--output")

@@ -8,7 +8,7 @@ import pytest
 
 from config import ConfigError, load_config, save_config
 from lab import ablate
-from lab.compare import PAPER, ROWS
+from lab.tables import PAPER, ROWS
 from runtime.files import DataError, UserError
 
 HCSTVG = str(ROWS.parent / "hcstvg_v1.yaml")
