@@ -47,13 +47,16 @@ def test_another_reward(tmp_path, monkeypatch, grpo_config, capsys):
             with no_pictures():
                 train.main(words)
         said[program] = "".join(capsys.readouterr())
-    assert list(said) == ["train.py", "lab.exploits", "lab.bench", "lab.pictures"]
+    assert list(said) == ["train.py", "lab.exploits", "lab.bench", "lab.pictures", "lab.compare"]
     paid = said["lab.exploits"].partition(f"{REWARD}, without its weight")[2]
     for play, pay in zip(("one easy step", "honest play"), EXPLOITS, strict=True):
         assert re.search(rf"^{play} +{pay} ", paid, re.M)
     assert REWARD in said["lab.bench"]
     run = Path("runs/toy_my_rewards")
     assert str(run) in said["lab.pictures"]
+    assert f"| rewards.{REWARD} | -        | 0.2 " in said["lab.compare"]
+    heads = re.search(r"^\| +\| runs/toy .*\| difference.*$", TEXT, re.M)[0]
+    assert re.sub(" +", " ", heads) in re.sub(" +", " ", said["lab.compare"])
     assert REWARD in (run / "pictures/run.html").read_text(encoding="utf-8")
     (line,) = metrics_of(run, "grpo")
     assert 0 < line[REWARD] <= 1 and REWARD in line["std"]
