@@ -3,10 +3,9 @@
     python -m lab.compare RUN [RUN ...] [--output FOLDER]     RUN: an output_dir of train.py
 
 Runs that differ in the seed alone are a group (runs/new_seed*). Printed are the settings in which groups
-differ and, for each group beside the first, held-out scores (protocol `native`) and reward terms, before ->
-after training, ± standard deviation over the seeds, and the difference from the first group, sentence by
-sentence. A single group is compared with its own start. FOLDER (default: `compared` in the last run) gets a
-page with all this and the curves, and curves.png. Rewards are those in the files; no reward is executed.
+differ; held-out scores (protocol `native`) and reward terms, before -> after training, ± standard deviation
+over the seeds; and how far each group is from the first, or a single one from its own start, sentence by
+sentence. FOLDER (default: `compared` in the last run) gets a page, with curves. No reward is executed.
 
 What the interval means: other held-out sentences, or other seeds, would have given another difference. Of 100
 such intervals about 95 hold the difference over endless sentences and seeds. It has two parts:
@@ -208,7 +207,8 @@ pre {{ overflow-x: auto; padding-bottom: 1em; font-size: 13px; }} img {{ width: 
 
 def write_page(groups: list[Group], text: str, folder: Path) -> list[Path]:
     """Write index.html and curves.png. Returns their paths. Raises ImportError without matplotlib."""
-    from lab import page, pictures
+    from lab.page import WINDOW, svg_uri
+    from lab.pictures import CYCLE, Figure, save_figure, style
 
     curves: dict[str, list[tuple]] = {}  # what is shown -> group, steps, values
     for k, run in ((k, run) for k, group in enumerate(groups) for run in group.runs):
@@ -217,27 +217,27 @@ def write_page(groups: list[Group], text: str, folder: Path) -> list[Path]:
             if points := [(line["step"], line[name]) for line in lines if name in line]:
                 curves.setdefault(name, []).append((k, *zip(*points, strict=True)))
 
-    def drawn(names: list[str], columns: int) -> pictures.Figure:
+    def drawn(names: list[str], columns: int) -> Figure:
         rows, labels = -(-len(names) // columns), {}
-        figure = pictures.Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+        figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
         for place, name in enumerate(names, 1):
             axes = figure.add_subplot(rows, columns, place)
             for k, steps, values in curves[name]:
-                means = [np.mean(values[max(0, n - page.WINDOW) : n]) for n in range(1, len(values) + 1)]
-                (line,) = axes.plot(steps, means, color=pictures.CYCLE[k % len(pictures.CYCLE)])
+                means = [np.mean(values[max(0, n - WINDOW) : n]) for n in range(1, len(values) + 1)]
+                (line,) = axes.plot(steps, means, color=CYCLE[k % len(CYCLE)])
                 labels[groups[k].name.replace("$", r"\$")] = line
-            pictures.style(axes, name)
+            style(axes, name)
         figure.legend(labels.values(), labels, loc="outside lower center", frameon=False)
         return figure
 
-    images = [f'<img alt="{html.escape(name)}" src="{page.svg_uri(drawn([name], 1))}">' for name in curves]
+    images = [f'<img alt="{html.escape(name)}" src="{svg_uri(drawn([name], 1))}">' for name in curves]
     texts = {"title": ", ".join(group.name for group in groups), "text": text}
     texts = {key: html.escape(value) for key, value in texts.items()} | {"images": "".join(images)}
     paths = [folder / "index.html", folder / "curves.png"]
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(paths[0], PAGE.format(**texts, window=page.WINDOW).encode(errors="replace"))
+    write_whole(paths[0], PAGE.format(**texts, window=WINDOW).encode(errors="replace"))
     if curves:
-        pictures.save_figure(drawn([*curves], 3), paths[1])
+        save_figure(drawn([*curves], 3), paths[1])
     return paths[: 1 + bool(curves)]
 
 
