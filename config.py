@@ -11,6 +11,7 @@ import difflib
 import functools
 import math
 import operator
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +48,8 @@ class Lora:
 class Config:
     # --- what is trained, on what, into which folder
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # checkpoint folder or hub id (section 4)
-    dataset: str = "hcstvg"  # format of the annotations: hcstvg | vidstg
-    train_annotations: str = ""  # annotation file of the training split
+    dataset: str = "hcstvg"  # format of the annotations: hcstvg | vidstg | jsonl (docs/data.md)
+    train_annotations: str = ""  # annotation file of the training split; jsonl: FILE or FILE:SPLIT
     eval_annotations: str = ""  # annotation file of the held-out split
     videos: str = ""  # folder of the video files
     vidor: str = ""  # folder of the VidOR tracks (vidstg only)
@@ -119,13 +120,14 @@ class Config:
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}  # precision -> its name in torch
 CHOICES = {
-    "dataset": ("hcstvg", "vidstg"),
+    "dataset": ("hcstvg", "vidstg", "jsonl"),
     "on_bad_video": ("error", "skip"),
     "precision": tuple(DTYPES),
     "resume": ("never", "auto"),
     "sync_gradients": ("last", "every"),
     "loss_aggregation": ("token-mean", "sequence-mean", "constant"),
 }
+PLACES = ("model", "train_annotations", "eval_annotations", "videos", "vidor", "output_dir", "frame_cache")
 POSITIVE = ("temperature", "max_grad_norm", "video_timeout", "lora.alpha")
 AT_LEAST = {
     0: "steps warmup_steps threads eval_every eval_limit save_every seed kl_beta clip_eps learning_rate"
@@ -139,9 +141,9 @@ AT_LEAST = {
 def load_config(paths: str | Path | list[str], overrides: list[str] = ()) -> Config:
     """Read a YAML file, lay others over it (such as configs/ablations/), and `key=value` settings over those.
 
-    `rewards.think=1.0` sets a nested key. A file after the first that does not set output_dir adds its name
-    to it, as in runs/toy_l1_only. Raises ConfigError, which names the file or the command line; each must be
-    right with what lies beneath it.
+    `rewards.think=1.0` sets a nested key. ~ in a path is the home folder. A file after the first that does
+    not set output_dir adds its name to it, as in runs/toy_l1_only. Raises ConfigError, which names the file
+    or the command line; each must be right with what lies beneath it.
     """
     config = Config()
     for n, path in enumerate(map(Path, [paths] if isinstance(paths, str | Path) else paths)):
@@ -160,6 +162,8 @@ def load_config(paths: str | Path | list[str], overrides: list[str] = ()) -> Con
             value = text
         key, dot, part = key.partition(".")  # rewards.FILE.py:FUNCTION has more dots
         config = _overlay(config, {key: {part: value} if dot else value}, "command line")
+    for key in PLACES:  # ~/clips
+        setattr(config, key, os.path.expanduser(getattr(config, key)))
     _check(config, "command line")
     return config
 

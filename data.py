@@ -8,6 +8,7 @@ st_time and ed_time of HC-STVG disagree with the track by 8-10 frames and are no
 they are. A record that breaks its format is an error, "FILE: record ID: KEY is VALUE, must be ...".
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from runtime.files import REMEDY, DataError, few, get, is_number, read_json, short
+from runtime.files import REMEDY, DataError, few, file_and_split, get, is_number, read_json, read_jsonl, short
 from samples import QUESTION_TYPES, Sample, Track
+from video.loader import read_headers
 
 HCSTVG_SECONDS = 20  # "the duration of all videos is 20 s": their only statement about the frame rate
 
@@ -25,8 +27,8 @@ HCSTVG_SECONDS = 20  # "the duration of all videos is 20 s": their only statemen
 Report = dict[str, list[str]]
 CLIPPED = "box partly outside the image: clipped"
 SORTED = "box with a negative side: corners sorted"
-EMPTY = "box without area: frame left without a box"
-OUTSIDE = "box outside the image: frame left without a box"  # in VidSTG; in HC-STVG it is an error
+EMPTY = "box without area: left out"
+OUTSIDE = "box outside the image: left out"  # in VidSTG; elsewhere it is an error
 CUT = "span leaves the clip: cut"
 CUT_SEGMENT = "segment leaves the video: cut"
 OTHER_SIZE = "size is not VidOR's, in which the boxes are measured"
@@ -59,15 +61,18 @@ def count_sentences(samples: list[Sample], report: Report) -> str:
 
 
 def load_samples(dataset: str, annotations: str, videos: str, vidor: str = "") -> tuple[list[Sample], Report]:
-    """Read one annotation file of a data set ("hcstvg" or "vidstg").
+    """Read one annotation file of a data set ("hcstvg", "vidstg" or "jsonl").
 
-    annotations: the JSON file. videos: the folder of the video files, which are not opened. vidor: the folder
-    of the box tracks (VidSTG only). Returns the samples in the file's order and the report. Raises DataError.
+    annotations: the file. videos: the folder of the video files, which are not opened, except for the sizes
+    that lines of "jsonl" leave out. vidor: the folder of the box tracks (VidSTG only). Returns the samples in
+    the file's order and the report. Raises DataError, and VideoError for a video that is opened.
     """
     if not annotations:
         raise DataError("no annotation file is named: set eval_annotations, and train_annotations to train")
     if dataset == "hcstvg":
         return load_hcstvg(annotations, videos)
+    if dataset == "jsonl":
+        return load_jsonl(annotations, videos)
     if not vidor:
         raise DataError("dataset: vidstg needs `vidor`, the folder of VidOR's annotations with the boxes")
     return load_vidstg(annotations, videos, vidor)
@@ -89,6 +94,42 @@ def check_videos(samples: list[Sample]) -> None:
         )
 
 
+class VideoFolder:
+    """The videos of a folder by the names that annotations give them."""
+
+    ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".y4m")
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def path(self, where: str, name: str) -> str:
+        """FOLDER/NAME, or if there is no such file the one video anywhere below FOLDER whose path ends with
+        NAME but for the ending, such as FOLDER/0/122_abc.mkv for 122_abc.mp4. If there is none, FOLDER/NAME.
+        Raises DataError if there are several."""
+        path = os.path.join(self.folder, name)
+        if os.path.isfile(path):
+            return path
+        stem = os.path.splitext(name)[0]
+        found = [
+            other
+            for other in self._by_stem.get(os.path.basename(stem), ())
+            if f"/{os.path.splitext(os.path.relpath(other, self.folder))[0]}".endswith(f"/{stem}")
+        ]
+        if len(found) > 1:
+            raise DataError(f"{where}: both {found[0]} and {found[1]} may be its video; keep one of them")
+        return found[0] if found else path
+
+    @functools.cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        """Name without its ending -> the videos below the folder that are called so, sorted."""
+        found: dict[str, list[str]] = {}
+        for folder, _, names in os.walk(self.folder, followlinks=True):
+            for stem, ending in map(os.path.splitext, names):
+                if ending.lower() in self.ENDINGS:
+                    found.setdefault(stem, []).append(os.path.join(folder, stem + ending))
+        return {stem: sorted(paths) for stem, paths in found.items()}
+
+
 NO_TEXT = re.compile("<\\||\\0|[\ud800-\udfff]")
 Kind = tuple[str, Callable[[object], bool]]  # what a value must be: in words, and as a test
 COUNT: Kind = ("a whole number from 1 to 1000000", lambda v: is_number(v) and 1 <= v <= 1e6 and v == int(v))
@@ -107,6 +148,15 @@ PATH: Kind = (
 )
 LIST: Kind = ("a list", lambda v: isinstance(v, list))
 OBJECT: Kind = ("an object", lambda v: isinstance(v, dict))
+FLAG: Kind = ("true or false", lambda v: isinstance(v, bool))
+PERIOD: Kind = (
+    "[begin, end] in seconds, 0 <= begin < end",
+    lambda v: isinstance(v, list) and len(v) == 2 and all(map(is_number, v)) and 0 <= v[0] < v[1],
+)
+TIMED_BOX: Kind = (
+    "[t, x1, y1, x2, y2]",
+    lambda v: isinstance(v, list) and len(v) == 5 and all(map(is_number, v)),
+)
 BOX: Kind = ("[x, y, w, h]", lambda v: isinstance(v, list) and len(v) == 4 and all(map(is_number, v)))
 
 
@@ -148,11 +198,11 @@ def load_hcstvg(annotations: str, videos: str) -> tuple[list[Sample], Report]:
     and not HC-STVG's. Returns the samples in the file's order and the report. Raises DataError.
     """
     report: Report = {}
-    records = _read_records(annotations, dict).items()
-    return [_hcstvg_sample(annotations, key, record, videos, report) for key, record in records], report
+    records, folder = _read_records(annotations, dict).items(), VideoFolder(videos)
+    return [_hcstvg_sample(annotations, key, record, folder, report) for key, record in records], report
 
 
-def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report: Report) -> Sample:
+def _hcstvg_sample(annotations: str, key: str, record: dict, videos: VideoFolder, report: Report) -> Sample:
     where = f"{annotations}: record {key!r}"
     _check(f"{where}: its key", key, PATH)
     sentence = _read(where, record, "English" if "English" in record else "caption", TEXT)
@@ -176,9 +226,7 @@ def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report
     corners[:, 2:] += corners[:, :2]
     boxes, found = _in_frame(corners, width, height)
     findings |= {finding for finding, frames in found.items() if frames.any()}
-    if OUTSIDE in findings:  # not one of the data set's known flaws: more likely a wrong size
-        k = int(found[OUTSIDE].argmax())
-        raise _wrong(f"{where}: bbox[{k}]", bbox[k], f"inside the {width} x {height} video")
+    _refuse_outside(f"{where}: bbox", bbox, found, width, height)
     track = Track(first, boxes)
     if not track:
         raise _wrong(f"{where}: bbox", bbox, "boxes of which at least one has an area")
@@ -186,7 +234,7 @@ def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report
         report.setdefault(finding, []).append(key)
     return Sample(
         id=key,
-        video=os.path.join(videos, key),
+        video=videos.path(where, key),
         sentence=sentence,
         width=width,
         height=height,
@@ -198,6 +246,109 @@ def _hcstvg_sample(annotations: str, key: str, record: dict, videos: str, report
         stop_frame=first + len(bbox),
         boxes=track,
     )
+
+
+LINE_KEYS = ("video", "sentence", "begin", "end", "boxes")  # of every line of a jsonl file
+SIZE_KEYS = ("width", "height", "frames", "fps")  # of one whose video need not be opened
+
+
+def load_jsonl(annotations: str, videos: str) -> tuple[list[Sample], Report]:
+    """Read annotations of your own: one JSON object a line for one sentence; several may name one video.
+
+        {"video": "a.mp4", "sentence": "...", "begin": 2.5, "end": 6, "boxes": [[2.5, x1, y1, x2, y2], ...]}
+
+    Times are seconds of the file; the event is [begin, end). Boxes stand at times of the event, in rising
+    order, in pixels or, with "normalized": true, in [0, 1]. Between two of them boxes are interpolated
+    linearly; before the first and after the last they are held. Optional keys: "clip": [begin, end], the part
+    of the file that is shown (all of it); "id" (VIDEO:NUMBER OF THE LINE); "split"; and "width", "height",
+    "frames" and "fps" of the file, all four, without which its header is read.
+
+    annotations: FILE.jsonl, or FILE.jsonl:SPLIT for the lines of that split. Returns the samples in the order
+    of the file, and the report. Raises DataError, and VideoError for a header that cannot be read.
+    """
+    file, split = file_and_split(annotations)
+    folder, report, lines = VideoFolder(videos), {}, {}  # lines: id -> (place, path of the video, record)
+    for n, record in enumerate(read_jsonl(file, *LINE_KEYS), 1):
+        where = f"{file}: record {n}"
+        if split and _read(where, record, "split", TEXT) != split:
+            continue
+        video = _read(where, record, "video", PATH)
+        key = _check(f"{where}: id", record.get("id", f"{video}:{n}"), TEXT)
+        if key in lines:
+            raise DataError(f"{where}: {lines[key][0]} has the same id {key!r}; change one of them")
+        lines[key] = where, folder.path(where, video), record
+    if not lines:
+        of_split = f" of the split {split!r}" if split else ""
+        raise DataError(f"{file}: holds no sentence{of_split}; name another file or split")
+    paths = {path for _, path, record in lines.values() if not record.keys() >= set(SIZE_KEYS)}
+    if missing := sorted(path for path in paths if not os.path.isfile(path)):
+        raise DataError(
+            f"{file}: {len(missing)} of its videos are missing: {few(missing)}; set `videos` to the folder"
+            f" that holds them, or write {', '.join(SIZE_KEYS)} of the video into the lines"
+        )
+    headers = read_headers(sorted(paths)) if paths else {}
+    return [_jsonl_sample(key, *line, headers, report) for key, line in lines.items()], report
+
+
+def _jsonl_sample(key: str, where: str, path: str, record: dict, headers: dict, report: Report) -> Sample:
+    if header := headers.get(path):
+        width, height, file_frames = header.width, header.height, header.frames
+        fps = file_frames / header.seconds
+    else:
+        width, height, file_frames = (int(_read(where, record, k, COUNT)) for k in SIZE_KEYS[:3])
+        fps = float(_read(where, record, "fps", RATE))
+    shown = _check(f"{where}: clip", record.get("clip", [0, file_frames / fps]), PERIOD)
+    begin_frame, stop_of_clip = (min(round(moment * fps), file_frames) for moment in shown)
+    _check(f"{where}: the length of its clip in seconds", (stop_of_clip - begin_frame) / fps, SECONDS)
+    event = _check(f"{where}: [begin, end]", [record["begin"], record["end"]], PERIOD)
+    first, stop = round(event[0] * fps), max(round(event[1] * fps), round(event[0] * fps) + 1)
+    findings = {CUT} if first < begin_frame or stop > stop_of_clip else set()
+    first, stop = max(first, begin_frame), min(stop, stop_of_clip)
+    if first >= stop:
+        raise _wrong(f"{where}: [begin, end]", event, f"in the clip, {shown} s of the file")
+    size = (1, 1) if _read(where, {"normalized": False} | record, "normalized", FLAG) else (width, height)
+    times, boxes, found = _timed_boxes(f"{where}: boxes", _read(where, record, "boxes", LIST), event, size)
+    for finding in sorted(findings | {finding for finding, which in found.items() if which.any()}):
+        report.setdefault(finding, []).append(key)
+    sides = [np.interp(np.arange(first, stop) / fps, times, side) for side in boxes.T]
+    return Sample(
+        id=key,
+        video=path,
+        sentence=_read(where, record, "sentence", TEXT),
+        width=width,
+        height=height,
+        num_frames=stop_of_clip - begin_frame,
+        fps=fps,
+        begin_frame=begin_frame,
+        file_frames=file_frames,
+        first_frame=first - begin_frame,
+        stop_frame=stop - begin_frame,
+        boxes=Track(first - begin_frame, np.stack(sides, axis=1)),
+    )
+
+
+def _timed_boxes(
+    place: str, rows: list, event: list[float], size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """[t, x1, y1, x2, y2], ... -> times (N,), boxes (N, 4) in [0, 1], and what _in_frame found. Those without
+    area are left out. size: what the boxes are measured in. Raises DataError."""
+    before = event[0]
+    for k, row in enumerate(rows):
+        time, *_ = _check(f"{place}[{k}]", row, TIMED_BOX)
+        if not before <= time <= event[1] or (k and time == before):
+            raise _wrong(
+                f"{place}[{k}]", row, f"at a time from {event[0]} to {event[1]} s, after the one before"
+            )
+        before = time
+    table = np.array(rows, dtype=np.float64).reshape(-1, 5)
+    if len(rows) and (table[:, 1:].max() > 1.5) == (size == (1, 1)):  # the unit is forgotten, or wrong
+        raise _wrong(place, rows, 'in pixels, or in [0, 1] with "normalized": true')
+    boxes, found = _in_frame(table[:, 1:], *size)
+    _refuse_outside(place, rows, found, *size)
+    kept = ~np.isnan(boxes[:, 0])
+    if not kept.any():
+        raise _wrong(place, rows, "boxes of which at least one has an area")
+    return table[kept, 0], boxes[kept], found
 
 
 def load_vidstg(annotations: str, videos: str, vidor: str) -> tuple[list[Sample], Report]:
@@ -342,6 +493,12 @@ def _read_vidor_file(path: str, vid: str, tids: set[int]) -> VidorFilm:
     _check(f"{path}: video_path", video, PATH)
     boxes = {tid: _in_frame(corners, width, height) for tid, corners in tracks.items()}
     return VidorFilm(video, width, height, boxes)
+
+
+def _refuse_outside(place: str, boxes: list, found: dict[str, np.ndarray], width: int, height: int) -> None:
+    """Raise DataError for a box outside the image: more likely the size or the unit is wrong."""
+    for k in found[OUTSIDE].nonzero()[0]:
+        raise _wrong(f"{place}[{k}]", boxes[k], f"inside the image of {width} x {height}")
 
 
 def _in_frame(corners: np.ndarray, width: int, height: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -203,12 +203,14 @@ def _load_config(checkpoint: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except BROKEN as error:
-        reason = _reason(error)
         if isinstance(error.__cause__, LocalEntryNotFoundError):
-            reason = "the hub is not reached (no network, or HF_HUB_OFFLINE is set)"
+            raise ModelError(
+                "it is no folder here and not in the cache of hub models, and the hub cannot be reached (no"
+                " network, or HF_HUB_OFFLINE is set); fetch it where there is a network, or name a folder"
+            ) from error
         raise ModelError(
-            f"it is neither a folder with a good config.json nor a hub id that can be read: {reason}; name a"
-            f" checkpoint folder, or a hub id such as {EXAMPLE}"
+            f"it is neither a folder with a good config.json nor a hub id that can be read: {_reason(error)};"
+            f" name a checkpoint folder, or a hub id such as {EXAMPLE}"
         ) from error
 
 

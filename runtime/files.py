@@ -222,6 +222,12 @@ def read_yaml(path: Path) -> dict:
     return settings
 
 
+def file_and_split(annotations: str) -> tuple[str, str]:
+    """FILE.jsonl:SPLIT -> the file, and the split whose lines are meant; "" means all lines."""
+    file, colon, split = annotations.rpartition(":")
+    return (file, split) if colon and file.endswith(".jsonl") else (annotations, "")
+
+
 def get(where: str, record: dict, name: str) -> object:
     if name not in record:
         raise DataError(f"{where}: has no {name!r}; its keys are {', '.join(map(str, record)) or 'none'}")

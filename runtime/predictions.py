@@ -12,7 +12,7 @@ from pathlib import Path
 
 from config import Config
 from runtime import distributed
-from runtime.files import DataError, read_jsonl, write_jsonl
+from runtime.files import DataError, file_and_split, read_jsonl, write_jsonl
 from runtime.fingerprints import weights_fingerprint
 from runtime.plugins import plugin_fingerprints
 from samples import Sample
@@ -84,7 +84,8 @@ def path_for_answers(wanted: Path, fingerprint: str) -> Path:
 def fingerprint_of(checkpoint: str, config: Config, control: str = "") -> str:
     """Stands for all that an answer depends on: weights, annotations, settings, files of plug-in rewards, and
     the control that replaced the frames (lab/controls.py)."""
-    annotations = hashlib.sha256(Path(config.eval_annotations).read_bytes()).hexdigest()
+    file, split = file_and_split(config.eval_annotations)
+    annotations = hashlib.sha256(Path(file).read_bytes() + split.encode()).hexdigest()
     names = ("dataset", "seed", "rewards", "max_new_tokens", "eval_temperature", "max_side", "precision")
     parts = [weights_fingerprint(checkpoint), annotations, [getattr(config, name) for name in names]]
     parts += [dataclasses.asdict(config.text_format), plugin_fingerprints(config.rewards), control]

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from config import Config
 from runtime.files import disk_remedy, write_whole
 from samples import Sample
-from video.frames import REENCODE, VideoError, clip_frames, frame_size
+from video.frames import REENCODE, Header, VideoError, clip_frames, frame_size, probe
 
 # libav repairs damaged pictures by guessing, and only says so on stderr. (Missing references are no sign of
 # damage: films that begin with an open group of pictures lack them.)
@@ -153,6 +153,15 @@ def serve(pipe: Connection) -> None:
                 pipe.send((*answer, next((line.strip() for line in said if GUESSED.search(line)), None)))
             except (EOFError, ConnectionError):
                 return
+
+
+def read_headers(paths: Iterable[str]) -> dict[str, Header]:
+    """path -> header, read in two worker processes. Raises VideoError for the first file that cannot be
+    read, or not within a minute."""
+    with contextlib.closing(Workers(2, 60.0)) as workers:
+        futures = {path: workers.submit(path, probe, path) for path in dict.fromkeys(paths)}
+        bar = tqdm(futures.items(), desc="video headers", delay=2, leave=False, disable=None)
+        return {path: future.result() for path, future in bar}
 
 
 class FrameLoader:
