@@ -278,25 +278,31 @@ def open_checkpoint(
         check_videos(samples)
     policy = load_policy(checkpoint, getattr(torch, DTYPES[config.precision]), distributed.device())
     if distributed.init()[0] == 0:
-        print(coordinates_note(policy, config) + settings_note(checkpoint, config), end="", file=sys.stderr)
+        print(settings_note(policy, checkpoint, config), end="", file=sys.stderr)
     with contextlib.closing(FrameLoader(config, policy.size_factor)) as loader:
         yield policy, loader
 
 
-def coordinates_note(policy: Policy, config: Config) -> str:
+def coordinates_note(policy: Policy, config: Config, trains: bool = False) -> str:
     """A line if the checkpoint's family was pre-trained to write boxes in other coordinates, else ""."""
     learned, asked = policy.family.coordinates, config.coordinates
     if config.toy or asked == learned:
         return ""
-    remedy = f"training teaches it these; ask an untrained model for coordinates: {learned}"
-    return f"note: {policy.family.name} is pre-trained with {learned}, and asked for {asked}: {remedy}\n"
+    advice = f"unless it was trained for that, set coordinates={learned}"
+    if trains:
+        advice = f"training teaches it {asked}. Choose norm1000, which means the same for every video"
+    note = f"note: {policy.family.name} is pre-trained with coordinates: {learned}, and asked for {asked}"
+    return f"{note}: {advice}\n"
 
 
-def settings_note(checkpoint: str, config: Config) -> str:
-    """A line for each setting in which a run's checkpoint was trained to see or to write something else."""
-    path, trained, note = Path(checkpoint).resolve().parent / "config.yaml", config, ""
-    with contextlib.suppress(ConfigError):  # there is none, or it is no run's
-        trained = load_config(path)
+def settings_note(policy: Policy, checkpoint: str, config: Config) -> str:
+    """A line for each setting in which a run's checkpoint was trained to see or to write something else; of a
+    checkpoint that is no run's, coordinates_note."""
+    try:
+        trained = load_config(Path(checkpoint).resolve().parent / "config.yaml")
+    except ConfigError:
+        return coordinates_note(policy, config)
+    note = ""
     for key in ("fps", "max_side", "time_unit", "coordinates", "think"):
         then, now = getattr(trained, key), getattr(config, key)
         if then != now:

@@ -283,7 +283,7 @@ def main(arguments: list[str]) -> None:
     policy = load_trainable(config)
     if rank == 0:
         print(describe(config, policy, samples, held_out))
-        print(coordinates_note(policy, config), end="")
+        print(coordinates_note(policy, config, trains=True), end="")
     with (
         contextlib.closing(FrameLoader(config, policy.size_factor)) as loader,
         open_run(config, policy, loader, samples + held_out, started) as run,

@@ -240,14 +240,18 @@ def test_a_run_without_a_checkpoint_says_what_there_is(taught, tmp_path):
         evaluate.main([str(tmp_path / "run.1")])
 
 
-def test_notes_about_what_a_checkpoint_was_taught(taught, place, world, capsys):
-    """Pixels in its pre-training, seconds and norm1000 in ours; here it is asked otherwise."""
+def test_notes_about_what_a_checkpoint_was_taught(taught, place, world, tmp_path, capsys):
+    """Pixels in its pre-training, seconds and norm1000 in ours, which its run says; here it is asked
+    otherwise."""
     settings = [f"videos={world}", "think=false", "max_new_tokens=8", "eval_limit=2"]
     evaluate.main([str(taught / "checkpoint"), place, *settings, "coordinates=original", "time_unit=frame"])
     err = capsys.readouterr().err
-    assert "pre-trained with resized, and asked for original" in err
-    assert "trained with time_unit: second, and is asked with frame" in err
+    assert "pre-trained" not in err and "trained with time_unit: second, and is asked with frame" in err
     assert "trained with coordinates: norm1000, and is asked with original" in err
+    shutil.copytree(taught / "checkpoint", tmp_path / "copy")
+    evaluate.main([str(tmp_path / "copy"), place, *settings])
+    learned = "pre-trained with coordinates: resized, and asked for norm1000: unless it was trained for that"
+    assert learned in capsys.readouterr().err
     assert "trained with think" not in err and "2 of them do not parse, 2 of these were cut off" in err
 
 
