@@ -248,8 +248,8 @@ def test_notes_about_what_a_checkpoint_was_taught(taught, place, world, tmp_path
     err = capsys.readouterr().err
     assert "pre-trained" not in err and "trained with time_unit: second, and is asked with frame" in err
     assert "trained with coordinates: norm1000, and is asked with original" in err
-    shutil.copytree(taught / "checkpoint", tmp_path / "copy")
-    evaluate.main([str(tmp_path / "copy"), place, *settings])
+    shutil.copytree(taught / "checkpoint", tmp_path / "away/copy")
+    evaluate.main([str(tmp_path / "away/copy"), place, *settings])
     learned = "pre-trained with coordinates: resized, and asked for norm1000: unless it was trained for that"
     assert learned in capsys.readouterr().err
     assert "trained with think" not in err and "2 of them do not parse, 2 of these were cut off" in err
