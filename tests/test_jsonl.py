@@ -73,9 +73,13 @@ def test_a_clip_of_the_file(tmp_path):
     assert report == {CUT: ["a.mp4:1"]}  # of its last 0.2 s
 
 
-def test_a_short_event_has_one_frame(tmp_path):
-    sample, _ = load_one(tmp_path, begin=1, end=1.01)
-    assert (sample.first_frame, sample.stop_frame) == (10, 11)
+@pytest.mark.parametrize(
+    "begin, end, frames", [(1, 1.01, (10, 11)), (0.94, 2.06, (9, 21)), (0.96, 2.04, (10, 20))]
+)
+def test_the_nearest_frames(tmp_path, begin, end, frames):
+    """Of an event of any length; at least one."""
+    sample, _ = load_one(tmp_path, begin=begin, end=end)
+    assert (sample.first_frame, sample.stop_frame) == frames
 
 
 def test_what_is_repaired_is_reported(tmp_path):
