@@ -27,6 +27,7 @@ import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from config import DTYPES, Config, load_config
 from data import SECONDS, TEXT, load_samples
 from evaluate import find_checkpoint
 from metrics import Tube, native_scores, tube_of
-from model import make_prompt, prefill, rollout
+from model import make_prompt, rollout
 from prompts import parse_answer, to_text_box, where_it_fails
 from qwen.checkpoint import Policy, load_policy
 from rewards import is_valid
@@ -59,14 +60,16 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--picture", type=Path, metavar="PNG", help="instead of answers/VIDEO.png")
     parser.add_argument("--video", type=Path, metavar="MP4|GIF", help="the clip with its boxes")
     options = parser.parse_intermixed_args(arguments)
-    film = load_film(options.picture, options.video)  # before the model: what it takes may be missing
+    film = load_film(options.video)  # before the model: what it takes may be missing
     video, sentences, checkpoint, configs, settings = sort_words(options.words)
     checkpoint, configs, config = find_model(checkpoint, configs, settings)
     span = options.begin, options.end
     if not video:
         video, sentences, span = held_out_question(config)
     clip = clip_of(video, *span)
+    begin, end = (frame / clip.fps for frame in (clip.begin_frame, clip.begin_frame + clip.num_frames))
     say(f"model: {checkpoint}, settings of {', '.join(configs) or 'config.py'}")
+    say("\nsentence: ".join([f"clip: {video}, {begin:.2f} to {end:.2f} s", *sentences]))
     if config.threads:
         torch.set_num_threads(config.threads)
     policy = load_policy(checkpoint, getattr(torch, DTYPES[config.precision]), distributed.device())
@@ -74,14 +77,15 @@ def main(arguments: list[str]) -> None:
         config = replace(config, coordinates=policy.family.coordinates)
         say(f"coordinates: {config.coordinates}, those of {policy.family.name}")
     asked = []
-    for sample, records in ask(policy, clip, sentences, config, options.samples):
+    samples = [replace(clip, sentence=sentence) for sentence in sentences]
+    for sample, records in zip(samples, ask(policy, samples, config, options.samples), strict=True):
         greedy, *sampled = [tell(record, sample, config) for record in records]
         told = {"video": video, "model": checkpoint, "sentence": sample.sentence} | greedy
         if sampled:
             tubes = [tube_of(record, sample, config) for record in records[1:]]
             told |= {"samples": sampled, "agreement": agreement(tubes, sample)}
         print(json.dumps(told) if options.json else as_text(told, options.raw))
-        asked.append((sample, records, f"{sample.sentence}: {interval(greedy) or 'malformed'}"))
+        asked.append((sample, records, f"{sample.sentence}: {in_a_line(greedy)}"))
     if film:
         picture = options.picture or Path("answers", f"{Path(video).stem}.png")
         film.save_picture(picture, asked, config)
@@ -95,9 +99,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def load_film(picture: Path | None, video: Path | None):
-    """The module that draws; None, with a line, where a package is missing and no path is given. Raises
-    UserError."""
+def load_film(video: Path | None):
+    """lab.film; None, and a line that says why, where a package for pictures is missing. Raises UserError."""
     if video and video.suffix not in (".mp4", ".gif"):
         raise UserError(f"--video {video}: write a name that ends in .mp4 or .gif")
     try:
@@ -106,10 +109,10 @@ def load_film(picture: Path | None, video: Path | None):
         if video and video.suffix == ".mp4":
             import av  # noqa: F401
     except ImportError as error:
-        remedy = f"it takes {error.name}: pip install -r requirements-dev.txt"
-        if picture or video:
-            raise UserError(f"{video or picture} cannot be drawn; {remedy}") from None
-        return say(f"no picture; {remedy}")
+        missing = f"{video or 'no picture'}: {error.name} is missing; pip install -r requirements-dev.txt"
+        if video:
+            raise UserError(missing) from None
+        return say(missing)
     return film
 
 
@@ -126,7 +129,7 @@ def sort_words(words: list[str]) -> tuple[str, list[str], str, list[str], list[s
     if video and not Path(video).is_file():
         raise UserError(f"{video}: no such video; it stands first, before the sentences")
     if bool(video) != bool(sentences):
-        raise UserError("name a VIDEO and then a SENTENCE in quotes, or more than one; or neither")
+        raise UserError("name a VIDEO and then one SENTENCE or more, in quotes; or neither")
     for sentence in sentences:
         if not TEXT[1](sentence):
             raise UserError(f"the sentence {sentence[:60]!r} must be {TEXT[0]}")
@@ -137,14 +140,9 @@ def find_model(checkpoint: str, configs: list[str], settings: list[str]) -> tupl
     """The checkpoint, the files of its settings, and these. No reward that they name is run. Raises
     ConfigError."""
     if not checkpoint and not configs:
-        runs = [
-            path.parent
-            for path in Path("runs").glob("*/checkpoint")
-            if path.with_name("config.yaml").is_file()
-        ]
-        runs.sort(key=lambda run: (run / "checkpoint").stat().st_mtime)
-        checkpoint = str(runs[-1]) if runs else ""
-        configs = [] if runs else [str(Path(__file__).with_name("configs") / "toy.yaml")]
+        finished = sorted(Path("runs").glob("*/checkpoint"), key=lambda path: path.stat().st_mtime)
+        checkpoint = str(finished[-1]) if finished else ""
+        configs = [] if finished else [str(Path(__file__).with_name("configs") / "toy.yaml")]
     folder = Path(checkpoint).resolve()
     if checkpoint and any((place / "config.yaml").is_file() for place in (folder, folder.parent)):
         checkpoint, _, _ = find_checkpoint([checkpoint], [])
@@ -157,13 +155,11 @@ def held_out_question(config: Config) -> tuple[str, list[str], tuple[float, floa
     """Video, sentence and seconds of the first held-out sentence. Of the toy's world, where it is not there,
     one clip is made. Raises DataError."""
     if config.toy and not Path(config.eval_annotations).is_file():
-        objects, path = (
-            world.draw_objects(np.random.default_rng((world.SPLITS["test"][1], 0))),
-            Path("answers/toy.y4m"),
-        )
+        objects = world.draw_objects(np.random.default_rng((world.SPLITS["test"][1], 0)))
+        path = Path("answers/toy.y4m")
         path.parent.mkdir(exist_ok=True)
         world.write_y4m(path, world.render(objects, world.NATIVE_FPS), world.NATIVE_FPS)
-        return str(path), [objects[0].sentence], (0, None)
+        return str(path), [objects[0].sentence], (0.0, None)
     sample = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)[0][0]
     frames = sample.begin_frame, sample.begin_frame + sample.num_frames
     return sample.video, [sample.sentence], tuple(frame / sample.fps for frame in frames)
@@ -173,64 +169,40 @@ def clip_of(video: str, begin: float | None, end: float | None) -> Sample:
     """The part of a file between two seconds, as a sample without sentence or truth. Raises VideoError."""
     header = probe(video)
     fps, begin = header.frames / header.seconds if header.seconds > 0 else 1.0, begin or 0.0
+    fps = float(Fraction(fps).limit_denominator(1001))  # decord rounds seconds to float32
     end = header.seconds if end is None else min(end, header.seconds)
     if not 0 <= begin < end:
-        raise VideoError(
-            f"{video}: lasts {header.seconds:.2f} s; --begin {begin:g} must come before its end and --end"
-        )
+        raise VideoError(f"{video} lasts {header.seconds:.2f} s: nothing of it is between --begin and --end")
     if not SECONDS[1](end - begin):
-        raise VideoError(
-            f"{video}: the clip's seconds, {end - begin:.0f}, must be {SECONDS[0]}; set --begin and --end"
-        )
-    first, length = round(begin * fps), max(1, int((end - begin) * fps + 1e-3))
-    first = min(first, header.frames - length)
+        raise VideoError(f"{video}: {end - begin:.0f} s must be {SECONDS[0]}; set --begin and --end")
+    num_frames = max(1, int((end - begin) * fps + 1e-3))
+    first = min(round(begin * fps), header.frames - num_frames)
     size, no_boxes = (header.width, header.height), Track(0, np.empty((0, 4)))
-    return Sample(video, video, "", *size, length, fps, first, header.frames, 0, 0, no_boxes)
+    return Sample(video, video, "", *size, num_frames, fps, first, header.frames, 0, 0, no_boxes)
 
 
-def ask(
-    policy: Policy, clip: Sample, sentences: list[str], config: Config, num_samples: int
-) -> list[tuple[Sample, list[dict]]]:
-    """The sample of each sentence, and its answers as records like those of predictions.jsonl: the greedy
-    one, then sampled ones. Raises UserError for a video that cannot be read, or is too long."""
+def ask(policy: Policy, samples: list[Sample], config: Config, num_samples: int) -> list[list[dict]]:
+    """The answers to sentences about one clip, as records like those of predictions.jsonl: for each sentence
+    the greedy one, then sampled ones. Raises UserError for a clip that cannot be read, or is too long."""
     with contextlib.closing(FrameLoader(config, policy.size_factor)) as loader:
-        frames = loader.frames(clip)  # (T, h, w, 3)
-    begin, end = (frame / clip.fps for frame in (clip.begin_frame, clip.begin_frame + clip.num_frames))
-    steps = f"{config.text_format.num_steps(len(frames))} steps of {config.text_format.step_seconds:g} s"
-    say(f"clip: {clip.video}, {begin:.2f} to {end:.2f} s, {steps}")
-    samples = [replace(clip, sentence=sentence) for sentence in sentences]
+        frames = loader.frames(samples[0])  # (T, h, w, 3)
     prompts = [make_prompt(policy, sample, frames, config.text_format) for sample in samples]
-    say("\n".join(f"sentence: {sentence}" for sentence in sentences))
-    length = max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens
+    tokens = max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens
     most = policy.model.config.get_text_config().max_position_embeddings
     remedy = "cut the clip with --begin and --end, or lower fps or max_side"
-    if length > most:
-        raise UserError(
-            f"{clip.video}: question and answer take {length} tokens, and the model {most}; {remedy}"
-        )
-    keys, groups = [(config.seed, n) for n in range(len(prompts))], []
+    if tokens > most:
+        raise UserError(f"question and answer take {tokens} tokens, and the model {most}; {remedy}")
+    keys = [(config.seed, n) for n in range(len(prompts))]
+    rounds = [(1, 0.0), (num_samples, config.temperature)]
     try:
-        with torch.no_grad():
-            caches = prefill(policy, prompts)
-        for count, temperature in ((1, 0.0), (num_samples, config.temperature)):
-            if count:
-                groups.append(
-                    rollout(policy, prompts, count, config.max_new_tokens, temperature, keys, caches)
-                )
+        answers = [rollout(policy, prompts, n, config.max_new_tokens, t, keys) for n, t in rounds if n]
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"{clip.video}: the GPU's memory is too small; {remedy}, or ask less at once"
-        ) from None
-    return [
-        (
-            sample,
-            [
-                {"completion": c.text, "truncated": c.truncated, "scale": list(prompt.scale)}
-                for c in itertools.chain(*answers)
-            ],
-        )
-        for sample, prompt, *answers in zip(samples, prompts, *groups, strict=True)
-    ]
+        raise UserError(f"the GPU's memory is too small; {remedy}, or ask less at once") from None
+    records = []
+    for prompt, *groups in zip(prompts, *answers, strict=True):
+        said = [{"completion": c.text, "truncated": c.truncated} for group in groups for c in group]
+        records.append([record | {"scale": prompt.scale} for record in said])
+    return records
 
 
 def tell(record: dict, sample: Sample, config: Config) -> dict:
@@ -241,31 +213,24 @@ def tell(record: dict, sample: Sample, config: Config) -> dict:
         cut = f"cut off at max_new_tokens, {config.max_new_tokens}; " * record["truncated"]
         return told | {"problems": [f"malformed: {cut}{where_it_fails(text, config.think)}"], "boxes": []}
     grid, (start, end) = sample.grid(config.text_format.step_seconds), answer.span
-    framed, problems = answer.in_frame(record["scale"]), []
-    if end < start:
-        problems.append("the interval is empty: it ends before it begins")
-    elif end >= grid.num_steps:
-        problems.append(f"the interval leaves the clip, whose last step is {grid.num_steps - 1}")
-    boxes = [*(framed.think or ()), *framed.pred]
-    wrong = {"without an inside": [step for step, box in boxes if not is_valid(box)]}
-    wrong["outside the interval, which do not count"] = [
-        step for step, _ in boxes if not start <= step <= end
-    ]
-    problems += [f"boxes {what}: of steps {sorted(set(steps))}" for what, steps in wrong.items() if steps]
+    answer, last, problems = answer.in_frame(record["scale"]), grid.num_steps - 1, []
+    boxes = [*(answer.think or ()), *answer.pred]
+    flat = sorted({step for step, box in boxes if not is_valid(box)})
+    outside = sorted({step for step, _ in boxes if not start <= step <= end})
+    problems += ["the interval is empty: it ends before it begins"] if end < start else []
+    problems += [f"the interval leaves the clip, whose last step is {last}"] if start <= end > last else []
+    problems += [f"boxes of steps {flat} have no inside"] if flat else []
+    problems += [f"boxes of steps {outside} are outside the interval and do not count"] if outside else []
 
     def second(step: int) -> float:
         return round((sample.begin_frame + grid.first_frame(step)) / sample.fps, 3)
 
-    def pixels(box) -> list[int] | None:
-        return box and list(to_text_box(box, (sample.width, sample.height)))
-
-    think, pred = framed.think_boxes, framed.pred_boxes
-    rows = [
-        {"step": k, "seconds": second(k), "think": pixels(think.get(k)), "pred": pixels(pred.get(k))}
-        for k in sorted(think | pred)
-    ]
-    seconds = [second(start), second(end + 1)] if start <= min(end, grid.num_steps - 1) else None
-    return told | {"steps": [start, end], "seconds": seconds, "problems": problems, "boxes": rows}
+    rows = {step: {"step": step, "seconds": second(step)} for step in sorted({step for step, _ in boxes})}
+    for name, items in (("think", answer.think_boxes), ("pred", answer.pred_boxes)):
+        for step, row in rows.items():
+            row[name] = to_text_box(items[step], (sample.width, sample.height)) if step in items else None
+    seconds = [second(start), second(end + 1)] if start <= min(end, last) else None
+    return told | {"steps": [start, end], "seconds": seconds, "problems": problems, "boxes": [*rows.values()]}
 
 
 def agreement(tubes: list[Tube | None], sample: Sample) -> float | None:
@@ -280,26 +245,26 @@ def agreement(tubes: list[Tube | None], sample: Sample) -> float | None:
 
 def as_text(told: dict, raw: bool) -> str:
     """What `tell` has found, for people. A malformed answer is printed as it is."""
-    lines = [f"\n{told['sentence']}"]
-    for heading, answer in [("", told), *(("sampled: ", sampled) for sampled in told.get("samples", []))]:
-        lines.append(heading + "; ".join(filter(None, [interval(answer), *answer["problems"]])))
-        if raw or not (answer["steps"] or heading):
-            lines.append(
-                "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in answer["text"])
-            )
-        if answer["boxes"] and not heading:
-            lines.append("  step   seconds  think                 pred")
-            for row in answer["boxes"]:
-                think, pred = (", ".join(map(str, row[name] or "-")) for name in ("think", "pred"))
-                lines.append(f"{row['step']:>6}  {row['seconds']:>8.2f}  {think:<20}  {pred}")
+    lines = ["", told["sentence"], in_a_line(told)]
+    if told["boxes"]:
+        lines.append("  step   seconds  think                 pred")
+    for row in told["boxes"]:
+        think, pred = (", ".join(map(str, row[name] or "-")) for name in ("think", "pred"))
+        lines.append(f"{row['step']:>6}  {row['seconds']:>8.2f}  {think:<20}  {pred}")
+    lines += [told["text"]] if raw or not told["steps"] else []
+    for sampled in told.get("samples", []):
+        lines += [f"sampled: {in_a_line(sampled)}", *([sampled["text"]] if raw else [])]
     if told.get("agreement") is not None:
         lines.append(f"agreement: {told['agreement']:.2f}, the mean vIoU of two sampled answers")
-    return "\n".join(lines)
+    # Control characters, which a terminal would obey, are printed as their numbers.
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in "\n".join(lines))
 
 
-def interval(told: dict) -> str:
+def in_a_line(told: dict) -> str:
+    """The interval and the problems."""
     seconds = "{:.2f} to {:.2f} s, ".format(*told["seconds"]) if told["seconds"] else ""
-    return seconds + "steps {} to {}".format(*told["steps"]) if told["steps"] else ""
+    steps = "steps {} to {}".format(*told["steps"]) if told["steps"] else ""
+    return "; ".join([*filter(None, [seconds + steps]), *told["problems"]])
 
 
 if __name__ == "__main__":

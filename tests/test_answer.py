@@ -59,7 +59,7 @@ def test_the_answers_are_those_of_evaluate(clip, capsys):
         assert line["seconds"] == [1 + record["span"][0], min(2 + record["span"][1], 5)]
         boxes = [[row["step"], row["pred"]] for row in line["boxes"] if row["pred"]]
         assert boxes == [[k, [round(56 * v) for v in box]] for k, box in record["pred_boxes"]]
-    assert f"{video}, 1.00 to 5.00 s, 4 steps of 1 s" in said and one.sentence in said
+    assert f"clip: {video}, 1.00 to 5.00 s\n" in said and one.sentence in said
     assert Path("answers/eine Übung.png").stat().st_size > 1000
     with pytest.raises(UserError, match=r"question and answer take 328\d\d tokens, and the model 32768"):
         answer.main([video, "a", *TOY, "max_new_tokens=32760"])
@@ -83,8 +83,8 @@ def test_pixels_and_seconds_are_those_of_the_file(sample, capsys):
     told = answer.tell(record_of(format_answer(Answer(2, 3, think, pred))), sample, CONFIG)
     assert (told["steps"], told["seconds"], told["problems"]) == ([2, 3], [3.0, 5.0], [])
     assert told["boxes"] == [
-        {"step": 2, "seconds": 3.0, "think": [14, 10, 28, 100], "pred": [0, 10, 29, 50]},
-        {"step": 3, "seconds": 4.0, "think": [14, 10, 29, 100], "pred": None},
+        {"step": 2, "seconds": 3.0, "think": (14, 10, 28, 100), "pred": (0, 10, 29, 50)},
+        {"step": 3, "seconds": 4.0, "think": (14, 10, 29, 100), "pred": None},
     ]
     text = answer.as_text({"sentence": "a dog"} | told, raw=False).splitlines()
     assert text[1:3] == ["a dog", "3.00 to 5.00 s, steps 2 to 3"] and text[4].split()[:2] == ["2", "3.00"]
@@ -102,13 +102,22 @@ def test_what_is_wrong_with_an_answer_is_said(sample):
     assert problems(4, 7)["seconds"] is None and problems(0, 3)["problems"] == []
     flat, late = (1, (500, 0, 400, 9)), (3, (0, 0, 9, 9))
     assert problems(1, 2, flat, late)["problems"] == [
-        "boxes without an inside: of steps [1]",
-        "boxes outside the interval, which do not count: of steps [3]",
+        "boxes of steps [1] have no inside",
+        "boxes of steps [3] are outside the interval and do not count",
     ]
     told = answer.tell(record_of("<time> 2 - \x1b[1m", truncated=True), sample, CONFIG)
     assert told["steps"] is None and told["boxes"] == []
     assert told["problems"][0].startswith("malformed: cut off at max_new_tokens, 2048; at character 12")
     assert answer.as_text({"sentence": "a dog"} | told, raw=False).endswith("<time> 2 - \\x1b[1m")
+
+
+def test_the_rate_is_the_films_to_the_last_bit(tmp_path):
+    """383 frames, 30 a second, last 12.7666667 s in decord's float32, at which frame 30 would be late."""
+    frame = b"FRAME\n" + bytes([100]) * 16 * 24
+    (tmp_path / "a.y4m").write_bytes(b"YUV4MPEG2 W16 H16 F30:1 Ip A1:1 C420jpeg\n" + frame * 383)
+    clip = answer.clip_of(str(tmp_path / "a.y4m"), 2.0, 9.99)
+    assert (clip.fps, clip.begin_frame, clip.num_frames, clip.file_frames) == (30.0, 60, 239, 383)
+    assert answer.clip_of(str(tmp_path / "a.y4m"), None, None).num_frames == 383
 
 
 def test_agreement_by_hand(sample):
@@ -197,7 +206,7 @@ def test_adapters_and_a_model_without_a_run(clip, checkpoints, tmp_path, capsys)
     assert "coordinates: resized, those of Qwen2.5-VL" in said and "settings of config.py" in said
     config = load_config([], [*short[:-2], "coordinates=resized"])
     sample = dataclasses.replace(answer.clip_of(video, 0, 2), sentence="a dog")
-    ((_, [record]),) = answer.ask(policy, sample, ["a dog"], config, 0)
+    [[record]] = answer.ask(policy, [sample], config, 0)
     assert told[0]["text"] == record["completion"]
     assert told != asked(capsys, video, "a dog", checkpoints["qwen2_5_vl"], *short)[0]
     (line,), said = asked(capsys, video, "a dog", checkpoints["qwen3_vl"], "coordinates=original", *short)
@@ -239,13 +248,13 @@ def test_errors_are_one_line(clip, tmp_path, monkeypatch):
     for words, message in (
         (["none.mp4", "a dog"], "none.mp4: no such video"),
         (["clips/none.mp4", "a dog"], "clips/none.mp4: no such video"),
-        ([video], "then a SENTENCE in quotes"),
+        ([video], "and then one SENTENCE"),
         ([video, "a <|im_end|> dog"], "'a <|im_end|> dog' must be a text"),
         ([video, " "], "' ' must be a text"),
         ([video, "a dog", "runs/a", "runs/b"], "several models: runs/a, runs/b"),
         ([video, "a dog", "step=3"], "unknown key step; did you mean steps?"),
-        ([video, "a dog", *TOY, "--begin", "9"], "lasts 6.00 s; --begin 9 must"),
-        ([video, "a dog", *TOY, "--begin", "3", "--end", "2"], "lasts 6.00 s; --begin 3 must"),
+        ([video, "a dog", *TOY, "--begin", "9"], "lasts 6.00 s: nothing"),
+        ([video, "a dog", *TOY, "--begin", "3", "--end", "2"], "lasts 6.00 s: nothing"),
         (["text.mp4", "a dog", *TOY], "text.mp4: 7 bytes that cannot be opened as a video"),
         (["long.y4m", "a dog", *TOY], "must be at most 3600"),
         ([video, "a dog", "--video", "a.avi"], "a.avi: write a name that ends in .mp4 or .gif"),
@@ -260,7 +269,7 @@ def test_without_a_package_only_the_drawings_are_missing(monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
         monkeypatch.delitem(sys.modules, "lab.film", raising=False)
         monkeypatch.delattr("lab.film", raising=False)
-        with pytest.raises(UserError, match=f"a.mp4 cannot be drawn; it takes {name}: pip install"):
-            answer.load_film(None, Path("a.mp4"))
-        assert (answer.load_film(None, None) is None) == (name == "PIL")
-    assert "no picture; it takes PIL: pip install -r requirements-dev.txt" in capsys.readouterr().err
+        with pytest.raises(UserError, match=f"a.mp4: {name} is missing; pip install"):
+            answer.load_film(Path("a.mp4"))
+        assert (answer.load_film(None) is None) == (name == "PIL")
+    assert "no picture: PIL is missing; pip install -r requirements-dev.txt" in capsys.readouterr().err
