@@ -131,8 +131,8 @@ def lasts(outlines: list[Outline], frame: int) -> bool:
 def boxed(image: Image.Image, frame: int, outlines: list[Outline]) -> Image.Image:
     """A native frame with its boxes; final ones inside thinking ones, so that equal ones are seen."""
     draw = ImageDraw.Draw(image := image.copy())
-    for ((first, stop), boxes), name, width, label in outlines:
-        if first <= frame < stop and frame in boxes and is_valid(boxes[frame]):
+    for (_, boxes), name, width, label in outlines:
+        if frame in boxes and is_valid(boxes[frame]):
             x1, y1, x2, y2 = np.multiply(boxes[frame], image.size * 2).round().astype(int).tolist()
             inset = width if name == "pred" and min(x2 - x1, y2 - y1) > 4 * width else 0
             corners = x1 + inset, y1 + inset, max(x1, x2 - 1) - inset, max(y1, y2 - 1) - inset

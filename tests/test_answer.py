@@ -176,19 +176,22 @@ def test_a_film_shows_the_tubes_that_the_metrics_judge(sample, tmp_path, suffix)
             assert red[0] == pytest.approx(blue[0] + film.BOLD, abs=2)  # the final box is inside
 
 
-def test_a_picture_shows_the_answered_steps_and_one_more(sample, tmp_path):
+def test_a_picture_shows_the_answered_steps_and_their_neighbours(sample, tmp_path):
     film = pytest.importorskip("lab.film")
-    boxes = ((0, (250, 200, 900, 800)),)
-    records = [record_of(format_answer(Answer(0, 0, boxes, boxes)))]
+    boxes = ((1, (250, 200, 900, 800)),)
+    records = [record_of(format_answer(Answer(1, 1, boxes, boxes)))]
     film.save_picture(tmp_path / "a.png", [(sample, records, "a dog"), (sample, records, "a cat")], CONFIG)
     (page,) = frames_of(tmp_path / "a.png")
     width, height = film.size_of(sample, film.CELL, film.CELL)
+    places = [film.GAP + k * (width + film.GAP) for k in range(4)]
     row = page[film.tall("a dog") + height // 2]
-    assert coloured(row, 2)[0] == film.GAP + round(0.25 * width)
-    assert coloured(row, 2)[-1] < film.GAP + width  # the frame of step 1 beside it has no box
-    assert (row[film.GAP + width : 2 * film.GAP + width] == 255).all()
-    assert (row[2 * film.GAP + width : 2 * (film.GAP + width)] == 128).all()
-    assert (row[2 * (film.GAP + width) :] == 255).all()  # and there is no third one
+    for k in (0, 2):  # steps 0 and 2, of four
+        assert (row[places[k] : places[k] + width] == 128).all()
+    assert coloured(row, 2)[0] == places[1] + round(0.25 * width)
+    assert coloured(row, 2)[-1] == places[1] + round(0.9 * width) - 1
+    assert (row[places[2] + width :] == 255).all()
+    below = page[film.tall("a dog") + height + 3]
+    assert coloured(below, 0).tolist() == list(range(places[1], places[1] + width))  # the interval
 
 
 def test_adapters_and_a_model_without_a_run(clip, checkpoints, tmp_path, capsys):
