@@ -27,7 +27,6 @@ import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -168,8 +167,7 @@ def held_out_question(config: Config) -> tuple[str, list[str], tuple[float, floa
 def clip_of(video: str, begin: float | None, end: float | None) -> Sample:
     """The part of a file between two seconds, as a sample without sentence or truth. Raises VideoError."""
     header = probe(video)
-    fps, begin = header.frames / header.seconds if header.seconds > 0 else 1.0, begin or 0.0
-    fps = float(Fraction(fps).limit_denominator(1001))  # decord rounds seconds to float32
+    fps, begin = header.fps, begin or 0.0
     end = header.seconds if end is None else min(end, header.seconds)
     if not 0 <= begin < end:
         raise VideoError(f"{video} lasts {header.seconds:.2f} s: nothing of it is between --begin and --end")

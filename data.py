@@ -292,8 +292,7 @@ def load_jsonl(annotations: str, videos: str) -> tuple[list[Sample], Report]:
 
 def _jsonl_sample(key: str, where: str, path: str, record: dict, headers: dict, report: Report) -> Sample:
     if header := headers.get(path):
-        width, height, file_frames = header.width, header.height, header.frames
-        fps = file_frames / header.seconds
+        width, height, file_frames, fps = header.width, header.height, header.frames, header.fps
     else:
         width, height, file_frames = (int(_read(where, record, k, COUNT)) for k in SIZE_KEYS[:3])
         fps = float(_read(where, record, "fps", RATE))

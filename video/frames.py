@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import decord
 import numpy as np
@@ -51,6 +52,13 @@ class Header:
     width: int  # as shown, in pixels: a portrait film stored on its side stands upright
     height: int
     pixel_aspect: float = 1.0  # width of a pixel by its height, when shown; known of mp4 and mov only
+
+    @property
+    def fps(self) -> float:
+        """Frames a second; 1 for a lone frame without a duration. decord's seconds are float32, with which 30
+        a second becomes 29.999998, and the frame at second 2 the one before it: take the next fraction."""
+        rate = self.frames / self.seconds if self.seconds > 0 else 1.0
+        return float(Fraction(rate).limit_denominator(1001))
 
 
 def probe(path: str) -> Header:
