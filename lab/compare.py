@@ -108,10 +108,9 @@ def read_values(run: Run, samples: list[Sample], first: Run) -> dict[str, np.nda
             truth, record = sample.truth(run.config.text_format.step_seconds), records.get(sample.id, {})
             boxes = {str(step): list(box) for step, box in truth.boxes.items()}
             if record.get("truth") != {"span": list(truth.span), "boxes": boxes}:
-                asked = (
-                    f"{sample.id!r} as {first.config.eval_annotations} has it, the split of {first.folder}"
-                )
-                raise DataError(f"{path}: has no answer to {asked}; leave out the runs of one split")
+                asked = f"{sample.id!r} as it is in {first.config.eval_annotations} of {first.folder}"
+                own = f"this run's split is {run.config.eval_annotations}; compare runs of one split"
+                raise DataError(f"{path}: has no answer to {asked}; {own}")
             rewards = record.get("rewards")
             if not isinstance(rewards, dict) or not all(map(is_number, rewards.values())):
                 raise DataError(f'{path}: "rewards" of {sample.id!r} must be numbers; leave this run out')
@@ -186,15 +185,16 @@ def report(groups: list[Group]) -> str:
     parts = [f"{count} held-out sentences of {split}; before -> after training"]
     if rows := differences(groups):
         parts.append(markdown([["", *(group.name for group in groups)], *rows]))
+    elif others:
+        parts.append("No setting differs. Does the code?")
     parts += [comparison([first, group]) for group in others] or [comparison(groups)]
     if all(len(group.runs) == 1 for group in groups):
         parts.append(
             "One run each: another seed alone may change as much; how much is guessed here. To tell the"
             "\nreward from the seed, train two more of each: seed=1 output_dir=NAME_seed1, ..."
         )
-    if tables := tables_of_rows([run for group in groups for run in group.runs]):
-        parts.append(tables)
-    return "\n\n".join(parts)
+    parts.append(tables_of_rows([run for group in groups for run in group.runs]))
+    return "\n\n".join(filter(None, parts))
 
 
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -205,8 +205,8 @@ pre {{ overflow-x: auto; padding-bottom: 1em; font-size: 13px; }} img {{ width: 
 """
 
 
-def write_page(groups: list[Group], text: str, folder: Path) -> list[Path]:
-    """Write index.html and curves.png. Returns their paths. Raises ImportError without matplotlib."""
+def write_page(groups: list[Group], text: str, folder: Path) -> Path:
+    """Write index.html and curves.png; returns the page. Raises ImportError without matplotlib."""
     from lab.page import WINDOW, svg_uri
     from lab.pictures import CYCLE, Figure, save_figure, style
 
@@ -233,12 +233,11 @@ def write_page(groups: list[Group], text: str, folder: Path) -> list[Path]:
     images = [f'<img alt="{html.escape(name)}" src="{svg_uri(drawn([name], 1))}">' for name in curves]
     texts = {"title": ", ".join(group.name for group in groups), "text": text}
     texts = {key: html.escape(value) for key, value in texts.items()} | {"images": "".join(images)}
-    paths = [folder / "index.html", folder / "curves.png"]
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(paths[0], PAGE.format(**texts, window=WINDOW).encode(errors="replace"))
+    write_whole(folder / "index.html", PAGE.format(**texts, window=WINDOW).encode(errors="replace"))
     if curves:
-        save_figure(drawn([*curves], 3), paths[1])
-    return paths[: 1 + bool(curves)]
+        save_figure(drawn([*curves], 3), folder / "curves.png")
+    return folder / "index.html"
 
 
 def main(arguments: list[str]) -> None:
@@ -251,7 +250,7 @@ def main(arguments: list[str]) -> None:
     text, folder = report(groups), options.output or options.runs[-1] / "compared"
     print(text, flush=True)
     try:
-        print("\npage and curves:", *write_page(groups, text, folder))
+        print("\npage and curves:", write_page(groups, text, folder))
     except ImportError:
         print("\nfor a page and curves: pip install -r requirements-dev.txt")
 

@@ -103,6 +103,7 @@ def test_seeds_are_grouped(trained, tmp_path):
     assert [cell.split(" -> ")[1] for cell in table["m_vIoU"][:2]] == ["66.7 ± 0.0", "83.3 ± 23.6"]
     copies = [shutil.copytree(run, tmp_path / f"copy_seed{k}") for k, run in zip((1, 0), old, strict=True)]
     groups = compare.read_groups([*old, *copies])
+    assert "No setting differs" in compare.report(groups)
     assert [group.name for group in groups] == [f"{tmp_path}/{name} (2 seeds)" for name in ("old", "copy")]
     (old[0] / "rewards").mkdir()
     (copies[0] / "rewards").mkdir()
@@ -195,7 +196,7 @@ def edit(path, change):
         ),
         (
             lambda run: edit(run / "predictions_before.jsonl", {"truth": {}}),
-            "no answer to .* as .*all.json has",
+            "no answer to .* as it is in .*all.json .* of one split",
         ),
         (lambda run: edit(run / "predictions.jsonl", {"rewards": {"think": "1"}}), "must be numbers"),
         (lambda run: edit(run / "predictions.jsonl", {"rewards": None}), "must be numbers"),
