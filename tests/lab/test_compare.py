@@ -57,6 +57,8 @@ def test_scores_and_differences_by_hand(trained):
     """A box 0.25 wide and off by d has IoU (0.25 - d) / (0.25 + d), which is its GIoU, and 2 d of L1: 2/3 and
     0.1 for d = 0.05; 1 and 0 for d = 0; 3/7 and 0.2 for d = 0.1."""
     old, new = trained("old"), trained("new", (0, 100), f"rewards.{OWN[:-1]}=0.5", "threads=7")
+    (new / "rewards").mkdir()
+    (new / "rewards/own.py").write_text("")  # the other run has no such file to compare with
     settings, table = tables_of([old, new])
     assert settings == {"": [str(old), str(new)], f"rewards.{OWN[:-1]}": ["-", "0.5"]}
     assert table[""] == [str(old), str(new), "difference [95 %]", ""]
