@@ -188,7 +188,7 @@ def report(groups: list[Group]) -> str:
     elif others:
         parts.append("No setting differs. Does the code?")
     parts += [comparison([first, group]) for group in others] or [comparison(groups)]
-    if all(len(group.runs) == 1 for group in groups):
+    if len(first.runs) == 1 == min(len(group.runs) for group in others or groups):
         parts.append(
             "One run each: another seed alone may change as much; how much is guessed here. To tell the"
             "\nreward from the seed, train two more of each: seed=1 output_dir=NAME_seed1, ..."

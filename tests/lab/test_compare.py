@@ -105,7 +105,8 @@ def test_seeds_are_grouped(trained, tmp_path):
     assert [cell.split(" -> ")[1] for cell in table["m_vIoU"][:2]] == ["66.7 ± 0.0", "83.3 ± 23.6"]
     copies = [shutil.copytree(run, tmp_path / f"copy_seed{k}") for k, run in zip((1, 0), old, strict=True)]
     groups = compare.read_groups([*old, *copies])
-    assert "No setting differs" in compare.report(groups)
+    assert "No setting differs" in compare.report(groups) and "One run each" not in compare.report(groups)
+    assert "One run each" in compare.report(compare.read_groups([new[0], old[0], *copies]))
     assert [group.name for group in groups] == [f"{tmp_path}/{name} (2 seeds)" for name in ("old", "copy")]
     (old[0] / "rewards").mkdir()
     (copies[0] / "rewards").mkdir()
