@@ -12,6 +12,7 @@ import functools
 import math
 import operator
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,6 +181,12 @@ def command_line(words: list[str], usage: str) -> Config:
     files = [word for word in words if "=" not in word]
     default = Path(__file__).parent / "configs/toy.yaml"
     return load_config(files or default, [word for word in words if "=" in word])
+
+
+def check_words(words: list[str]) -> None:
+    """Raise ConfigError for a wrong YAML file or key=value setting among the words of a command line."""
+    settings = [word for word in words if re.match(r"[a-z_]+(\.\S+)?=", word)]
+    load_config([word for word in words if word.endswith((".yaml", ".yml"))], settings)
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -25,13 +25,11 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import DTYPES, Config, ConfigError, load_config
+from config import DTYPES, Config, ConfigError, check_words, load_config
 from runtime.files import DataError, check_first, run_script, write_jsonl
 
 if __name__ == "__main__":  # a wrong setting is said before the imports below, which take seconds
-    words = sys.argv[1:]
-    settings = [word for word in words if "=" in word and not word.startswith("-")]
-    check_first(lambda: load_config([word for word in words if word.endswith(".yaml")], settings))
+    check_first(lambda: check_words(sys.argv[1:]))
 
 import torch
 from tqdm import tqdm
