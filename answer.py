@@ -84,7 +84,8 @@ def main(arguments: list[str]) -> None:
             tubes = [tube_of(record, sample, config) for record in records[1:]]
             told |= {"samples": sampled, "agreement": agreement(tubes, sample)}
         print(json.dumps(told) if options.json else as_text(told, options.raw))
-        asked.append((sample, records, f"{sample.sentence}: {in_a_line(greedy)}"))
+        number = f"{len(asked) + 1}. " if len(samples) > 1 else ""
+        asked.append((sample, records, f"{number}{sample.sentence}: {in_a_line(greedy)}"))
     if film:
         picture = options.picture or Path("answers", f"{Path(video).stem}.png")
         film.save_picture(picture, asked, config)

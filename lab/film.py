@@ -74,9 +74,7 @@ def save_film(path: Path, asked: list[Asked], config: Config) -> None:
 def draw_film(asked: list[Asked], config: Config, size: tuple[int, int]) -> Iterator[Image.Image]:
     """Yield the clip's native frames with their boxes, above the captions, black while their event lasts."""
     clip, outlines, font = asked[0][0], outlines_of(asked, config), font_for(asked)
-    numbers = [f"{n}. " if len(asked) > 1 else "" for n in range(1, len(asked) + 1)]
-    captions = [wrap(number + one[2], size[0], font) for number, one in zip(numbers, asked, strict=True)]
-    texts = [(text, outlines_of([one], config)) for text, one in zip(captions, asked, strict=True)]
+    texts = [(wrap(one[2], size[0], font), outlines_of([one], config)) for one in asked]
     tops = [*itertools.accumulate((tall(text) for text, _ in texts), initial=size[1] + BELOW)]
     for frame, image in enumerate(images_of(clip, size, clip.num_frames)):
         page = Image.new("RGB", (size[0], tops[-1] + tops[-1] % 2), "white")
