@@ -390,6 +390,6 @@ def format_gain(gain: dict) -> str:
     error = "" if gain["standard_error"] is None else f" +- {gain['standard_error']:.2f} (standard error)"
     return (
         f"m_vIoU (native) of thinking boxes {gain['m_vIoU_think']:.1f}, of final boxes"
-        f" {gain['m_vIoU_pred']:.1f}, gain {gain['gain']:+.2f}{error}; of {gain['N']} answers"
+        f" {gain['m_vIoU_pred']:.1f}, gain {gain['gain']:+z.2f}{error}; of {gain['N']} answers"
         f" {gain['better']:.1f}% gain, {gain['worse']:.1f}% lose, {gain['equal']:.1f}% stay"
     )

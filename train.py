@@ -338,7 +338,7 @@ def report(run: Run) -> None:
     print(format_table({"before": summary["before"], "after": summary["after"]}))
     if summary["reward"]["first"] is not None:
         print(
-            "mean sampled reward, first and last tenth of the steps: {first:.2f} -> {last:.2f}".format(
+            "mean sampled reward, first and last tenth of the steps: {first:z.2f} -> {last:z.2f}".format(
                 **summary["reward"]
             )
         )

@@ -176,8 +176,7 @@ def summary(scored: Scored, weights: dict) -> str:
     width = max(map(len, table)) + 2
     lines.append(" " * width + "".join(f"{head:>9}" for head in HEADS))
     for name, numbers in table.items():
-        rounded = (round(number, 3) + 0.0 for number in numbers)  # + 0.0: no -0.000
-        cells = ("-" if np.isnan(number) else f"{number:.3f}" for number in rounded)
+        cells = ("-" if np.isnan(number) else f"{number:z.3f}" for number in numbers)  # z: no -0.000
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
     if (r := table["total"][HEADS.index("vIoU r")]) < 0:
         lines.append(f"The total falls where vIoU rises (r = {r:.2f}): this reward prefers worse answers.")

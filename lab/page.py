@@ -21,7 +21,7 @@ from samples import QUESTION_TYPES, Sample
 SENTENCES = 8  # held-out ones shown, at most
 PROMPTS, TIMES = 3, 4  # prompts whose sampled answers are shown, and training steps of each, at most
 WINDOW = 10  # optimiser steps that a curve averages over
-HOW_TO_READ = f"over optimiser steps: dots are single steps, lines the mean of the last {WINDOW}"
+HOW_TO_READ = f"over optimiser steps: thin lines are single steps, thick ones the mean of the last {WINDOW}"
 
 
 def render(
@@ -82,7 +82,7 @@ def progress(run: Path, config: Config, metrics: list[dict]) -> str:
     if rewards := [line["reward"] for line in lines["grpo"]]:
         few = max(1, len(rewards) // 10)  # as in summary.json
         first, last = np.mean(rewards[:few]), np.mean(rewards[-few:])
-        text += f" Mean reward, first and last {few} of {len(rewards)} steps: {first:.2f} → {last:.2f}."
+        text += f" Mean reward, first and last {few} of {len(rewards)} steps: {first:z.2f} → {last:z.2f}."
     return text
 
 
@@ -162,7 +162,7 @@ def read_prompts(path: Path, config: Config) -> list[tuple[Card, dict[tuple, lis
 
 def svg_uri(figure: Figure) -> str:
     """A figure as a data URI."""
-    figure.savefig(file := io.BytesIO(), format="svg", metadata={"Date": None})
+    sheet.save(figure, file := io.BytesIO(), format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

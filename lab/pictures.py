@@ -45,7 +45,7 @@ def draw_run(run: Path) -> list[Path]:
     metrics = read_jsonl(run / "metrics.jsonl", "phase", "step", skip_cut=True)
     panels = panels_of(metrics, config)
     pictures = {"curves.png": draw_curves(panels, name)}
-    figures = {title: draw_curves({title: curves}) for title, curves in panels.items()}
+    figures = {title: draw_alone(title, curves) for title, curves in panels.items()}
     evaluations, samples = read_evaluations(run, metrics, config)
     cards = page.choose_cards(evaluations, samples, config)
     if cards:
@@ -64,7 +64,7 @@ def draw_run(run: Path) -> list[Path]:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG file whole or not at all; its folder is made. Raises OSError."""
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(picture := io.BytesIO(), dpi=sheet.DPI, format="png")
+    sheet.save(figure, picture := io.BytesIO(), dpi=sheet.DPI, format="png")
     write_whole(path, picture.getvalue())
 
 
@@ -97,8 +97,7 @@ def draw_areas(answers: dict[str, ShownAnswer], samples: dict[str, Sample], conf
         tubes = [tube_of(answers[sample.id].record, sample, config, name) for sample in asked]
         scores[name] = [native_scores(tube, sample) for tube, sample in zip(tubes, asked, strict=True)]
     bins = [row for row in viou_by_area(asked, scores) if row["N"]]
-    figure = Figure(figsize=(5, 3.8), dpi=sheet.DPI, layout="constrained")
-    axes = figure.add_subplot()
+    axes = lone_axes(below=1.15)
     for k, name in enumerate(scores):
         places, width = np.arange(len(bins)) + 0.4 * k, 0.8 / len(scores)
         style_of = {"align": "edge", "color": sheet.COLOURS[name], "label": f"{name} boxes"}
@@ -108,8 +107,8 @@ def draw_areas(answers: dict[str, ShownAnswer], samples: dict[str, Sample], conf
     axes.set_xlabel("true boxes / frame, by area (%)\nN: sentences")
     style(axes, "Held-out vIoU (%) by size of the subject")
     axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", frameon=False, ncols=2)
-    return figure
+    axes.figure.legend(loc="lower center", frameon=False, ncols=2)
+    return axes.figure
 
 
 SHARES = "overlap", "one_step", "invalid_boxes", "out_of_frame", "copied", "truncated", "zero_spread"
@@ -143,37 +142,59 @@ def panels_of(metrics: list[dict], config: Config) -> dict[str, Curves]:
     return panels
 
 
-def draw_curves(panels: dict[str, Curves], title: str = "") -> Figure:
-    """Draw one panel by itself, or all of them on a sheet with a title."""
-    columns = 3 if title else 1
-    rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(5 * columns, 3.8 * rows), dpi=sheet.DPI, layout="constrained")
-    if title:
-        figure.suptitle(f"{title}  ({page.HOW_TO_READ})", fontsize=13, parse_math=False)
+def draw_curves(panels: dict[str, Curves], title: str) -> Figure:
+    """Draw all panels on a sheet with a title."""
+    rows = max(1, -(-len(panels) // 3))
+    figure = Figure(figsize=(15, 3.8 * rows), dpi=sheet.DPI, layout="constrained")
+    figure.suptitle(f"{title}  ({page.HOW_TO_READ})", fontsize=13, parse_math=False)
     for k, (name, curves) in enumerate(panels.items()):
-        draw_panel(figure.add_subplot(rows, columns, k + 1), name, curves)
+        draw_panel(figure.add_subplot(rows, 3, k + 1), name, curves)
     return figure
 
 
+def draw_alone(title: str, curves: Curves) -> Figure:
+    """Draw one panel by itself."""
+    lines = -(-len(curves) // legend_columns(curves)) if len(curves) > 1 else 0
+    axes = lone_axes(below=0.4 + 0.2 * lines)
+    draw_panel(axes, title, curves)
+    return axes.figure
+
+
+def lone_axes(below: float) -> Axes:
+    """Axes on a figure of their own, with `below` inches for what stands below. All such axes have one size,
+    so that those in a row of the page are equal."""
+    height = 0.35 + 2.8 + below
+    figure = Figure(figsize=(5, height), dpi=sheet.DPI)
+    return figure.add_axes((0.12, below / height, 0.86, 2.8 / height))
+
+
+def legend_columns(curves: Curves) -> int:
+    return 4 if len(curves) == 4 else 3
+
+
 def draw_panel(axes: Axes, title: str, curves: Curves) -> None:
-    """Draw values as faint dots and their trailing mean as a line; the few of evaluations are joined."""
+    """Draw values as a thin, faint line and their trailing mean as a thick one; the few of evaluations, which
+    are not averaged, as dots that are joined."""
     spare = iter(CYCLE)
     for name, (steps, values) in curves.items():
         colour = sheet.COLOURS.get(name.partition("_")[2]) or next(spare)  # of think or pred boxes
         window = 1 if name in COLUMNS else page.WINDOW
+        values = np.round(values, 9)  # a loss of 1e-17 is 0
         means = [np.mean(values[max(0, k + 1 - window) : k + 1]) for k in range(len(values))]
-        axes.plot(steps, values, "o", color=colour, alpha=0.3, markersize=2 + 2 * (window == 1))
+        thin = {"alpha": 0.35, "linewidth": 0.8, "marker": "o" if window == 1 else "", "markersize": 4}
+        axes.plot(steps, values, color=colour, **thin)
         axes.plot(steps, means, color=colour, label=name.rpartition("/")[2], linewidth=1.8)
     axes.xaxis.get_major_locator().set_params(integer=True)
     style(axes, title)
     if len(curves) > 1:  # below the axes, where it covers no curve
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": 4 if len(curves) == 4 else 3}
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": legend_columns(curves)}
         axes.legend(**place, frameon=False, fontsize=9, columnspacing=1)
 
 
 def style(axes: Axes, title: str) -> None:
     title = title if len(title) < 45 else f"...{title[-42:]}"
     axes.set_title(title, fontsize=11, parse_math=False)  # a reward of your own may be called anything
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

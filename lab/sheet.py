@@ -1,24 +1,36 @@
 """Answers on the frames of their clips, and the contact sheet of them (a part of lab.pictures)."""
 
+import functools
+import re
+import sys
+import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # used directly: no window, no global state as with pyplot
+from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from config import Config
-from prompts import parse_answer
+from prompts import Items, parse_answer, where_it_fails
 from rewards import is_valid
 from samples import Box, Sample
 from video.frames import VideoError, read_clip
 
-STEPS, SIDE = 12, 168  # frames shown of a clip, at most; pixels of a frame's longer side
+STEPS, SIDE = 12, 200  # frames shown of a clip, at most; pixels of a frame's longer side
 DPI = 100
+FLAT, BEGIN = 8, 60  # steps of boxes without an inside, and characters of a malformed answer, named at most
 COLOURS = {"truth": "#009628", "think": "#1e5aff", "pred": "#e11414"}  # STVG-o1, Fig. 3
 GROWTH = {"truth": 2.5, "think": 0, "pred": -2.5}  # outlines inside one another: equal boxes are all seen
+# For the letters that matplotlib's own font lacks, what is installed of fonts with Chinese, Japanese, Korean.
+ASIAN = "CJK|Han Sans|WenQuanYi|Hei|IPA.*Gothic|Hiragino Sans|Malgun|Nanum|Unifont|Noto Emoji|Symbola"
+_asian = {font.name for font in fontManager.ttflist if re.search(ASIAN, font.name)}
+rcParams["font.family"] = ["DejaVu Sans", *sorted(_asian)]
 
 
 @dataclass
@@ -54,7 +66,7 @@ Evaluations = dict[str, dict[str, ShownAnswer]]  # "BEFORE", "STEP 20", ..., "AF
 
 def decimals(value: float) -> str:
     """Write a number with two decimals, and never "-0.00"."""
-    return f"{round(value, 2) + 0:.2f}"
+    return f"{value:z.2f}"
 
 
 def evenly(items: Sequence, count: int) -> list:
@@ -69,15 +81,41 @@ def show_answer(record: dict, title: str, scores: dict[str, float], config: Conf
     spans = {"truth": tuple(truth["span"])}
     boxes = {"truth": {int(step): tuple(box) for step, box in truth["boxes"].items()}}
     if answer is None:
-        note = "cut off at max_new_tokens, " if record.get("truncated") else ""
-        note += f"malformed: {' '.join(record['completion'].split())[:80]}"
+        text, cut = record["completion"], ", cut off at max_new_tokens" * bool(record.get("truncated"))
+        begin = " ".join(text.split())
+        begin = begin if len(begin) <= BEGIN else f"{begin[:BEGIN]}..."
+        note = f"malformed{cut}: {begin} ({where_it_fails(text, config.think)})"
         return ShownAnswer(title, record, scores, spans, boxes, note)
     framed = answer.in_frame(record["scale"])
     spans["pred"], boxes["think"], boxes["pred"] = framed.span, framed.think_boxes, framed.pred_boxes
-    flat = sum(not is_valid(box) for _, box in (*(framed.think or ()), *framed.pred))
-    note = f"{flat} box{'es' * (flat > 1)} without an inside" if flat else ""
+    flat = [_flat_steps("think", framed.think or ()), _flat_steps("pred", framed.pred)]
+    note = f"no inside: {', '.join(filter(None, flat))}" if any(flat) else ""
     drawn = {name: {k: box for k, box in items.items() if is_valid(box)} for name, items in boxes.items()}
     return ShownAnswer(title, record, scores, spans, drawn, note)
+
+
+def _flat_steps(name: str, items: Items) -> str:
+    """The name of a list, and the steps of its boxes without an inside; "" if there is none."""
+    steps = [str(step) for step, box in items if not is_valid(box)]
+    return " ".join([name, *steps[:FLAT], *["..."] * (len(steps) > FLAT)]) if steps else ""
+
+
+def save(figure: Figure, file, **how) -> None:
+    """Figure.savefig, but that letters which no font has are said once, not each by itself."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(file, **how)
+    for warning in caught:
+        if re.match(r"Glyph \d+ .*missing", str(warning.message)):
+            _say_letters_lack()
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+@functools.cache
+def _say_letters_lack() -> None:
+    words = "some letters are in no font that is installed, and drawn as boxes"
+    print(f"{words}; for Chinese, Japanese and Korean: apt-get install fonts-noto-cjk", file=sys.stderr)
 
 
 def read_shown_clip(sample: Sample, step_seconds: float) -> Clip:
@@ -142,5 +180,6 @@ def draw_sheet(name: str, cards: list[Card]) -> Figure:
                 words = f"{'[no video] ' * bool(card.clip.error)}{card.sample.sentence}"[: round(10 * width)]
                 axes.set_title(words, loc="left", weight="bold", fontsize=12, parse_math=False)
             style = {"bbox": {"color": "white", "alpha": 0.8, "pad": 1}, "fontsize": 12, "parse_math": False}
-            axes.text(6, 6, answer.note, color=COLOURS["pred"], va="top", **style)
+            note = textwrap.fill(answer.note, round(9 * width))
+            axes.text(6, 6, note, color=COLOURS["pred"], va="top", **style)
     return figure

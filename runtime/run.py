@@ -145,7 +145,7 @@ class Run:
         self.log.write({"phase": "grpo", "step": step + 1, **metrics})
         reward, viou = (np.mean([line[key] for line in self.recent[-10:]]) for key in ("reward", "viou_pred"))
         loud = f" ({warning}!)" if warning else ""
-        self.bar.set_postfix_str(f"reward {reward:.2f}, vIoU {viou:.2f}{loud}", refresh=False)
+        self.bar.set_postfix_str(f"reward {reward:z.2f}, vIoU {viou:.2f}{loud}", refresh=False)
 
     def _warn(self, warning: str, share: float, step: int, records: list[dict]) -> None:
         """Say a warning once, and again only when it has become worse."""

@@ -1,6 +1,7 @@
 """lab/page.py and page.html: what the page of a run says, and how a browser shows it."""
 
 import html
+import io
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.image import imread
 from run_folder import make_run, record_of
 
 from config import load_config
@@ -138,7 +140,7 @@ def test_hostile_text_is_only_text_and_the_page_needs_nothing_else(drawn):
     text = drawn.read_text(encoding="utf-8")
     assert "<script" not in text and "<img src" not in text
     assert text.count("&lt;img src=x onerror=alert(1)&gt;") >= 3  # sentence, note and answer
-    assert not re.search(r"https?:|@import|\son\w+=", re.sub(r"base64,[^\"')]*|&lt;img[^&]*&gt;", "", text))
+    assert not re.search(r"https?:|@import|\son\w+=", re.sub(r"base64,[^\"')]*|&lt;img[^&]*", "", text))
     assert "{{ 1 }}" in text
 
 
@@ -149,6 +151,21 @@ def test_the_page_in_a_browser(drawn, driver, width):
     # Sampled: of 8 groups the first 3 answers show 2 + 2 + 2 boxes, the last 2. Held out: 8 sentences, ...
     counts = driver.execute_script(boxes)
     assert sorted(counts[:32]) == [2] * 8 + [6] * 24 and len(counts) == 32 + 2 * 8
+    # Two strips of 6 frames side by side use the width, alone one does: frames of 100 px, none above 200.
+    widths = "return [...document.querySelectorAll('.frames')].map(f => f.clientWidth / 6)"
+    assert all((95 if width > 600 else 55) < w <= 200 for w in driver.execute_script(widths))
+
+
+def test_a_shadow_says_that_a_table_goes_on(drawn, driver):
+    """At 390 px its right edge is darker than the paper, until it is scrolled to the end."""
+    look(driver, drawn, 390)
+    (table, *_) = driver.find_elements("css selector", ".scroll")
+    edges = []
+    for place in (0, 9999):
+        driver.execute_script(f"arguments[0].scrollLeft = {place}", table)
+        picture = imread(io.BytesIO(table.screenshot_as_png), "png")[:, :, :3].mean(axis=(0, 2))
+        edges.append(picture[-3])
+    assert edges[0] < 0.85 and edges[1] > 0.97
 
 
 def test_the_browser_finds_what_is_wrong(driver, tmp_path):

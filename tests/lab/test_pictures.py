@@ -1,6 +1,7 @@
 """lab/pictures.py and lab/sheet.py: what is drawn of run folders made by hand."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.transforms import Bbox
 from run_folder import METRICS, OWN, answer_text, make_run, record_of
 
 from config import Config, load_config
@@ -26,15 +28,16 @@ def axes_of(metrics, config):
 
 
 def curves_of(axes):
-    """label -> y of its line, without the dots."""
+    """label -> y of its line, without the thin one of single steps."""
     return {line.get_label(): line.get_ydata() for line in axes.lines if not line.get_label().startswith("_")}
 
 
 def test_curves_are_the_numbers_of_the_log():
     panels = axes_of(METRICS, Config(rewards={OWN: 0.0}))
-    dots, line = panels["Reward of sampled answers"].lines
+    raw, line = panels["Reward of sampled answers"].lines
     rewards = [2.0 + step / 8 for step in range(1, 13)]
-    assert list(dots.get_xdata()) == list(range(1, 13)) and list(dots.get_ydata()) == rewards
+    assert list(raw.get_xdata()) == list(range(1, 13)) and list(raw.get_ydata()) == rewards
+    assert raw.get_linestyle() == "-" and raw.get_linewidth() < line.get_linewidth() / 2
     assert line.get_ydata()[-1] == pytest.approx(np.mean(rewards[-10:]))
     assert line.get_ydata()[1] == pytest.approx(np.mean(rewards[:2]))
     scores = curves_of(panels["Held-out split, greedy answers (%)"])
@@ -45,6 +48,49 @@ def test_curves_are_the_numbers_of_the_log():
     assert set(*curves_of(panels[OWN]).values()) == {-1.0}  # a reward of your own, in a panel of its own
     assert list(curves_of(panels["Loss of supervised fine-tuning"])["loss"]) == [0.7]  # of this phase alone
     assert curves_of(panels["Seconds of a step"]).keys() == {"rollout", "step"}
+
+
+def test_panels_of_a_row_are_equal_and_their_words_do_not_touch():
+    """Alone (on the page) and together (curves.png), with legends of none to three rows."""
+    metrics = [line | dict.fromkeys((*pictures.SHARES, "length", "grad_norm"), 0.25) for line in METRICS]
+    panels = panels_of(metrics, Config(rewards={OWN: 0.0}))
+    alone, sheet_ = [pictures.draw_alone(*panel) for panel in panels.items()], draw_curves(panels, "run")
+    sizes = set()
+    for figure in (*alone, sheet_):
+        FigureCanvasAgg(figure).draw()
+        for axes in figure.axes:
+            all_of_it, numbers, legend = axes.get_tightbbox(), axes.xaxis.get_tightbbox(), axes.get_legend()
+            assert not legend or legend.get_window_extent().y1 < numbers.y0
+            assert np.array_equal(Bbox.union([all_of_it, figure.bbox]), figure.bbox)  # nothing is cut off
+        if figure is not sheet_:
+            sizes.add((round(figure.axes[0].bbox.width), round(figure.axes[0].bbox.height)))
+    assert len(sizes) == 1 and len({figure.bbox.height for figure in alone}) > 2
+
+
+def test_rounding_errors_are_no_curve():
+    """A loss of 1e-17 is drawn as 0: no axis says 1e-17 or -0."""
+    steps = list(range(1, 5))
+    figure = pictures.draw_alone("Loss", {"loss": (steps, [1e-17, -2e-17, 0, -1e-17])})
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert (
+        not axes.yaxis.get_offset_text().get_text()
+        and "0.00" in labels
+        and "\N{MINUS SIGN}0.00" not in labels
+    )
+    assert {value for line in axes.lines for value in line.get_ydata()} == {0}
+
+
+def test_letters_without_a_font_are_said_once(capsys, recwarn):
+    """U+0378 is no letter of any font; those of the other sentences may be in one that is installed."""
+    sheet._say_letters_lack.cache_clear()
+    for sentence in ("\u0378 \u0378", "一个穿红衣服的人", "赤い服の人が歩く", "a man 🏃🧑‍🦽 runs"):
+        figure = Figure()
+        figure.text(0, 0, sentence)
+        sheet.save(figure, io.BytesIO(), format="png")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "some letters are in no font" in lines[0] and not recwarn.list
 
 
 def test_a_run_without_thinking_boxes_has_no_curves_of_them():
@@ -92,14 +138,19 @@ def test_outlines_stand_where_their_boxes_do_and_bars_under_their_steps():
 def test_what_cannot_be_drawn_is_said():
     assert shown(answer_text(0, 0)).note == ""
     flipped = answer_text(0, 0).replace("[250, 250, 500, 750]", "[500, 250, 250, 750]")
-    assert shown(flipped).note == "4 boxes without an inside"
+    assert shown(flipped).note == "no inside: think 2 3, pred 2 3"
     assert set(shown(flipped).boxes["truth"]) == {2, 3} and shown(flipped).boxes["pred"] == {}
-    assert shown(answer_text(0, 100).replace("600", "350")).note == "2 boxes without an inside"
+    assert shown(answer_text(0, 100).replace("600", "350")).note == "no inside: pred 2 3"
+    boxes = ", ".join(f"{step}. [9, 9, 9, 9]" for step in range(30))
+    many = (
+        f"<time> 0 - 29 </time> <think_bbox> {boxes} </think_bbox> <pred_bbox> 3. [1, 1, 2, 2] </pred_bbox>"
+    )
+    assert shown(many).note == "no inside: think 0 1 2 3 4 5 6 7 ..."
     malformed = shown("I see\n a cat" + 100 * "x")
-    assert malformed.note == ("malformed: I see a cat" + 100 * "x")[:91] and malformed.spans == {
-        "truth": (2, 3)
-    }
-    assert shown("<time> 2", truncated=True).note == "cut off at max_new_tokens, malformed: <time> 2"
+    assert malformed.note.startswith("malformed: I see a cat" + 49 * "x" + "... (at character 1: <time> ")
+    assert malformed.spans == {"truth": (2, 3)}
+    cut = "malformed, cut off at max_new_tokens: <time> 2 (the text ends after '<time> 2': - was expected)"
+    assert shown("<time> 2", truncated=True).note == cut
 
 
 def sheet_of(run):
@@ -130,7 +181,7 @@ def test_the_sheet_shows_the_worst_and_the_best(tmp_path):
         assert not any(box.overlaps(other) for other in boxes[:k])
 
 
-@pytest.mark.parametrize(("width", "height", "shape"), [(1920, 1080, (94, 168)), (2, 9000, (168, 1))])
+@pytest.mark.parametrize(("width", "height", "shape"), [(1920, 1080, (112, 200)), (2, 9000, (200, 1))])
 def test_frames_are_faded_and_those_of_a_missing_video_grey(tmp_path, width, height, shape):
     config = load_config(make_run(tmp_path, videos=1, seconds=30) / "config.yaml")
     sample = page.load_by_id(config.eval_annotations, config)["0.y4m"]
