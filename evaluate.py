@@ -18,6 +18,7 @@ answers, what a video took (Table 9; set eval_batch=1 to answer one video at a t
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -56,35 +57,58 @@ from samples import Sample, Truth
 from toy import world as toy_world
 from video.loader import FrameLoader
 
+WATCHED = 3  # sentences that `watch` answers
+
 
 def answer_batch(
-    policy: Policy, batch: list[tuple[int, Sample]], loader: FrameLoader, config: Config
+    policy: Policy, batch: list[tuple[int, Sample]], loader: FrameLoader, config: Config, count: int = 1
 ) -> list[dict]:
     """The model's answers to some samples, as lines of predictions.jsonl; greedy unless eval_temperature > 0.
 
-    batch: each sample with its number in the split, from which its random numbers are drawn. A sample whose
-    video cannot be read (on_bad_video: skip) gets an empty answer, which is a failure. Raises RewardError.
+    batch: each sample with its number in the split, from which its random numbers are drawn. count: of the
+    answers to each. A sample whose video cannot be read (on_bad_video: skip) gets one empty answer, which is
+    a failure. Raises RewardError.
     """
     prompts = {}
     for number, sample in batch:
         if (clip := loader.frames(sample)) is not None:
             prompts[number] = make_prompt(policy, sample, clip, config.text_format)
     keys = [(config.seed, number) for number in prompts]
-    answers = rollout(policy, [*prompts.values()], 1, config.max_new_tokens, config.eval_temperature, keys)
+    answers = rollout(
+        policy, [*prompts.values()], count, config.max_new_tokens, config.eval_temperature, keys
+    )
     completions, records = dict(zip(prompts, answers, strict=True)), []
     for number, sample in batch:
-        text, scale = "", config.text_format.scale(*[(sample.width, sample.height)] * 2)
-        outcome = {"unreadable": True}
-        if number in prompts:
-            (answer,), scale = completions[number], prompts[number].scale
-            text, outcome = answer.text, {"length": len(answer.ids), "truncated": answer.truncated}
-        record = {"id": sample.id, "sentence": sample.sentence}
-        record |= {"question_type": sample.question_type} if sample.question_type else {}
+        scale = config.text_format.scale(*[(sample.width, sample.height)] * 2)
+        scale = prompts[number].scale if number in prompts else scale
         truth = sample.truth(config.text_format.step_seconds)
-        scored = score(text, truth, scale, config.rewards, config.think)
-        record |= answer_record(text, scored.answer, truth, scale, config.think)
-        records.append(record | {"rewards": scored.rewards} | outcome)
+        for answer in completions.get(number, [None]):
+            text, outcome = "", {"unreadable": True}
+            if answer:
+                text, outcome = answer.text, {"length": len(answer.ids), "truncated": answer.truncated}
+            record = {"id": sample.id, "sentence": sample.sentence}
+            record |= {"question_type": sample.question_type} if sample.question_type else {}
+            scored = score(text, truth, scale, config.rewards, config.think)
+            record |= answer_record(text, scored.answer, truth, scale, config.think)
+            records.append(record | {"rewards": scored.rewards} | outcome)
     return records
+
+
+def watch(policy: Policy, samples: list[Sample], loader: FrameLoader, config: Config) -> list[dict]:
+    """Sample num_generations answers to each of the first WATCHED samples, shared among the ranks. Returns
+    them in order, as lines of predictions.jsonl, on every rank, without those of unreadable videos.
+
+    All calls draw the same random numbers, and none of training's: what changes along a run is the model.
+    """
+    rank, world_size = distributed.init()
+    size, records = -(-WATCHED // world_size), []
+    own = [*enumerate(samples[:WATCHED])][rank * size : (rank + 1) * size]
+    sampled = dataclasses.replace(config, eval_temperature=config.temperature)
+    with distributed.unsharded(policy.model), distributed.errors_on_all_ranks():
+        for first in range(0, len(own), config.rollout_batch):
+            part = own[first : first + config.rollout_batch]
+            records += answer_batch(policy, part, loader, sampled, config.num_generations)
+    return [record for record in distributed.all_gather_list(records) if "unreadable" not in record]
 
 
 def answer_record(

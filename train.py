@@ -12,6 +12,7 @@ improve, log*; evaluate again. Everything goes to output_dir:
     config.yaml, versions.json       all settings; versions of the packages
     metrics.jsonl                    one line an optimiser step, and one an evaluation
     rollouts.jsonl                   one line a sampled answer (`python rewards.py` reads it)
+    watched.jsonl                    answers sampled to the same three sentences, five times along the way
     predictions_before.jsonl, predictions.jsonl    greedy answers on the held-out split
     checkpoint/                      the trained model, as Hugging Face's from_pretrained reads it
     checkpoint_STEP/, best_STEP/     the same every save_every steps, and of the best evaluation along the way
@@ -38,7 +39,7 @@ if __name__ == "__main__":  # a wrong setting is said before the imports below, 
 import torch
 
 from data import check_videos
-from evaluate import answer_record, coordinates_note, decode_split, load_split, score_predictions
+from evaluate import answer_record, coordinates_note, decode_split, load_split, score_predictions, watch
 from grpo import group_advantages, loss_normalizer, policy_loss
 from metrics import format_table
 from model import (
@@ -298,6 +299,7 @@ def learn(run: Run, samples: list[Sample], held_out: list[Sample]) -> None:
     """Evaluate, fine-tune on true answers if sft.steps says so, learn from rewards, evaluate again."""
     config, policy = run.config, run.policy
     evaluate = functools.partial(evaluate_split, run, held_out)
+    run.watch = functools.partial(watch, policy, samples, run.loader, config)
     if run.checkpoint is None:  # otherwise its scores are in metrics.jsonl
         evaluate("before")
     if config.gradient_checkpointing:

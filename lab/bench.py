@@ -2,6 +2,7 @@
 
     python -m lab.bench FILE.jsonl [--config C ...]   rollouts.jsonl, predictions.jsonl, or lines of your own
     python -m lab.bench RUN [--config C ...]          RUN/rollouts.jsonl, with the weights in RUN/config.yaml
+    python -m lab.bench ... --html PAGE.html          the same as a page for the browser
 
 The answers are scored again, without any model. Each line is a JSON object:
 
@@ -13,6 +14,9 @@ The answers are scored again, without any model. Each line is a JSON object:
      "step": 1, "group": 0, "id": "clip 7",              optional: what is equal in all three makes a group;
      "generation": 0}                                    without "group", generation 0 begins a new one
 
+The page adds the best and the worst answer of the groups with the largest spread: on frames if the
+configuration names annotations with their "id" and videos, else on grey. It needs matplotlib.
+
 Columns: the mean, minimum and maximum of a term, without its weight. spread: standard deviation within a
 group, mean over the groups. vIoU r: Spearman's rank correlation with the vIoU of the final boxes, over all
 answers. share: how much of the total's spread within groups is this term's, with its weight; the shares add
@@ -21,6 +25,7 @@ spread in which the term has the largest share.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from array import array
@@ -32,7 +37,7 @@ import numpy as np
 
 from config import Config, load_config
 from rewards import TERMS, score
-from runtime.files import DataError, iterate_jsonl, run_script
+from runtime.files import DataError, UserError, iterate_jsonl, run_script, write_whole
 from runtime.plugins import load_plugins, plugins, plugins_note
 from samples import Truth
 
@@ -40,6 +45,7 @@ FORM = (
     '"completion": a string, "truth": {"span": [first, last], "boxes": {"5": [x1, y1, x2, y2]}} (boxes in'
     ' [0, 1]), "scale": [width, height], "think": true or false'
 )
+GROUPS = 6  # on the page, at most
 HEADS = ("mean", "min", "max", "spread", "vIoU r", "share", "decides")
 
 
@@ -61,6 +67,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("path", metavar="FILE.jsonl | RUN", type=Path)
     words = "YAML files and key=value settings whose `rewards` to use (default: the run's, or the paper's)"
     parser.add_argument("--config", nargs="+", default=[], metavar="C", help=words)
+    parser.add_argument("--html", type=Path, metavar="PAGE.html", help="write a page, too")
     options = parser.parse_args(arguments)
     path, words = options.path, options.config
     config = read_config(words)
@@ -69,7 +76,10 @@ def main(arguments: list[str]) -> None:
             config = load_config(path / "config.yaml")
             print(plugins_note(config.rewards, path / "config.yaml"), end="", file=sys.stderr)
         path /= "rollouts.jsonl"
-    print(summary(score_file(path, config), config.rewards))
+    scored = score_file(path, config)
+    print(text := summary(scored, config.rewards))
+    if options.html:
+        write_page(options.html, text, path, scored, config)
 
 
 def read_config(words: list[str]) -> Config:
@@ -181,6 +191,40 @@ def summary(scored: Scored, weights: dict) -> str:
     if (r := table["total"][HEADS.index("vIoU r")]) < 0:
         lines.append(f"The total falls where vIoU rises (r = {r:.2f}): this reward prefers worse answers.")
     return "\n".join([*lines, "The columns are explained by python -m lab.bench --help."])
+
+
+def write_page(file: Path, text: str, path: Path, scored: Scored, config: Config) -> None:
+    """Write the page. text: of `summary`. path: of the answers. Raises UserError, and OSError."""
+    try:
+        from lab import page, sheet
+    except ImportError as error:
+        raise UserError(f"--html: {error}; pip install -r requirements-dev.txt") from error
+    totals, samples, cards = scored.values[:, -1], {}, []
+    divided = sorted(scored.groups, key=lambda group: -totals[group].std())[:GROUPS]
+    ends = [(group[totals[group].argmax()], group[totals[group].argmin()]) for group in divided]
+    wanted, lines = set(sum(ends, ())), iterate_jsonl(path, "completion", "truth", skip_cut=True)
+    records = {k: record for k, record in enumerate(lines) if k in wanted}
+    for annotations in filter(None, (config.train_annotations, config.eval_annotations)):
+        try:
+            samples |= page.load_by_id(annotations, config)
+        except (UserError, OSError) as error:
+            print(f"no frames: {error}", file=sys.stderr)
+    for pair in ends:
+        answers = []
+        for k, title in zip(pair, ("BEST", "WORST"), strict=True):
+            rewards = dict(zip((*term_weights(config.rewards), "total"), scored.values[k], strict=True))
+            record = {"scale": [1000, 1000], "think": config.think} | records[k] | {"rewards": rewards}
+            own, scores = dataclasses.replace(config, think=record["think"]), {"reward": rewards["total"]}
+            answers.append(sheet.show_answer(record, title, scores | {"vIoU": scored.vious[k]}, own))
+        if sample := samples.get(record.get("id")):
+            sentence, clip = sample.sentence, sheet.read_shown_clip(sample, config.text_format.step_seconds)
+        else:
+            sentence, clip = record.get("sentence", "sentence not known"), sheet.grey_clip(answers)
+        cards.append(sheet.Card(sentence, record.get("id", "no id"), clip, answers))
+    words = "The best and the worst answer of the groups with the largest spread"
+    unread = page.unread_note(cards)
+    content = page.fill(f"Rewards of {path}", unread=unread, printed=text, cards_are=words, cards=cards)
+    write_whole(file, content.encode(errors="replace"))
 
 
 if __name__ == "__main__":

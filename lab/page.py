@@ -15,11 +15,23 @@ from data import load_samples
 from lab import sheet
 from lab.sheet import Card, Evaluations, ShownAnswer
 from metrics import COLUMNS, format_gain, think_gain
-from runtime.files import DataError, iterate_jsonl
+from runtime.files import DataError, read_jsonl
 from samples import QUESTION_TYPES, Sample
 
 SENTENCES = 8  # held-out ones shown, at most
-PROMPTS, TIMES = 3, 4  # prompts whose sampled answers are shown, and training steps of each, at most
+PARTS = (
+    "unread",
+    "progress",
+    "printed",
+    "score_rows",
+    "settings",
+    "figures",
+    "gains",
+    "prompts",
+    "cards",
+    "answer_table",
+)
+TIMES = 5  # training steps at which sampled answers are shown, at most
 WINDOW = 10  # optimiser steps that a curve averages over
 HOW_TO_READ = f"over optimiser steps: thin lines are single steps, thick ones the mean of the last {WINDOW}"
 
@@ -36,23 +48,16 @@ def render(
     """Return the page as HTML, and a line that says which clips cannot be read, if there are any.
 
     metrics: lines of metrics.jsonl. figures: by title. evaluations: name -> id -> answer. samples: id ->
-    held-out sentence. cards: the held-out sentences to show. Raises DataError for a record of rollouts.jsonl
+    held-out sentence. cards: the held-out sentences to show. Raises DataError for a record of watched.jsonl
     that cannot be used.
     """
-    prompts = read_prompts(run / "rollouts.jsonl", config)
-    clips = {id(card.clip): card.clip for card in (*(card for card, _ in prompts), *cards)}
-    errors = [clip.error for clip in clips.values() if clip.error]
-    unread = f"{len(errors)} of the {len(clips)} clips shown cannot be read, and their frames are grey;"
-    unread = f"{unread} the first: {errors[0]}" if errors else ""
+    prompts = read_prompts(run / "watched.jsonl", config)
+    unread = unread_note([*(card for card, _ in prompts), *cards])
     gains = {}
     for name, answers in evaluations.items() if config.think else ():
         gains[name] = think_gain([a.record for a in answers.values()], list(samples.values()), config)
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    strict = {"autoescape": True, "undefined": jinja2.StrictUndefined}  # sentences and answers are text
-    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
-    environment.filters |= {"svg": svg_uri, "jpeg": jpeg_uri, "decimals": sheet.decimals}
-    text = environment.get_template("page.html").render(
-        title=f"{run.resolve().name}: a run of STVG-o1",
+    text = fill(
+        f"{run.resolve().name}: a run of STVG-o1",
         progress=progress(run, config, metrics),
         unread=unread,
         score_rows=score_rows(metrics),
@@ -62,12 +67,29 @@ def render(
         figures=figures,
         gains={name: format_gain(gain) for name, gain in gains.items() if gain},
         prompts=prompts,
-        once=all(len(groups) == 1 for _, groups in prompts),
+        cards_are="Held-out answers, from the worst to the best",
         cards=cards,
         answer_table=answer_table(evaluations, samples),
-        colours=sheet.COLOURS,
     )
     return text, unread
+
+
+def fill(title: str, **parts) -> str:
+    """page.html with these of its PARTS, and what they need."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    strict = {"autoescape": True, "undefined": jinja2.StrictUndefined}  # sentences and answers are text
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
+    environment.filters |= {"svg": svg_uri, "jpeg": jpeg_uri, "decimals": sheet.decimals}
+    parts = dict.fromkeys(PARTS, ()) | parts
+    return environment.get_template("page.html").render(title=title, colours=sheet.COLOURS, **parts)
+
+
+def unread_note(cards: list[Card]) -> str:
+    """Which clips cannot be read, if there are any."""
+    clips = [card.clip for card in cards]
+    errors = [clip.error for clip in clips if clip.error]
+    words = f"{len(errors)} of the {len(clips)} clips shown cannot be read, and their frames are grey"
+    return f"{words}; the first: {errors[0]}" if errors else ""
 
 
 def progress(run: Path, config: Config, metrics: list[dict]) -> str:
@@ -122,41 +144,33 @@ def choose_cards(evaluations: Evaluations, samples: dict[str, Sample], config: C
     last, cards = list(evaluations.values())[-1] if evaluations else {}, []
     for key in sheet.evenly(sorted(last, key=lambda key: last[key].scores["reward"]), SENTENCES):
         clip = sheet.read_shown_clip(samples[key], config.text_format.step_seconds)
-        cards.append(Card(samples[key], clip, [e[key] for e in evaluations.values() if key in e]))
+        cards.append(
+            Card(samples[key].sentence, key, clip, [e[key] for e in evaluations.values() if key in e])
+        )
     return cards
 
 
-def read_prompts(path: Path, config: Config) -> list[tuple[Card, dict[tuple, list[ShownAnswer]]]]:
-    """Read the sampled answers to the PROMPTS prompts that were sampled most often, at TIMES of these steps.
+def read_prompts(path: Path, config: Config) -> list[tuple[Card, dict[int, list[ShownAnswer]]]]:
+    """Read watched.jsonl, if it is there: the answers sampled to a few prompts along the training.
 
-    Returns for each a card and: (step, group) -> answers, from the best to the worst; group is the prompt's
-    place in its batch, None where the file does not say it. Raises DataError.
+    Returns for each prompt a card and: step -> answers, from the best to the worst, at TIMES of the steps at
+    most. Raises DataError.
     """
-    keys = "step", "id", "generation", "completion", "truth", "scale", "rewards", "advantage"
-
-    def records():  # the file can have gigabytes: it is read twice, one line at a time
-        return iterate_jsonl(path, *keys, skip_cut=True)
-
-    places: dict[str, dict[tuple, None]] = {}
-    for record in records() if path.is_file() else ():
-        places.setdefault(record["id"], {})[record["step"], record.get("group")] = None
-    often = sorted(places, key=lambda key: -len(places[key]))[:PROMPTS]
-    groups = {key: {place: {} for place in sheet.evenly(list(places[key]), TIMES)} for key in often}
-    for record in records() if groups else ():
-        group = groups.get(record["id"], {}).get((record["step"], record.get("group")))
-        if group is not None:  # without numbers, the first group of a prompt that comes twice
-            group.setdefault(record["generation"], record)
-    samples, prompts = load_by_id(config.train_annotations, config) if groups else {}, []
+    prompts, groups = [], {}
+    keys = "step", "id", "completion", "truth", "scale", "rewards"
+    for record in read_jsonl(path, *keys, skip_cut=True) if path.is_file() else ():
+        groups.setdefault(record["id"], {}).setdefault(record["step"], []).append(record)
+    samples = load_by_id(config.train_annotations, config) if groups else {}
     for key, group in groups.items():
         if key not in samples:
             raise DataError(f"{path}: {key!r} is no sentence of {config.train_annotations}")
         shown = {}
-        for place, answers in group.items():
-            ranked = sorted(answers.values(), key=lambda record: -record["rewards"]["total"])
-            scores = [{"reward": r["rewards"]["total"], "advantage": r["advantage"]} for r in ranked]
-            shown[place] = [sheet.show_answer(r, "", s, config) for r, s in zip(ranked, scores, strict=True)]
+        for step in sheet.evenly(list(group), TIMES):
+            ranked = sorted(group[step], key=lambda record: -record["rewards"]["total"])
+            scores = [{"reward": record["rewards"]["total"]} for record in ranked]
+            shown[step] = [sheet.show_answer(r, "", s, config) for r, s in zip(ranked, scores, strict=True)]
         clip = sheet.read_shown_clip(samples[key], config.text_format.step_seconds)
-        prompts.append((Card(samples[key], clip, []), shown))
+        prompts.append((Card(samples[key].sentence, key, clip, []), shown))
     return prompts
 
 

@@ -9,7 +9,7 @@
     RUN/pictures/answers.png    held-out answers from the worst to the best, before and after training: truth
                                 green, think boxes blue, pred boxes red (STVG-o1, Fig. 3)
 
-Reads what train.py wrote (metrics.jsonl, rollouts.jsonl, predictions*.jsonl, config.yaml) and the videos; the
+Reads what train.py wrote (metrics.jsonl, watched.jsonl, predictions*.jsonl, config.yaml) and the videos; the
 frames of missing videos are grey. Rewards are those in the files. Needs matplotlib (requirements-dev.txt).
 """
 

@@ -56,7 +56,8 @@ class Clip:
 class Card:
     """A sentence on its clip, with some of its answers."""
 
-    sample: Sample
+    sentence: str
+    id: str
     clip: Clip
     answers: list[ShownAnswer]
 
@@ -132,6 +133,18 @@ def read_shown_clip(sample: Sample, step_seconds: float) -> Clip:
     return Clip(steps[: len(frames)], frames, error)  # the file may end early
 
 
+def grey_clip(answers: list[ShownAnswer]) -> Clip:
+    """A clip without a video, which reaches beyond the true span and those of the answers."""
+    last, truth = (
+        max(span[1] for answer in answers for span in answer.spans.values()),
+        answers[0].spans["truth"],
+    )
+    steps = evenly(range(min(last, truth[1] + STEPS) + 2), STEPS)
+    frames = np.full((len(steps), SIDE * 9 // 16, SIDE, 3), 179, np.uint8)
+    frames[:, :, -2:] = 255
+    return Clip(steps, frames)
+
+
 def draw_strip(axes: Axes, clip: Clip, answer: ShownAnswer) -> None:
     """Draw an answer on the frames, side by side: truth green, think boxes blue, pred boxes red. Under each
     frame a green bar says that its step is in the true span, a red one that it is in the answer's."""
@@ -177,7 +190,7 @@ def draw_sheet(name: str, cards: list[Card]) -> Figure:
             words = [answer.title, *(f"{name} {decimals(value)}" for name, value in answer.scores.items())]
             axes.set_ylabel("\n".join(words), rotation=0, ha="right", va="center", fontsize=12)
             if row == 0:
-                words = f"{'[no video] ' * bool(card.clip.error)}{card.sample.sentence}"[: round(10 * width)]
+                words = f"{'[no video] ' * bool(card.clip.error)}{card.sentence}"[: round(10 * width)]
                 axes.set_title(words, loc="left", weight="bold", fontsize=12, parse_math=False)
             style = {"bbox": {"color": "white", "alpha": 0.8, "pad": 1}, "fontsize": 12, "parse_math": False}
             note = textwrap.fill(answer.note, round(9 * width))

@@ -40,7 +40,8 @@ from runtime.fingerprints import settings_of
 
 PROGRESS = "state/progress.json"
 ADAM = ("step", "exp_avg", "exp_avg_sq")
-LOGS = ("metrics.jsonl", "rollouts.jsonl")  # a resumed run writes the lines after its checkpoint again
+# A resumed run writes the lines after its checkpoint again.
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "watched.jsonl")
 CHECKPOINT = re.compile(r"checkpoint((_sft)?_\d+)?")
 LEFTOVER = re.compile(rf"({CHECKPOINT.pattern}|best_\d+)\.(tmp|old)")
 

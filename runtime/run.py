@@ -43,6 +43,7 @@ from samples import Sample
 from video.frames import VideoError
 from video.loader import FrameLoader
 
+WATCHES = 5  # times that a run samples answers to the same sentences
 WRITTEN = ("config.yaml", "versions.json", "summary.json", "wandb_id", "predictions*.jsonl")  # as a whole
 
 
@@ -67,6 +68,7 @@ class Run:
     recent: list[dict] = field(default_factory=list)  # lines of metrics.jsonl of the last steps
     said: dict[str, float] = field(default_factory=dict)  # warning -> how bad it was when it was said
     evaluated: int = 0  # step of the last evaluation
+    watch: Callable[[], list[dict]] = list  # samples the answers of watched.jsonl; on all ranks
 
     def steps(
         self,
@@ -79,8 +81,8 @@ class Run:
         """Yield (step, batch) for the steps of a phase ("sft" or "grpo") that are left.
 
         batch: this rank's [(k, sample)], k being the sample's place in the global batch; the videos of the
-        next one are read ahead. Between steps: evaluate every eval_every steps, save every save_every, and
-        raise Stopped after a signal. At the end of the phase: save.
+        next one are read ahead. Between steps: evaluate every eval_every steps, save every save_every, watch
+        WATCHES times in reinforcement learning, and raise Stopped after a signal. At the end: save.
         """
         done = self.progress.sft_step if phase == "sft" else self.progress.step
         last = f"checkpoint_sft_{config.steps}" if phase == "sft" else "checkpoint"
@@ -92,6 +94,7 @@ class Run:
                 due = phase == "grpo" and step and config.eval_every and step % config.eval_every == 0
                 if due and self.evaluated != step:
                     evaluate("step")
+                self._watch(phase, step)
                 clock.lap()
                 self.batch = batch_of(step)
                 batch = local_part(self.batch)
@@ -105,8 +108,23 @@ class Run:
                 if self.stop.agreed():
                     raise Stopped
         if done < config.steps or self.checkpoint != self.folder / last:
+            self._watch(phase, config.steps)
             self.save(last)
         self.optimizer = None
+
+    def _watch(self, phase: str, step: int) -> None:
+        """Append answers to watched.jsonl if it is time, at the start, at the end and evenly between, unless
+        this step's are there: a finished run may go on to more steps."""
+        path = self.folder / "watched.jsonl"
+        times = {round(k * self.config.steps / (WATCHES - 1)) for k in range(WATCHES)}
+        if phase == "sft" or step not in times:
+            return
+        if distributed.on_rank0(
+            lambda: not path.exists() or step not in {x["step"] for x in read_jsonl(path)}
+        ):
+            records = [{"step": step, **record} for record in self.watch()]
+            if self.log:
+                write_jsonl(records, path, append=True)
 
     def nothing_to_learn(self, step: int, prompts: list) -> bool:
         """Whether no rank could read a video of this batch (on_bad_video: skip), which is said once. Raises

@@ -48,7 +48,7 @@ def flat(model):
 def test_files_of_a_run(finished, taught):
     best = names(finished, "best")
     assert names(finished) - best - {"checkpoint_2", "predictions_2.jsonl"} == {
-        *("config.yaml", "versions.json", "metrics.jsonl", "rollouts.jsonl"),
+        *("config.yaml", "versions.json", "metrics.jsonl", "rollouts.jsonl", "watched.jsonl"),
         *("predictions_before.jsonl", "predictions.jsonl", "checkpoint", "summary.json"),
     }
     assert best in ({"best_2"}, {"best_4"})

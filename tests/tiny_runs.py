@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 SHORT = {"think": False, "max_new_tokens": 72}  # as the `taught` checkpoint answers
 GRPO = {**SHORT, "steps": 4, "eval_every": 2, "learning_rate": 1e-4, "kl_beta": 0.05, "seed": 3}
 TIMED = ("seconds", "tokens_per_second", "peak_memory")  # of metrics.jsonl: never twice the same
-BYTES = ("rollouts.jsonl", "predictions_before.jsonl", "predictions.jsonl")
+BYTES = ("rollouts.jsonl", "watched.jsonl", "predictions_before.jsonl", "predictions.jsonl")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from run_folder import make_run, record_of
 
 from config import load_config
-from lab import page
+from lab import bench, page
 from lab.pictures import draw_run
 from runtime.files import read_jsonl, write_jsonl
 
@@ -102,37 +102,26 @@ def test_numbers_on_the_page_are_those_of_the_files(drawn):
     assert "2 of the 11 clips shown cannot be read" in text and "0.y4m: no such video" in text
 
 
-def test_sampled_answers_are_those_of_the_prompts_that_came_most_often(tmp_path):
+def test_sampled_answers_are_those_of_the_watched_prompts(tmp_path):
     run = make_run(tmp_path, videos=4)
-    twice = [line | {"completion": "again"} for line in read_jsonl(run / "rollouts.jsonl")]
-    with (run / "rollouts.jsonl").open("a") as file:  # each prompt twice in its batch, then a kill
-        file.write("".join(json.dumps(line) + "\n" for line in twice) + '{"step": 12, "id": "4')
-    prompts = page.read_prompts(run / "rollouts.jsonl", load_config(run / "config.yaml"))
-    assert [(card.sample.id, list(groups)) for card, groups in prompts] == [
-        ("1.y4m", [(2, None), (6, None), (7, None), (12, None)]),  # of six steps four are shown
-        ("0.y4m", [(1, None), (5, None), (9, None)]),
-        ("2.y4m", [(4, None)]),
+    lines = read_jsonl(run / "watched.jsonl")
+    lines += [line | {"step": step} for line in lines[:4] for step in (15, 18, 24)]  # of a run that went on
+    write_jsonl(lines, run / "watched.jsonl")
+    with (run / "watched.jsonl").open("a") as file:  # and was killed
+        file.write('{"step": 12, "id": "4')
+    prompts = page.read_prompts(run / "watched.jsonl", load_config(run / "config.yaml"))
+    assert [(card.id, list(groups)) for card, groups in prompts] == [
+        ("0.y4m", [0, 6, 12, 15, 24]),  # of eight steps five are shown
+        ("1.y4m", [0, 3, 6, 9, 12]),
+        ("2.y4m", [0, 3, 6, 9, 12]),
     ]
     # Off by d = 0, 0.1, 0.2: thinking boxes earn 1, final ones (0.25 - d) / (0.25 + d) - 2 d.
-    scores = [answer.scores for answer in prompts[0][1][2, None]]
     expected = [5.0, 4 + 0.15 / 0.35 - 0.2, 4 + 0.05 / 0.45 - 0.4, 0.0]
-    assert [s["reward"] for s in scores] == pytest.approx(expected)
-    assert [s["advantage"] for s in scores] == [1.5, 0.5, -0.5, -1.5]
-
-
-def test_a_sentence_twice_in_a_batch_is_shown_twice(tmp_path):
-    """The records of its two groups are mixed, as two ranks may leave them."""
-    run = make_run(tmp_path, videos=3)
-    lines = [line for line in read_jsonl(run / "rollouts.jsonl") if line["id"] == "2.y4m"]  # step 4 alone
-    both = [line | {"group": k, "advantage": k} for line in lines for k in (1, 6)]
-    write_jsonl(both, run / "rollouts.jsonl")
-    [(_, groups)] = page.read_prompts(run / "rollouts.jsonl", load_config(run / "config.yaml"))
-    advantages = {place: [answer.scores["advantage"] for answer in shown] for place, shown in groups.items()}
-    assert advantages == {(4, 1): [1] * 4, (4, 6): [6] * 4}
+    assert [answer.scores["reward"] for answer in prompts[1][1][3]] == pytest.approx(expected)
     text = draw_run(run)[0].read_text(encoding="utf-8")
-    assert re.findall(r"<b>(Step [^<]*)</b>: .* of (.) answers", text) == [
-        ("Step 4, group 1", "4"),
-        ("Step 4, group 6", "4"),
+    assert re.findall(r"<b>After (step [^<]*)</b>: .* of (.) answers", text)[5:7] == [
+        ("step 0", "4"),
+        ("step 3", "4"),
     ]
 
 
@@ -148,9 +137,9 @@ def test_hostile_text_is_only_text_and_the_page_needs_nothing_else(drawn):
 def test_the_page_in_a_browser(drawn, driver, width):
     assert look(driver, drawn, width) == []
     boxes = "return [...document.querySelectorAll('.frames')].map(f => f.querySelectorAll('i').length)"
-    # Sampled: of 8 groups the first 3 answers show 2 + 2 + 2 boxes, the last 2. Held out: 8 sentences, ...
+    # Sampled: of 3 x 5 groups 3 answers show 2 + 2 + 2 boxes, one shows 2. Held out: 8 sentences, ...
     counts = driver.execute_script(boxes)
-    assert sorted(counts[:32]) == [2] * 8 + [6] * 24 and len(counts) == 32 + 2 * 8
+    assert sorted(counts[:60]) == [2] * 15 + [6] * 45 and len(counts) == 60 + 2 * 8
     # Two strips of 6 frames side by side use the width, alone one does: frames of 100 px, none above 200.
     widths = "return [...document.querySelectorAll('.frames')].map(f => f.clientWidth / 6)"
     assert all((95 if width > 600 else 55) < w <= 200 for w in driver.execute_script(widths))
@@ -166,6 +155,31 @@ def test_a_shadow_says_that_a_table_goes_on(drawn, driver):
         picture = imread(io.BytesIO(table.screenshot_as_png), "png")[:, :, :3].mean(axis=(0, 2))
         edges.append(picture[-3])
     assert edges[0] < 0.85 and edges[1] > 0.97
+
+
+def test_the_page_of_the_bench(tmp_path, driver):
+    """The watched answers, under other weights: temporal counts twice, so that the best has 6."""
+    run, file = make_run(tmp_path, videos=4), tmp_path / "bench.html"
+    lines = read_jsonl(run / "watched.jsonl")
+    write_jsonl([line for line in lines if line["id"] != "0.y4m" or line["step"] == 6], run / "watched.jsonl")
+    (tmp_path / "videos" / "2.y4m").unlink()
+    arguments = [str(run / "watched.jsonl"), "--html", str(file)]
+    bench.main([*arguments, "--config", str(run / "config.yaml"), "rewards.temporal=2"])
+    assert look(driver, file, 1280) == look(driver, file, 390) == []
+    text = file.read_text(encoding="utf-8")
+    sentences = re.findall("<h3>(.*)</h3>", text)
+    assert len(sentences) == bench.GROUPS and set(sentences) <= {
+        f"the $quare moves_left ({k}.y4m)" for k in range(3)
+    }
+    rewards = re.findall(r"<b>(BEST|WORST)</b> reward (.*), vIoU (.*) <em>(.*)</em>", text)
+    assert rewards[0] == ("BEST", "6.00", "1.00", "")
+    assert rewards[1][:3] == ("WORST", "0.00", "0.00") and rewards[1][3].startswith("malformed: no idea (at ")
+    assert "total " in text and "cannot be read, and their frames are grey; the first: " in text
+    assert text.count("--steps: 6;") == bench.GROUPS  # the clips' own; below: one step beyond the true span
+    bench.main(arguments)
+    text = file.read_text(encoding="utf-8")
+    assert text.count("--steps: 5;") == text.count("sentence not known (") == bench.GROUPS
+    assert "<b>BEST</b> reward 5.00, vIoU 1.00" in text
 
 
 def test_the_browser_finds_what_is_wrong(driver, tmp_path):

@@ -223,7 +223,7 @@ def test_a_run_in_training_and_one_that_has_just_begun(tmp_path):
     (run / "predictions.jsonl").unlink()
     write_jsonl(METRICS[:1], run / "metrics.jsonl")
     assert [path.name for path in draw_run(run)] == ["run.html", "curves.png", "area.png", "answers.png"]
-    for name in ("predictions_before", "rollouts"):
+    for name in ("predictions_before", "watched"):
         (run / f"{name}.jsonl").unlink()
     write_jsonl([], run / "metrics.jsonl")
     assert [path.name for path in draw_run(run)] == ["run.html", "curves.png"]
