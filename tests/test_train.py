@@ -21,6 +21,7 @@ from tracks import track_of
 import train
 from config import load_config
 from data import load_samples
+from evaluate import watch
 from model import Completion, completion_logprobs, pack_completions
 from qwen.checkpoint import load_policy
 from rewards import TERMS, WEIGHTS, score
@@ -56,7 +57,7 @@ def test_files_of_a_run(finished, taught):
     versions = json.loads((finished / "versions.json").read_text())
     assert {"python", "torch", "transformers", "decord"} <= versions.keys()
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary.keys() == {"before", "after", "reward", "seconds"}
+    assert summary.keys() == {"before", "after", "reward", "warnings", "seconds"}
     assert summary["before"]["N"] == 6 and summary["before"]["m_vIoU"] > 5  # or all of this would mean little
     assert summary["before"] == json.loads((taught / "summary.json").read_text())["after"]
 
@@ -90,6 +91,18 @@ def test_rollouts_file(finished):
         step = [r for r in records if r["step"] == line["step"]]
         assert line["reward"] == pytest.approx(np.mean([r["rewards"]["total"] for r in step]), abs=1e-9)
         assert line["length"] == np.mean([r["length"] for r in step])
+
+
+def test_watched_file(finished):
+    """Four answers each to the first three sentences, five times: those that the weights of then give."""
+    config, records = load_config(finished / "config.yaml"), read_lines(finished / "watched.jsonl")
+    order = [(step, f"{k}.y4m") for step in range(5) for k in (0, 1, 2) for _ in range(4)]
+    assert [(record["step"], record["id"]) for record in records] == order
+    assert len({record["completion"] for record in records[:4]}) > 1
+    for step, model in {0: config.model, 2: finished / "checkpoint_2", 4: finished / "checkpoint"}.items():
+        policy = load_policy(str(model))
+        again = watch(policy, samples_of(config), FrameLoader(config, policy.size_factor), config)
+        assert [record | {"step": step} for record in again] == records[12 * step : 12 * step + 12]
 
 
 def test_same_seed_same_run(grpo_config, finished, tmp_path):
@@ -353,6 +366,8 @@ def test_bad_videos_are_skipped_where_that_is_asked_for(tmp_path, write_config, 
         assert [line["step"] for line in metrics_of(tmp_path / "run", phase)] == good
     records = read_lines(tmp_path / "run/rollouts.jsonl")
     assert Counter(r["id"] for r in records) == dict.fromkeys(("0.y4m", "2.y4m", "3.y4m", "5.y4m"), 4)
+    watched = read_lines(tmp_path / "run/watched.jsonl")
+    assert [record["id"] for record in watched[:8]] == ["0.y4m"] * 4 + ["2.y4m"] * 4
     predictions = read_lines(tmp_path / "run/predictions.jsonl")
     assert [p["id"] for p in predictions if "unreadable" in p] == ["1.y4m", "4.y4m"]
     err = capsys.readouterr().err

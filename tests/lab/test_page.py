@@ -119,9 +119,9 @@ def test_sampled_answers_are_those_of_the_watched_prompts(tmp_path):
     expected = [5.0, 4 + 0.15 / 0.35 - 0.2, 4 + 0.05 / 0.45 - 0.4, 0.0]
     assert [answer.scores["reward"] for answer in prompts[1][1][3]] == pytest.approx(expected)
     text = draw_run(run)[0].read_text(encoding="utf-8")
-    assert re.findall(r"<b>After (step [^<]*)</b>: .* of (.) answers", text)[5:7] == [
-        ("step 0", "4"),
-        ("step 3", "4"),
+    said = re.findall(r"<b>(.*)</b>: mean reward (.*); .* of (.) answers", text)
+    assert said[5:7] == [
+        (when, f"{sum(expected) / 4:.2f}", "4") for when in ("Before training", "After step 3")
     ]
 
 

@@ -115,6 +115,7 @@ def test_torchrun(one, two):
     rollouts = read_lines(one / "rollouts.jsonl")
     assert len(rollouts) == 2 * 4 * 4 and any(record["advantage"] for record in rollouts)
     assert rollouts == read_lines(two / "rollouts.jsonl")
+    assert read_lines(one / "watched.jsonl") == read_lines(two / "watched.jsonl")
     assert_close(two, one)
 
 
