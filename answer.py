@@ -29,10 +29,15 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import replace
 from pathlib import Path
 
+from config import DTYPES, Config, check_words, load_config
+from runtime.files import UserError, check_first, run_script
+
+if __name__ == "__main__":  # a wrong setting is said before the imports below, which take seconds
+    check_first(lambda: check_words(sys.argv[1:]))
+
 import numpy as np
 import torch
 
-from config import DTYPES, Config, load_config
 from data import SECONDS, TEXT, load_samples
 from evaluate import find_checkpoint
 from metrics import Tube, native_scores, tube_of
@@ -41,7 +46,6 @@ from prompts import parse_answer, to_text_box, where_it_fails
 from qwen.checkpoint import Policy, load_policy
 from rewards import is_valid
 from runtime import distributed
-from runtime.files import UserError, run_script
 from samples import Sample, Track
 from toy import world
 from video.frames import VideoError, probe

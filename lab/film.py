@@ -154,7 +154,7 @@ def size_of(clip: Sample, least: int, most: int) -> tuple[int, int]:
 
 def font_for(asked: list[Asked]) -> ImageFont.FreeTypeFont:
     """The first of lab.sheet's fonts that has all letters of the captions; else the first."""
-    letters = {ord(letter) for *_, caption in asked for letter in caption}
+    letters = {ord(letter) for *_, caption in asked for letter in caption if letter > " "}
     paths = [findfont(FontProperties(family=[name])) for name in rcParams["font.family"]]
     fitting = (path for path in paths if letters <= FT2Font(path).get_charmap().keys())
     return ImageFont.truetype(next(fitting, paths[0]), LETTERS)
@@ -162,6 +162,7 @@ def font_for(asked: list[Asked]) -> ImageFont.FreeTypeFont:
 
 def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """Break a text into lines of about so many pixels."""
+    text = " ".join(text.split())
     return textwrap.fill(text, max(8, int(len(text) * (width - 3 * GAP) / font.getlength(text))))
 
 

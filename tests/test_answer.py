@@ -180,7 +180,9 @@ def test_a_picture_shows_the_answered_steps_and_their_neighbours(sample, tmp_pat
     film = pytest.importorskip("lab.film")
     boxes = ((1, (250, 200, 900, 800)),)
     records = [record_of(format_answer(Answer(1, 1, boxes, boxes)))]
-    film.save_picture(tmp_path / "a.png", [(sample, records, "a dog"), (sample, records, "a cat")], CONFIG)
+    film.save_picture(
+        tmp_path / "a.png", [(sample, records, "a dog"), (sample, records, "a\nэто 犬")], CONFIG
+    )
     (page,) = frames_of(tmp_path / "a.png")
     width, height = film.size_of(sample, film.CELL, film.CELL)
     places = [film.GAP + k * (width + film.GAP) for k in range(4)]
