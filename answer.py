@@ -221,7 +221,7 @@ def tell(record: dict, sample: Sample, config: Config) -> dict:
     flat = sorted({step for step, box in boxes if not is_valid(box)})
     outside = sorted({step for step, _ in boxes if not start <= step <= end})
     problems += ["the interval is empty: it ends before it begins"] if end < start else []
-    problems += [f"the interval leaves the clip, whose last step is {last}"] if start <= end > last else []
+    problems += [f"the interval leaves the clip, whose last step is {last}"] if end > last else []
     problems += [f"boxes of steps {flat} have no inside"] if flat else []
     problems += [f"boxes of steps {outside} are outside the interval and do not count"] if outside else []
 

@@ -178,16 +178,16 @@ def test_a_film_shows_the_tubes_that_the_metrics_judge(sample, tmp_path, suffix)
 
 def test_a_picture_shows_the_answered_steps_and_their_neighbours(sample, tmp_path):
     film = pytest.importorskip("lab.film")
-    boxes = ((1, (250, 200, 900, 800)),)
-    records = [record_of(format_answer(Answer(1, 1, boxes, boxes)))]
+    boxes, flipped = ((2, (250, 200, 900, 800)),), ((2, (900, 200, 100, 800)),)
+    records = [record_of(format_answer(Answer(2, 2, items, items))) for items in (boxes, flipped)]
     film.save_picture(
-        tmp_path / "a.png", [(sample, records, "a dog"), (sample, records, "a\nэто 犬")], CONFIG
+        tmp_path / "a.png", [(sample, records, "a dog"), (sample, records, "a\ndog or 犬")], CONFIG
     )
     (page,) = frames_of(tmp_path / "a.png")
     width, height = film.size_of(sample, film.CELL, film.CELL)
     places = [film.GAP + k * (width + film.GAP) for k in range(4)]
     row = page[film.tall("a dog") + height // 2]
-    for k in (0, 2):  # steps 0 and 2, of four
+    for k in (0, 2):  # steps 1 and 3, of four
         assert (row[places[k] : places[k] + width] == 128).all()
     assert coloured(row, 2)[0] == places[1] + round(0.25 * width)
     assert coloured(row, 2)[-1] == places[1] + round(0.9 * width) - 1
@@ -241,6 +241,7 @@ def test_without_words_the_last_run_or_the_toy_is_asked(tmp_path, world, monkeyp
     (line,), said = asked(capsys)
     assert (line["model"], line["video"]) == ("runs/new/checkpoint", str(world / "0.y4m"))
     assert "settings of runs/new/config.yaml" in said and not Path("ran").exists()
+    assert answer.find_model("runs/old", [TOY[1]], [])[:2] == ("runs/old/checkpoint", [TOY[1]])
     with pytest.raises(UserError, match="runs/unfinished has no checkpoint"):
         answer.main(["runs/unfinished"])
 
