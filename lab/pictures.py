@@ -181,10 +181,11 @@ def draw_panel(axes: Axes, title: str, curves: Curves) -> None:
         window = 1 if name in COLUMNS else page.WINDOW
         values = np.round(values, 9)  # a loss of 1e-17 is 0
         means = [np.mean(values[max(0, k + 1 - window) : k + 1]) for k in range(len(values))]
-        thin = {"alpha": 0.35, "linewidth": 0.8, "marker": "o" if window == 1 else "", "markersize": 4}
+        dots = "o" if window == 1 or len(steps) == 1 else ""  # a single point makes no line
+        thin = {"alpha": 0.35, "linewidth": 0.8, "marker": dots, "markersize": 4}
         axes.plot(steps, values, color=colour, **thin)
         axes.plot(steps, means, color=colour, label=name.rpartition("/")[2], linewidth=1.8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     style(axes, title)
     if len(curves) > 1:  # below the axes, where it covers no curve
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.09), "ncols": legend_columns(curves)}

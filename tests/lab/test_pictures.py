@@ -47,6 +47,7 @@ def test_curves_are_the_numbers_of_the_log():
     assert tuple(terms) == TERMS and len({line.get_color() for line in lines}) == len(TERMS)
     assert set(*curves_of(panels[OWN]).values()) == {-1.0}  # a reward of your own, in a panel of its own
     assert list(curves_of(panels["Loss of supervised fine-tuning"])["loss"]) == [0.7]  # of this phase alone
+    assert panels["Loss of supervised fine-tuning"].lines[0].get_marker() == "o"  # or one step were unseen
     assert curves_of(panels["Seconds of a step"]).keys() == {"rollout", "step"}
 
 
