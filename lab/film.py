@@ -18,7 +18,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from config import Config
-from lab.sheet import COLOURS, STEPS, evenly
+from lab.sheet import COLOURS, STEPS, evenly, say_letters_lack
 from metrics import Tube, tube_of
 from rewards import is_valid
 from runtime.files import write_whole
@@ -153,11 +153,13 @@ def size_of(clip: Sample, least: int, most: int) -> tuple[int, int]:
 
 
 def font_for(asked: list[Asked]) -> ImageFont.FreeTypeFont:
-    """The first of lab.sheet's fonts that has all letters of the captions; else the first."""
+    """The first of lab.sheet's fonts that has all letters of the captions; else the first, which is said."""
     letters = {ord(letter) for *_, caption in asked for letter in caption if letter > " "}
     paths = [findfont(FontProperties(family=[name])) for name in rcParams["font.family"]]
-    fitting = (path for path in paths if letters <= FT2Font(path).get_charmap().keys())
-    return ImageFont.truetype(next(fitting, paths[0]), LETTERS)
+    fitting = [path for path in paths if letters <= FT2Font(path).get_charmap().keys()]
+    if not fitting:
+        say_letters_lack()
+    return ImageFont.truetype((fitting or paths)[0], LETTERS)
 
 
 def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:

@@ -108,13 +108,13 @@ def save(figure: Figure, file, **how) -> None:
         figure.savefig(file, **how)
     for warning in caught:
         if re.match(r"Glyph \d+ .*missing", str(warning.message)):
-            _say_letters_lack()
+            say_letters_lack()
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @functools.cache
-def _say_letters_lack() -> None:
+def say_letters_lack() -> None:
     words = "some letters are in no font that is installed, and drawn as boxes"
     print(f"{words}; for Chinese, Japanese and Korean: apt-get install fonts-noto-cjk", file=sys.stderr)
 

@@ -191,9 +191,20 @@ def test_a_picture_shows_the_answered_steps_and_their_neighbours(sample, tmp_pat
         assert (row[places[k] : places[k] + width] == 128).all()
     assert coloured(row, 2)[0] == places[1] + round(0.25 * width)
     assert coloured(row, 2)[-1] == places[1] + round(0.9 * width) - 1
+    assert coloured(row, 0)[-1] == coloured(row, 2)[-1] - film.BOLD  # nothing of the flipped box
     assert (row[places[2] + width :] == 255).all()
     below = page[film.tall("a dog") + height + 3]
     assert coloured(below, 0).tolist() == list(range(places[1], places[1] + width))  # the interval
+
+
+def test_captions_are_written_in_a_font_that_has_their_letters(sample, capsys):
+    film, matplotlib = pytest.importorskip("lab.film"), pytest.importorskip("matplotlib")
+    film.say_letters_lack.cache_clear()
+    with matplotlib.rc_context({"font.family": ["cmr10", "DejaVu Sans"]}):  # the first has no Cyrillic
+        names = [film.font_for([(sample, [], text)]).getname()[0] for text in ("a dog", "Жук a\ndog")]
+        assert names == ["cmr10", "DejaVu Sans"] and capsys.readouterr().err == ""
+        assert film.font_for([(sample, [], "\U0001fae8")]).getname()[0] == "cmr10"
+        assert "some letters are in no font" in capsys.readouterr().err
 
 
 def test_adapters_and_a_model_without_a_run(clip, checkpoints, tmp_path, capsys):

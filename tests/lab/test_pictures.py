@@ -85,7 +85,7 @@ def test_rounding_errors_are_no_curve():
 
 def test_letters_without_a_font_are_said_once(capsys, recwarn):
     """U+0378 is no letter of any font; those of the other sentences may be in one that is installed."""
-    sheet._say_letters_lack.cache_clear()
+    sheet.say_letters_lack.cache_clear()
     for sentence in ("\u0378 \u0378", "一个穿红衣服的人", "赤い服の人が歩く", "a man 🏃🧑‍🦽 runs"):
         figure = Figure()
         figure.text(0, 0, sentence)
