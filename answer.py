@@ -63,6 +63,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--picture", type=Path, metavar="PNG", help="instead of answers/VIDEO.png")
     parser.add_argument("--video", type=Path, metavar="MP4|GIF", help="the clip with its boxes")
     options = parser.parse_intermixed_args(arguments)
+    if options.samples < 0:
+        raise UserError(f"--samples {options.samples}: must be 0 or more")
     film = load_film(options.video)  # before the model: what it takes may be missing
     video, sentences, checkpoint, configs, settings = sort_words(options.words)
     checkpoint, configs, config = find_model(checkpoint, configs, settings)

@@ -274,6 +274,7 @@ def test_errors_are_one_line(clip, tmp_path, monkeypatch):
         ([video, "a dog", *TOY, "--begin", "3", "--end", "2"], "lasts 6.00 s: nothing"),
         (["text.mp4", "a dog", *TOY], "text.mp4: 7 bytes that cannot be opened as a video"),
         (["long.y4m", "a dog", *TOY], "must be at most 3600"),
+        ([video, "a dog", "--samples", "-1"], "--samples -1: must be 0 or more"),
         ([video, "a dog", "--video", "a.avi"], "a.avi: write a name that ends in .mp4 or .gif"),
     ):
         with pytest.raises(UserError) as error:
