@@ -297,7 +297,9 @@ def _jsonl_sample(key: str, where: str, path: str, record: dict, headers: dict, 
         width, height, file_frames = (int(_read(where, record, k, COUNT)) for k in SIZE_KEYS[:3])
         fps = float(_read(where, record, "fps", RATE))
     shown = _check(f"{where}: clip", record.get("clip", [0, file_frames / fps]), PERIOD)
-    begin_frame, stop_of_clip = (min(round(moment * fps), file_frames) for moment in shown)
+    begin_frame = round(shown[0] * fps)
+    # Rounded down: 6 s at 29.97 frames a second are 6 steps of a second, not 7.
+    stop_of_clip = min(begin_frame + int((shown[1] - shown[0]) * fps + 1e-3), file_frames)
     _check(f"{where}: the length of its clip in seconds", (stop_of_clip - begin_frame) / fps, SECONDS)
     event = _check(f"{where}: [begin, end]", [record["begin"], record["end"]], PERIOD)
     first, stop = round(event[0] * fps), max(round(event[1] * fps), round(event[0] * fps) + 1)

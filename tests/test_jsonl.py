@@ -65,6 +65,12 @@ def test_normalized_boxes_are_the_same(tmp_path):
     assert shares.boxes == pixels.boxes and pixels.boxes[15] == (0, 0, 0.1, 0.5)
 
 
+def test_a_clip_has_no_more_steps_than_seconds(tmp_path):
+    """6 s at 29.97 frames a second are 179 whole frames, and begin at the frame nearest to 1 s."""
+    sample, _ = load_one(tmp_path, fps=30000 / 1001, frames=600, clip=[1, 7])
+    assert (sample.begin_frame, sample.num_frames, sample.grid(1.0).num_steps) == (30, 179, 6)
+
+
 def test_a_clip_of_the_file(tmp_path):
     """Times stay those of the file; the sample counts from the clip's first frame."""
     sample, report = load_one(tmp_path, clip=[0.5, 1.8])
