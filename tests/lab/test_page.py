@@ -161,7 +161,9 @@ def test_the_page_of_the_bench(tmp_path, driver):
     """The watched answers, under other weights: temporal counts twice, so that the best has 6."""
     run, file = make_run(tmp_path, videos=4), tmp_path / "bench.html"
     lines = read_jsonl(run / "watched.jsonl")
-    write_jsonl([line for line in lines if line["id"] != "0.y4m" or line["step"] == 6], run / "watched.jsonl")
+    for line in lines[4:8]:  # a group without a spread
+        line["completion"] = "no idea"
+    write_jsonl(lines, run / "watched.jsonl")
     (tmp_path / "videos" / "2.y4m").unlink()
     arguments = [str(run / "watched.jsonl"), "--html", str(file)]
     bench.main([*arguments, "--config", str(run / "config.yaml"), "rewards.temporal=2"])
@@ -172,8 +174,9 @@ def test_the_page_of_the_bench(tmp_path, driver):
         f"the $quare moves_left ({k}.y4m)" for k in range(3)
     }
     rewards = re.findall(r"<b>(BEST|WORST)</b> reward (.*), vIoU (.*) <em>(.*)</em>", text)
-    assert rewards[0] == ("BEST", "6.00", "1.00", "")
-    assert rewards[1][:3] == ("WORST", "0.00", "0.00") and rewards[1][3].startswith("malformed: no idea (at ")
+    assert rewards[::2] == [("BEST", "6.00", "1.00", "")] * bench.GROUPS
+    assert {found[:3] for found in rewards[1::2]} == {("WORST", "0.00", "0.00")}
+    assert rewards[1][3].startswith("malformed: no idea (at ")
     assert "total " in text and "cannot be read, and their frames are grey; the first: " in text
     assert text.count("--steps: 6;") == bench.GROUPS  # the clips' own; below: one step beyond the true span
     bench.main(arguments)

@@ -115,6 +115,8 @@ def test_killed_without_a_checkpoint_and_a_loss_that_is_not_finite(finished, tmp
     killed(train, "update", 3, [path, "resume=auto"])
     assert names(run, "checkpoint") == set() and len(metrics_of(run, "grpo")) == 2
     (run / "checkpoint_2.tmp/state").mkdir(parents=True)
+    with (run / "watched.jsonl").open("a") as file:
+        file.write('{"step": 2, "id": "0.y')
     (run / "summary.json.01234567.tmp").write_text("{")
     said = r"after step 2: loss nan\. The batch was .\.y4m, .\.y4m; .*resume=auto repeats it"
     with at_call(train, "update", 3, boom), pytest.raises(FloatingPointError, match=said):
