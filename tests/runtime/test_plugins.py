@@ -250,7 +250,7 @@ def test_in_a_run(plugin, tmp_path, grpo_config):
     path, run = grpo_config(tmp_path, rewards={name: 0.25}, eval_every=0, eval_limit=1), tmp_path / "run"
     said = r"after step 2: .*mine\.py:f raised Asser.* \(line 5\); the answer was '.* batch was .\.y4m"
     with no_pictures():
-        with at_call(train, "update", 2, fault.touch), pytest.raises(FloatingPointError, match=said):
+        with at_call(train, "sample_answers", 3, fault.touch), pytest.raises(FloatingPointError, match=said):
             train.main([path])
         assert names(run, "checkpoint") == {"checkpoint_2"}
         fault.unlink()
