@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     if options.samples < 0:
         raise UserError(f"--samples {options.samples}: must be 0 or more")
-    film = load_film(options.video)  # before the model: what it takes may be missing
+    film = load_film(options.picture, options.video)  # before the model: what it takes may be missing
     video, sentences, checkpoint, configs, settings = sort_words(options.words)
     checkpoint, configs, config = find_model(checkpoint, configs, settings)
     span = options.begin, options.end
@@ -105,10 +105,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def load_film(video: Path | None):
+def load_film(picture: Path | None, video: Path | None):
     """lab.film; None, and a line that says why, where a package for pictures is missing. Raises UserError."""
     if video and video.suffix not in (".mp4", ".gif"):
         raise UserError(f"--video {video}: write a name that ends in .mp4 or .gif")
+    if picture and picture.suffix != ".png":
+        raise UserError(f"--picture {picture}: write a name that ends in .png")
     try:
         from lab import film
 
@@ -127,15 +129,16 @@ def sort_words(words: list[str]) -> tuple[str, list[str], str, list[str], list[s
     settings = [word for word in words if re.match(r"[a-z_]+(\.\S+)?=", word)]
     configs = [word for word in words if word.endswith((".yaml", ".yml"))]
     others = [word for word in words if word not in settings + configs]
-    video = others.pop(0) if others and not Path(others[0]).is_dir() else ""
-    checkpoints = [word for word in others if Path(word).is_dir() or re.fullmatch(r"\S+/\S+", word)]
+    folders = [word for word in others if word and Path(word).is_dir()]
+    video = others.pop(0) if others and others[0] not in folders else ""
+    checkpoints = [word for word in others if word in folders or re.fullmatch(r"\S+/\S+", word)]
     sentences = [word for word in others if word not in checkpoints]
     if len(checkpoints) > 1:
         raise UserError(f"several models: {', '.join(checkpoints)}; name one")
     if video and not Path(video).is_file():
         raise UserError(f"{video}: no such video; it stands first, before the sentences")
     if bool(video) != bool(sentences):
-        raise UserError("name a VIDEO and then one SENTENCE or more, in quotes; or neither")
+        raise UserError("name a VIDEO, a file, and then one SENTENCE or more, in quotes; or neither")
     for sentence in sentences:
         if not TEXT[1](sentence):
             raise UserError(f"the sentence {sentence[:60]!r} must be {TEXT[0]}")
@@ -215,7 +218,7 @@ def tell(record: dict, sample: Sample, config: Config) -> dict:
     text, answer = record["completion"], parse_answer(record["completion"], config.think)
     told = {"text": text, "truncated": record["truncated"], "steps": None, "seconds": None}
     if answer is None:
-        cut = f"cut off at max_new_tokens, {config.max_new_tokens}; " * record["truncated"]
+        cut = f"cut off at max_new_tokens={config.max_new_tokens} (raise it); " * record["truncated"]
         return told | {"problems": [f"malformed: {cut}{where_it_fails(text, config.think)}"], "boxes": []}
     grid, (start, end) = sample.grid(config.text_format.step_seconds), answer.span
     answer, last, problems = answer.in_frame(record["scale"]), grid.num_steps - 1, []
@@ -230,7 +233,9 @@ def tell(record: dict, sample: Sample, config: Config) -> dict:
     def second(step: int) -> float:
         return round((sample.begin_frame + grid.first_frame(step)) / sample.fps, 3)
 
-    rows = {step: {"step": step, "seconds": second(step)} for step in sorted({step for step, _ in boxes})}
+    rows = {step: {"step": step, "seconds": None} for step in sorted({step for step, _ in boxes})}
+    for step in rows.keys() & set(range(grid.num_steps)):  # the clip has no others
+        rows[step]["seconds"] = second(step)
     for name, items in (("think", answer.think_boxes), ("pred", answer.pred_boxes)):
         for step, row in rows.items():
             row[name] = to_text_box(items[step], (sample.width, sample.height)) if step in items else None
@@ -255,12 +260,13 @@ def as_text(told: dict, raw: bool) -> str:
         lines.append("  step   seconds  think                 pred")
     for row in told["boxes"]:
         think, pred = (", ".join(map(str, row[name] or "-")) for name in ("think", "pred"))
-        lines.append(f"{row['step']:>6}  {row['seconds']:>8.2f}  {think:<20}  {pred}")
+        moment = "-" if row["seconds"] is None else f"{row['seconds']:.2f}"
+        lines.append(f"{row['step']:>6}  {moment:>8}  {think:<20}  {pred}")
     lines += [told["text"]] if raw or not told["steps"] else []
     for sampled in told.get("samples", []):
         lines += [f"sampled: {in_a_line(sampled)}", *([sampled["text"]] if raw else [])]
     if told.get("agreement") is not None:
-        lines.append(f"agreement: {told['agreement']:.2f}, the mean vIoU of two sampled answers")
+        lines.append(f"agreement: {told['agreement']:.2f}, the mean vIoU over all pairs of sampled answers")
     # Control characters, which a terminal would obey, are printed as their numbers.
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in "\n".join(lines))
 

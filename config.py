@@ -253,8 +253,8 @@ def _check(config: Config, where: str) -> None:
     annotations = [Path(path).parent for path in (config.train_annotations, config.eval_annotations)]
     if config.toy and any(folder != Path(config.videos) for folder in annotations):
         raise ConfigError(
-            f"{where}: toy: true makes videos, train_annotations and eval_annotations in one folder; write"
-            " toy: false for files of your own"
+            f"{where}: toy is true, which makes videos, train_annotations and eval_annotations in one folder;"
+            " set it to false for files of your own"
         )
     try:
         _ = config.text_format

@@ -52,7 +52,7 @@ def format_report(report: Report, all_drops: bool = False) -> str:
 
 def count_sentences(samples: list[Sample], report: Report) -> str:
     """How many sentences of a file are used, and of which type, as a text."""
-    text = f"{len(samples)} sentences"
+    text = f"{len(samples)} sentence{'s' * (len(samples) != 1)}"
     types = [sum(sample.question_type == kind for sample in samples) for kind in QUESTION_TYPES]
     if any(types):
         text += f" ({', '.join(f'{n} {kind}' for n, kind in zip(types, QUESTION_TYPES, strict=True))})"

@@ -281,8 +281,6 @@ def find_checkpoint(places: list[str], settings: list[str]) -> tuple[str, Path, 
     keys = {word.partition("=")[0] for word in settings}
     named = {name: 1 for name in plugin_names(config.rewards) if f"rewards.{name}" in keys}
     load_plugins(named, config.think)
-    if distributed.init()[0] == 0:
-        print(plugins_note(config.rewards, run / "config.yaml"), end="", file=sys.stderr)
     return str(checkpoint), run / f"{name}.jsonl", config
 
 
@@ -300,7 +298,8 @@ def open_checkpoint(
         check_videos(samples)
     policy = load_policy(checkpoint, getattr(torch, DTYPES[config.precision]), distributed.device())
     if distributed.init()[0] == 0:
-        print(settings_note(policy, checkpoint, config), end="", file=sys.stderr)
+        note = plugins_note(config.rewards, Path(checkpoint).parent / "config.yaml")
+        print(note + settings_note(policy, checkpoint, config), end="", file=sys.stderr)
     with contextlib.closing(FrameLoader(config, policy.size_factor)) as loader:
         yield policy, loader
 

@@ -164,7 +164,7 @@ def where_it_fails(text: str, think: bool = True) -> str:
         if match := re.compile(token + _SPACE).match(text, place):
             place = match.end()
             continue
-        expected = "a comma or " * (last == r"\]") + _NAMES.get(token, token.replace("\\", ""))
+        expected = "a comma or " * (last == r"\]") + _NAMES.get(token, repr(token.replace("\\", "")))
         expected = "a box such as 5. [1, 2, 3, 4]" if last == _OTHERS else expected
         before, rest = text[:place].rstrip(), text[place:].rstrip()
         if not rest or (rest[0] == "<" and token.startswith(rest)):  # a tag may be cut off

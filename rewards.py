@@ -20,6 +20,7 @@ weights the total is in (-9, 5], without thinking boxes in (-4, 4]. It is 5 (4) 
 text's integer grid written by format_answer, and 0 for a text that is no answer.
 """
 
+import difflib
 import json
 import math
 import re
@@ -234,7 +235,8 @@ def checked_weights(weights: object, where: str) -> dict[str, float]:
         if not (type(value) in (int, float) and -1e6 <= value <= 1e6):
             raise ConfigError(f"{where}: rewards: the weight of {key} is {value!r}; {allowed}")
         if key not in WEIGHTS and not re.fullmatch(r".+\.py:\w+", str(key)):
-            raise ConfigError(f"{where}: rewards: there is no weight {key!r}; {allowed}")
+            close = [f"did you mean {name}? " for name in difflib.get_close_matches(str(key), WEIGHTS, 1)]
+            raise ConfigError(f"{where}: rewards: there is no weight {key!r}; {''.join(close)}{allowed}")
     return {key: float(value) for key, value in weights.items()}
 
 

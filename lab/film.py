@@ -6,6 +6,7 @@ those of sampled answers thin.
 
 import io
 import itertools
+import math
 import textwrap
 from collections.abc import Iterator
 from fractions import Fraction
@@ -28,6 +29,7 @@ from video.frames import native_frames
 PAGE, CELL = 1280, 312  # pixels: width of a picture, longer side of a frame in it
 SIDES = {".mp4": (640, 1920), ".gif": (320, 480)}  # longer side of a film, at least and at most
 LETTERS, GAP, BELOW = 16, 8, 32  # height of letters, space around things, height of what stands below a frame
+GIF_FPS = 16  # frames a second, at most: gifs are large; its clock has hundredths of a second
 BOLD, GREY = 3, (140, 140, 140)
 Asked = tuple[Sample, list[dict], str]  # a sentence; records of its greedy and its sampled answers; caption
 Outline = tuple[Tube, str, int, str]  # of an answer; "think" or "pred"; width of its lines; label
@@ -44,6 +46,7 @@ def save_picture(path: Path, asked: list[Asked], config: Config) -> None:
         before = min(edges) - grid.step_seconds * clip.fps - 1
         shown = evenly([frame for frame in starts if before <= frame <= max(edges)], STEPS)
         blocks.append((wrap(one[2], PAGE, font), outlines, shown))
+    blocks.append((wrap(legend_of(asked), PAGE, font), [], []))
     needed = {frame for *_, shown in blocks for frame in shown}
     native = enumerate(images_of(clip, size, max(needed) + 1))
     images = {frame: image for frame, image in native if frame in needed}
@@ -75,6 +78,7 @@ def draw_film(asked: list[Asked], config: Config, size: tuple[int, int]) -> Iter
     """Yield the clip's native frames with their boxes, above the captions, black while their event lasts."""
     clip, outlines, font = asked[0][0], outlines_of(asked, config), font_for(asked)
     texts = [(wrap(one[2], size[0], font), outlines_of([one], config)) for one in asked]
+    texts.append((wrap(legend_of(asked), size[0], font), []))
     tops = [*itertools.accumulate((tall(text) for text, _ in texts), initial=size[1] + BELOW)]
     for frame, image in enumerate(images_of(clip, size, clip.num_frames)):
         page = Image.new("RGB", (size[0], tops[-1] + tops[-1] % 2), "white")
@@ -83,6 +87,11 @@ def draw_film(asked: list[Asked], config: Config, size: tuple[int, int]) -> Iter
             colour = "black" if lasts(own, frame) else GREY
             ImageDraw.Draw(page).multiline_text((GAP, top + GAP), text, colour, font)
         yield page
+
+
+def legend_of(asked: list[Asked]) -> str:
+    sampled = any(len(records) > 1 for _, records, _ in asked)
+    return "blue: thinking boxes, red: final boxes" + ("; thin: sampled answers" if sampled else "")
 
 
 def draw_cell(clip: Sample, frame: int, image: Image.Image, outlines: list[Outline], font) -> Image.Image:
@@ -126,7 +135,9 @@ def images_of(clip: Sample, size: tuple[int, int], stop: int) -> Iterator[Image.
 
 
 def encode_gif(images: Iterator[Image.Image], clip: Sample) -> bytes:
-    ends = [round(100 * k / clip.fps) for k in range(clip.num_frames + 1)]  # a gif counts in 1/100 s
+    every = math.ceil(clip.fps / GIF_FPS)
+    frames = [*range(0, clip.num_frames, every), clip.num_frames]
+    ends, images = [round(100 * k / clip.fps) for k in frames], itertools.islice(images, 0, None, every)
     durations, content = [10 * (stop - start) for start, stop in itertools.pairwise(ends)], io.BytesIO()
     next(images).save(content, "GIF", save_all=True, append_images=images, duration=durations, loop=0)
     return content.getvalue()

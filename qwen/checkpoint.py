@@ -205,8 +205,8 @@ def _load_config(checkpoint: str) -> PreTrainedConfig:
     except BROKEN as error:
         if isinstance(error.__cause__, LocalEntryNotFoundError):
             raise ModelError(
-                "it is no folder here and not in the cache of hub models, and the hub cannot be reached (no"
-                " network, or HF_HUB_OFFLINE is set); fetch it where there is a network, or name a folder"
+                "there is no such folder. As a hub id it is not in the cache, and the hub cannot be reached"
+                " (no network, or HF_HUB_OFFLINE is set); correct the path, or fetch it with a network"
             ) from error
         raise ModelError(
             f"it is neither a folder with a good config.json nor a hub id that can be read: {_reason(error)};"

@@ -152,14 +152,14 @@ def iterate_jsonl(path: str | Path, *keys: str, skip_cut: bool = False) -> Itera
                 continue
             try:
                 record = json.loads(line)
-            except (ValueError, RecursionError):
+            except (ValueError, RecursionError) as error:
                 if skip_cut and not line.endswith(b"\n"):
                     return
-                record = None
-            if not isinstance(record, dict) or not record.keys() >= set(keys):
-                wanted = ", ".join(f'"{key}"' for key in keys)
-                wrong = f"is no JSON object with {wanted}; correct or remove it"
-                raise DataError(f"{path}, line {number}: {wrong}")
+                raise DataError(f"{path}, line {number}: is no JSON object: {error}; {REMEDY}") from None
+            lacking = keys if not isinstance(record, dict) else [key for key in keys if key not in record]
+            if lacking or not isinstance(record, dict):
+                wanted = ", ".join(f'"{key}"' for key in lacking)
+                raise DataError(f"{path}, line {number}: is no JSON object with {wanted}; {REMEDY}")
             yield record
 
 

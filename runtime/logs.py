@@ -186,8 +186,8 @@ def parse_report(records: list[dict], config: Config, example: bool = True) -> s
     records: lines of rollouts.jsonl or predictions.jsonl; at least one.
     """
     wrong = [record["completion"] for record in records if record["span"] is None]
-    cut = np.mean([record["truncated"] for record in records])
-    text = f"{1 - len(wrong) / len(records):.0%} of {len(records)} answers parse, {cut:.0%} are cut off"
+    cut = sum(record["truncated"] for record in records)
+    text = f"{len(records) - len(wrong)} of {len(records)} answers parse, {cut} cut off"
     text += f" at max_new_tokens={config.max_new_tokens}"
     if wrong and example:
         begins, place = " ".join(wrong[0].split())[:80], where_it_fails(wrong[0], config.think)

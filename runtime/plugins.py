@@ -92,10 +92,13 @@ AWKWARD = {  # what is awkward -> the span and the boxes, of both lists
     "a box without area": ((4, 7), NEAR | {5: (300, 300, 300, 300)}),
     "a box with a flipped side": ((4, 7), NEAR | {5: (450, 210, 220, 800)}),
     "a box with two flipped sides": ((4, 7), NEAR | {5: (450, 800, 220, 210)}),
+    "boxes without area": ((4, 7), dict.fromkeys(NEAR, (300, 300, 300, 300))),
+    "boxes with flipped sides": ((4, 7), dict.fromkeys(NEAR, (420, 790, 210, 200))),
     "a box far larger than the frame": ((4, 7), NEAR | {5: (0, 0, 99999, 99999)}),
     "a list without the span's first and last step": ((4, 7), {5: NEAR[5], 6: NEAR[6]}),
     "a list of steps outside the span": ((4, 7), {0: NEAR[4], 1: NEAR[5]}),
     "an empty span": ((90, 3), NEAR),
+    "an empty span of length 0": ((5, 4), NEAR),
     "a single step": ((5, 5), {5: NEAR[5]}),
     "a span far beyond the clip": ((4, 99999), NEAR),
     "a span that misses the event": ((8, 11), {step + 4: box for step, box in NEAR.items()}),
@@ -114,6 +117,7 @@ def awkward_cases(think: bool) -> Iterator[tuple[str, Answer, Truth]]:
     yield "steps listed twice and backwards", replace(ordinary, pred=near[::-1] * 2), truth
     if think:
         yield "a draft of other steps", replace(ordinary, think=true[:2], pred=near[2:]), truth
+    yield "a truth that stands still", ordinary, replace(truth, boxes=dict.fromkeys(TRUE, truth.boxes[4]))
     yield "a truth without a box in some steps", ordinary, replace(truth, boxes={5: truth.boxes[5]})
     yield "a truth of one step", ordinary, Truth((5, 5), {5: truth.boxes[5]})
 

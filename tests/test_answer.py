@@ -107,7 +107,9 @@ def test_what_is_wrong_with_an_answer_is_said(sample):
     ]
     told = answer.tell(record_of("<time> 2 - \x1b[1m", truncated=True), sample, CONFIG)
     assert told["steps"] is None and told["boxes"] == []
-    assert told["problems"][0].startswith("malformed: cut off at max_new_tokens, 2048; at character 12")
+    assert told["problems"][0].startswith(
+        "malformed: cut off at max_new_tokens=2048 (raise it); at character 12"
+    )
     assert answer.as_text({"sentence": "a dog"} | told, raw=False).endswith("<time> 2 - \\x1b[1m")
 
 
@@ -226,7 +228,9 @@ def test_adapters_and_a_model_without_a_run(clip, checkpoints, tmp_path, capsys)
     assert told[0]["text"] == record["completion"]
     assert told != asked(capsys, video, "a dog", checkpoints["qwen2_5_vl"], *short)[0]
     (line,), said = asked(capsys, video, "a dog", checkpoints["qwen3_vl"], "coordinates=original", *short)
-    assert line["truncated"] and line["problems"][0].startswith("malformed: cut off at max_new_tokens, 6;")
+    assert line["truncated"] and line["problems"][0].startswith(
+        "malformed: cut off at max_new_tokens=6 (raise it);"
+    )
     assert "coordinates" not in said and "picture: answers/eine Übung.png" in said
 
 
@@ -276,6 +280,8 @@ def test_errors_are_one_line(clip, tmp_path, monkeypatch):
         (["long.y4m", "a dog", *TOY], "must be at most 3600"),
         ([video, "a dog", "--samples", "-1"], "--samples -1: must be 0 or more"),
         ([video, "a dog", "--video", "a.avi"], "a.avi: write a name that ends in .mp4 or .gif"),
+        ([video, "a dog", "--picture", "a.jpg"], "a.jpg: write a name that ends in .png"),
+        ([video, "", str(tmp_path)], "the sentence '' must be"),
     ):
         with pytest.raises(UserError) as error:
             answer.main(words)
@@ -288,6 +294,6 @@ def test_without_a_package_only_the_drawings_are_missing(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, "lab.film", raising=False)
         monkeypatch.delattr("lab.film", raising=False)
         with pytest.raises(UserError, match=f"a.mp4: {name} is missing; pip install"):
-            answer.load_film(Path("a.mp4"))
-        assert (answer.load_film(None) is None) == (name == "PIL")
+            answer.load_film(None, Path("a.mp4"))
+        assert (answer.load_film(None, None) is None) == (name == "PIL")
     assert "no picture: PIL is missing; pip install -r requirements-dev.txt" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def test_bad_files(tmp_path):
     cases = {
         "steps: [1\n": "is not valid YAML",
         "- steps\n": "must hold `key: value` lines",
-        "toy: true\nvideos: mine\n": "toy: true makes videos, .* in one folder; write toy: false",
+        "toy: true\nvideos: mine\n": "toy is true, .* in one folder; set it to false",
         "fps: 2.5\ntime_unit: second\n": "fps: 2.5 with time_unit: second must be a whole number",
         "rewards: {speed: 1}\n": "rewards: there is no weight 'speed'",
         "sft: {steps: 5, steps: 7}\n": "is not valid YAML: the key steps stands there twice; keep one",

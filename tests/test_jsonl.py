@@ -124,7 +124,7 @@ def test_what_is_repaired_is_reported(tmp_path):
         ({"id": 7}, "id is 7"),
         ({"frames": 10**6, "fps": 1}, "the length of its clip in seconds is 1000000.0"),
         ({"fps": ...}, "videos are missing"),
-        ({"boxes": ...}, "line 1: is no JSON object with"),
+        ({"boxes": ...}, 'line 1: is no JSON object with "boxes"'),
     ],
 )
 def test_what_cannot_be_used(tmp_path, changes, says):

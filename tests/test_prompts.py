@@ -203,8 +203,8 @@ def test_where_an_answer_fails():
         ("6. [267", "the man [267", "a box such as 5. [1, 2, 3, 4] was expected, found 'the man [267"),
         ("395, 212]", "395]", "a comma was expected, found '], 6"),
         ("271", "-271", "an integer from 0 to 99999 was expected, found '-271"),
-        ("], 6", "] 6", "a comma or </think_bbox> was expected, found '6."),
-        ("</time> ", "</time> so ", "<think_bbox> was expected, found 'so <think"),
+        ("], 6", "] 6", "a comma or '</think_bbox>' was expected, found '6."),
+        ("</time> ", "</time> so ", "'<think_bbox>' was expected, found 'so <think"),
         ("6.", "6", "a full stop was expected, found '[267"),
     ],
 )

@@ -216,7 +216,7 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
     except FAILURES as error:
         raise VideoError(  # without decord's message, which can quote the file
             f"{path}: {os.path.getsize(path)} bytes that cannot be opened as a video (incomplete, or of an"
-            " unknown codec); fetch or re-encode the file, or remove its annotation"
+            " unknown codec); fetch or re-encode the file, or leave it out"
         ) from error
     with open(path, "rb") as file:
         head = file.read(1 << 16).partition(b"\x1f\x43\xb6\x75")[0]  # of an mkv, up to its first frames

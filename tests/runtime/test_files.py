@@ -68,7 +68,7 @@ def test_lines_of_json(tmp_path):
 def test_broken_lines_are_named(tmp_path, line, skip_cut):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 1}\n')
-    with pytest.raises(DataError, match=r'a\.jsonl, line 2: is no JSON object with "a"'):
+    with pytest.raises(DataError, match=r'a\.jsonl, line 2: is no JSON object(:| with "a";) .*'):
         read_jsonl(path, "a", skip_cut=skip_cut)
     path.write_bytes(b'{"a": 1}\n{"a":')  # as a kill leaves it
     if skip_cut:

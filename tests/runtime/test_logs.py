@@ -254,11 +254,11 @@ def test_how_many_answers_parse():
     bad = {"completion": "<time> 3 -", "span": None, "length": 4, "truncated": True}
     gone = {"completion": "", "span": None, "unreadable": True}
     config = Config(max_new_tokens=4)
-    counts = "75% of 4 answers parse, 25% are cut off at max_new_tokens=4"
+    counts = "3 of 4 answers parse, 1 cut off at max_new_tokens=4"
     place = "one that does not parse begins '<time> 3 -' (the text ends after '<time> 3 -': an integer"
     assert parse_report([good, good, good, bad], config, example=False) == counts
     assert parse_report([good, good, good, bad], config).startswith(f"{counts}; {place}")
-    assert before_report([good, bad, bad, bad, gone], config).startswith("before training 25% of 4") and (
+    assert before_report([good, bad, bad, bad, gone], config).startswith("before training 1 of 4") and (
         "warning" not in before_report([good, bad, bad, bad], config)
     )
     assert f"warning: {WARNINGS['cut off']}" in before_report([bad] * 6 + [good], config)

@@ -108,7 +108,19 @@ CARELESS = [  # a reward, the first answer that it fails on, and how
     (f"return sum(math.log(1 - x2) {EACH})", "a box far larger than the frame", "ValueError"),
     (f"return {PRED}[answer.span[0]][0]", "a list without the span's first and last step", "KeyError: 4"),
     (f"return 1 / (4 in {PRED} or 5 in {PRED})", "a list of steps outside the span", "ZeroDivisionError"),
+    (
+        f"x1, y1, x2, y2 = {PRED}[min({PRED})]; return 1 / (x2 - x1)",
+        "boxes without area",
+        "ZeroDivisionError",
+    ),
+    (f"x1, y1, x2, y2 = {PRED}[min({PRED})]; return math.log(x2 - x1)", "boxes without area", "ValueError"),
+    (
+        f"x = min({PRED}); return math.sqrt({PRED}[x][2] - {PRED}[x][0])",
+        "boxes with flipped sides",
+        "ValueError",
+    ),
     ("return math.sqrt(answer.end - answer.start)", "an empty span", "ValueError"),
+    ("return 1 / (answer.end - answer.start + 1)", "an empty span of length 0", "ZeroDivisionError"),
     ("return 1 / (answer.end - answer.start)", "a single step", "ZeroDivisionError"),
     ("return 1 / [1, 1, 1, 1, 1, 1, 1, 1][answer.end]", "a span far beyond the clip", "IndexError"),
     ("return 1 / (answer.start != 8)", "a span that misses the event", "ZeroDivisionError"),
@@ -117,6 +129,10 @@ CARELESS = [  # a reward, the first answer that it fails on, and how
         *("steps listed twice and backwards", "ValueError"),
     ),
     (f"return sum(answer.think_boxes[i][0] for i in {PRED})", "a draft of other steps", "KeyError: 6"),
+    (
+        "x = [box[0] for box in truth.boxes.values()]; return 1 / (max(x) - min(x))",
+        *("a truth that stands still", "ZeroDivisionError"),
+    ),
     ("return truth.boxes[truth.span[0]][0]", "a truth without a box in some steps", "KeyError: 4"),
     ("return 1 / (truth.span[1] - truth.span[0])", "a truth of one step", "ZeroDivisionError"),
 ]
@@ -144,7 +160,7 @@ def test_what_the_start_says(plugin, tmp_path, grpo_config):
     assert str(caught.value) == (
         f"rewards: tried on an empty span (training brings such cases): {name} raised ZeroDivisionError:"
         " division by zero (line 5); the answer was '<time> 90 - 3 </time> <pred_bbox> "
-        f"{boxes} </pred_bbox>'; it also fails on a span far beyond the clip"
+        f"{boxes} </pred_bbox>'; it also fails on an empty span of length 0, a span far beyond the clip"
     )
     assert not (tmp_path / "run").exists()
 

@@ -193,7 +193,7 @@ def test_a_run_that_learns_nothing_says_so(tmp_path, grpo_config, capsys):
     """Three tokens are too few for any answer: once before, once in the first step, and at the end."""
     train.main([grpo_config(tmp_path, **ONE, steps=3, max_new_tokens=3), "resume=auto"])
     out, err = capsys.readouterr()
-    assert "before training 0% of 1 answers parse, 100% are cut off at max_new_tokens=3; one" in err
+    assert "before training 0 of 1 answers parse, 1 cut off at max_new_tokens=3; one" in err
     assert err.count("warning, step 1: most answers are cut off") == err.count("warning, step") == 1
     assert "(cut off!)" in err and "warning, in 3 of 3 steps: most answers are cut off" in out
     assert [line["warning"] for line in metrics_of(tmp_path / "run", "grpo")] == ["cut off"] * 3
