@@ -42,7 +42,7 @@ from prompts import Answer
 from qwen.checkpoint import Policy, load_policy
 from rewards import score
 from runtime import distributed
-from runtime.logs import peak_memory
+from runtime.logs import parse_report, peak_memory
 from runtime.plugins import load_plugins, plugin_names, plugins_note
 from runtime.predictions import (
     fingerprint_of,
@@ -221,10 +221,7 @@ def main(arguments: list[str]) -> None:
             predictions = decode_split(policy, samples, loader, config, path, fingerprint)
             cost = cost_of([predictions[n] for n, _ in missing], time.perf_counter() - start, config)
         if rank == 0:
-            failed = [prediction for prediction in predictions if not prediction["span"]]
-            cut = sum(prediction.get("truncated", False) for prediction in failed)
-            bad = f"; {len(failed)} of them do not parse, {cut} of these were cut off at max_new_tokens"
-            print(f"the answers are in {path}{bad if failed else ''}", file=sys.stderr)
+            print(f"the answers are in {path}; {parse_report(predictions, config)}", file=sys.stderr)
     distributed.destroy()
     if rank:
         return

@@ -183,11 +183,12 @@ WARNINGS = {  # name, as the bar shows it -> what is the matter, and what to do 
 def parse_report(records: list[dict], config: Config, example: bool = True) -> str:
     """How many of some answers parse, how many are cut off, and how the first of the others begins.
 
-    records: lines of rollouts.jsonl or predictions.jsonl; at least one.
+    records: lines of rollouts.jsonl or predictions.jsonl. Unreadable videos have no answers.
     """
-    wrong = [record["completion"] for record in records if record["span"] is None]
-    cut = sum(record["truncated"] for record in records)
-    text = f"{len(records) - len(wrong)} of {len(records)} answers parse, {cut} cut off"
+    answers = [record for record in records if "unreadable" not in record]
+    wrong = [record["completion"] for record in answers if record["span"] is None]
+    cut = sum(record["truncated"] for record in answers)
+    text = f"{len(answers) - len(wrong)} of {len(answers)} answers parse, {cut} cut off"
     text += f" at max_new_tokens={config.max_new_tokens}"
     if wrong and example:
         begins, place = " ".join(wrong[0].split())[:80], where_it_fails(wrong[0], config.think)
@@ -196,13 +197,9 @@ def parse_report(records: list[dict], config: Config, example: bool = True) -> s
 
 
 def before_report(records: list[dict], config: Config) -> str:
-    """What is said of the answers before training; if fewer than a fifth parse, with an example and a remedy.
-    "" if no video could be read."""
-    records = [record for record in records if "length" in record]
-    if not records:
-        return ""
-    few = np.mean([record["span"] is not None for record in records]) < 0.2
-    cut = np.mean([record["truncated"] for record in records]) > 0.5
+    """The same before training; if fewer than a fifth parse, with an example and a remedy."""
+    few = sum(record["span"] is not None for record in records) < 0.2 * len(records)
+    cut = sum(record.get("truncated", False) for record in records) > 0.5 * len(records)
     warning = f"\nwarning: {WARNINGS['cut off' if cut else 'unreadable']}" if few else ""
     return f"before training {parse_report(records, config, example=few)}{warning}"
 

@@ -252,7 +252,9 @@ def test_notes_about_what_a_checkpoint_was_taught(taught, place, world, tmp_path
     evaluate.main([str(tmp_path / "away/copy"), place, *settings])
     learned = "pre-trained with coordinates: resized, and asked for norm1000: unless it was trained for that"
     assert learned in capsys.readouterr().err
-    assert "trained with think" not in err and "2 of them do not parse, 2 of these were cut off" in err
+    assert (
+        "trained with think" not in err and "0 of 2 answers parse, 2 cut off at max_new_tokens=8; one" in err
+    )
 
 
 def test_plugin_rewards(taught, tmp_path, capsys, monkeypatch):

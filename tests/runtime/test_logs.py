@@ -263,4 +263,4 @@ def test_how_many_answers_parse():
     )
     assert f"warning: {WARNINGS['cut off']}" in before_report([bad] * 6 + [good], config)
     assert f"warning: {WARNINGS['unreadable']}" in before_report([bad | {"truncated": False}] * 6, config)
-    assert before_report([gone], config) == ""
+    assert parse_report([gone], config) == "0 of 0 answers parse, 0 cut off at max_new_tokens=4"
