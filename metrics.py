@@ -387,7 +387,7 @@ def think_gain(predictions: list[dict], samples: list[Sample], config: Config) -
 
 def format_gain(gain: dict) -> str:
     """think_gain's numbers as a line below the table."""
-    error = "" if gain["standard_error"] is None else f" +- {gain['standard_error']:.2f} (standard error)"
+    error = "" if gain["standard_error"] is None else f" ± {gain['standard_error']:.2f} (standard error)"
     return (
         f"m_vIoU (native) of thinking boxes {gain['m_vIoU_think']:.1f}, of final boxes"
         f" {gain['m_vIoU_pred']:.1f}, gain {gain['gain']:+z.2f}{error}; of {gain['N']} answers"

@@ -46,6 +46,7 @@ FORM = (
     ' [0, 1]), "scale": [width, height], "think": true or false'
 )
 GROUPS = 6  # on the page, at most
+HINT = "\nThe columns are explained by python -m lab.bench --help."
 HEADS = ("mean", "min", "max", "spread", "vIoU r", "share", "decides")
 
 
@@ -80,6 +81,7 @@ def main(arguments: list[str]) -> None:
     print(text := summary(scored, config.rewards))
     if options.html:
         write_page(options.html, text, path, scored, config)
+        print("page:", options.html)
 
 
 def read_config(words: list[str]) -> Config:
@@ -190,7 +192,7 @@ def summary(scored: Scored, weights: dict) -> str:
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
     if (r := table["total"][HEADS.index("vIoU r")]) < 0:
         lines.append(f"The total falls where vIoU rises (r = {r:.2f}): this reward prefers worse answers.")
-    return "\n".join([*lines, "The columns are explained by python -m lab.bench --help."])
+    return "\n".join(lines) + HINT
 
 
 def write_page(file: Path, text: str, path: Path, scored: Scored, config: Config) -> None:
@@ -223,7 +225,8 @@ def write_page(file: Path, text: str, path: Path, scored: Scored, config: Config
         cards.append(sheet.Card(sentence, record.get("id", "no id"), clip, answers))
     words = "The best and the worst answer of the groups with the largest spread"
     unread = page.unread_note(cards)
-    content = page.fill(f"Rewards of {path}", unread=unread, printed=text, cards_are=words, cards=cards)
+    said = {"printed": text.removesuffix(HINT), "explained": __doc__.rpartition("\n\n")[2]}
+    content = page.fill(f"Rewards of {path}", unread=unread, **said, cards_are=words, cards=cards)
     write_whole(file, content.encode(errors="replace"))
 
 

@@ -16,13 +16,16 @@ from lab import sheet
 from lab.sheet import Card, Evaluations, ShownAnswer
 from metrics import COLUMNS, format_gain, think_gain
 from runtime.files import DataError, read_jsonl
+from runtime.logs import WARNINGS, count_warnings
 from samples import QUESTION_TYPES, Sample
 
 SENTENCES = 8  # held-out ones shown, at most
 PARTS = (
+    "warnings",
     "unread",
     "progress",
     "printed",
+    "explained",
     "score_rows",
     "settings",
     "figures",
@@ -58,6 +61,7 @@ def render(
         gains[name] = think_gain([a.record for a in answers.values()], list(samples.values()), config)
     text = fill(
         f"{run.resolve().name}: a run of STVG-o1",
+        warnings=warnings(metrics),
         progress=progress(run, config, metrics),
         unread=unread,
         score_rows=score_rows(metrics),
@@ -92,6 +96,13 @@ def unread_note(cards: list[Card]) -> str:
     return f"{words}; the first: {errors[0]}" if errors else ""
 
 
+def warnings(metrics: list[dict]) -> list[str]:
+    """What train.py warns of at its end, of the steps so far."""
+    lines = [line for line in metrics if line["phase"] == "grpo"]
+    counts = count_warnings(lines)
+    return [f"warning, in {count} of {len(lines)} steps: {WARNINGS[name]}" for name, count in counts.items()]
+
+
 def progress(run: Path, config: Config, metrics: list[dict]) -> str:
     """Say how far the run has come, and how the reward has changed."""
     lines = {phase: [line for line in metrics if line["phase"] == phase] for phase in ("sft", "grpo")}
@@ -103,8 +114,8 @@ def progress(run: Path, config: Config, metrics: list[dict]) -> str:
     text = f"{config.model} on {config.train_annotations}: {', '.join(parts)}."
     if rewards := [line["reward"] for line in lines["grpo"]]:
         few = max(1, len(rewards) // 10)  # as in summary.json
-        first, last = np.mean(rewards[:few]), np.mean(rewards[-few:])
-        text += f" Mean reward, first and last {few} of {len(rewards)} steps: {first:z.2f} → {last:z.2f}."
+        first, last = (sheet.decimals(np.mean(part)) for part in (rewards[:few], rewards[-few:]))
+        text += f" Mean reward in the first and in the last tenth of the steps: {first} → {last}."
     return text
 
 

@@ -5,7 +5,8 @@
     RUN/pictures/run.html       scores, curves, sampled answers along the training, all held-out answers: one
                                 file, to be opened in a browser
     RUN/pictures/curves.png     the curves of metrics.jsonl (docs/glossary.md)
-    RUN/pictures/area.png       vIoU of think and pred boxes by the size of the subject (STVG-o1, Fig. 4)
+    RUN/pictures/area.png       vIoU of think and pred boxes by the size of the subject (STVG-o1, Fig. 4);
+                                not if no answer parses
     RUN/pictures/answers.png    held-out answers from the worst to the best, before and after training: truth
                                 green, think boxes blue, pred boxes red (STVG-o1, Fig. 3)
 
@@ -50,7 +51,8 @@ def draw_run(run: Path) -> list[Path]:
     cards = page.choose_cards(evaluations, samples, config)
     if cards:
         *_, last = evaluations.values()
-        pictures["area.png"] = figures["vIoU by area"] = draw_areas(last, samples, config)
+        if any("pred" in answer.spans for answer in last.values()):  # some answer parses
+            pictures["area.png"] = figures["vIoU by area"] = draw_areas(last, samples, config)
         pictures["answers.png"] = sheet.draw_sheet(name, cards)
     text, unread = page.render(run, config, metrics, figures, evaluations, samples, cards)
     for file, figure in pictures.items():

@@ -90,7 +90,7 @@ def show_answer(record: dict, title: str, scores: dict[str, float], config: Conf
     framed = answer.in_frame(record["scale"])
     spans["pred"], boxes["think"], boxes["pred"] = framed.span, framed.think_boxes, framed.pred_boxes
     flat = [_flat_steps("think", framed.think or ()), _flat_steps("pred", framed.pred)]
-    note = f"no inside: {', '.join(filter(None, flat))}" if any(flat) else ""
+    note = f"boxes without an inside: {', '.join(filter(None, flat))}" if any(flat) else ""
     drawn = {name: {k: box for k, box in items.items() if is_valid(box)} for name, items in boxes.items()}
     return ShownAnswer(title, record, scores, spans, drawn, note)
 

@@ -93,7 +93,8 @@ def test_numbers_on_the_page_are_those_of_the_files(drawn):
         ["step 12", "90.00", "50.00", "80.00", "60.00", "10", "1"],
     ]
     # Rewards 2 + step / 8: the first tenth of 12 steps, and the last.
-    assert "12 of 12 grpo steps, finished. Mean reward, first and last 1 of 12 steps: 2.12 → 3.50." in text
+    assert "12 of 12 grpo steps, finished. Mean reward in the first and in the last tenth" in text
+    assert "tenth of the steps: 2.12 → 3.50." in text
     assert answers[0][:5] == ["id", "sentence", "reward BEFORE", "tIoU BEFORE", "vIoU BEFORE"]
     assert len(answers) == 11 and answers[1][:2] == ["1.y4m", HOSTILE] and answers[1][5:] == ["0.00"] * 3
     # Video 9 is off by d = 0.03 of the width, and before by 0.045: its IoU is (0.25 - d) / (0.25 + d).
@@ -157,7 +158,18 @@ def test_a_shadow_says_that_a_table_goes_on(drawn, driver):
     assert edges[0] < 0.85 and edges[1] > 0.97
 
 
-def test_the_page_of_the_bench(tmp_path, driver):
+def test_answers_side_by_side_are_level_however_long_their_notes_are(drawn, driver):
+    look(driver, drawn, 1280)
+    tops, heights = [], []
+    for part in ("figcaption", ".frames", "details"):
+        found = driver.find_elements("css selector", f"figure {part}")[-16:]  # 8 sentences, before and after
+        tops.append([element.rect["y"] for element in found])
+        heights.append([element.rect["height"] for element in found])
+    assert heights[0][::2] != heights[0][1::2]
+    assert tops[1][::2] == tops[1][1::2] and tops[2][::2] == tops[2][1::2]
+
+
+def test_the_page_of_the_bench(tmp_path, driver, capsys):
     """The watched answers, under other weights: temporal counts twice, so that the best has 6."""
     run, file = make_run(tmp_path, videos=4), tmp_path / "bench.html"
     lines = read_jsonl(run / "watched.jsonl")
@@ -167,8 +179,10 @@ def test_the_page_of_the_bench(tmp_path, driver):
     (tmp_path / "videos" / "2.y4m").unlink()
     arguments = [str(run / "watched.jsonl"), "--html", str(file)]
     bench.main([*arguments, "--config", str(run / "config.yaml"), "rewards.temporal=2"])
+    assert capsys.readouterr().out.endswith(f"{bench.HINT}\npage: {file}\n")
     assert look(driver, file, 1280) == look(driver, file, 390) == []
     text = file.read_text(encoding="utf-8")
+    assert "<p>Columns: the mean, " in text and "has the largest share.</p>" in text and "--help" not in text
     sentences = re.findall("<h3>(.*)</h3>", text)
     assert len(sentences) == bench.GROUPS and set(sentences) <= {
         f"the $quare moves_left ({k}.y4m)" for k in range(3)

@@ -139,14 +139,14 @@ def test_outlines_stand_where_their_boxes_do_and_bars_under_their_steps():
 def test_what_cannot_be_drawn_is_said():
     assert shown(answer_text(0, 0)).note == ""
     flipped = answer_text(0, 0).replace("[250, 250, 500, 750]", "[500, 250, 250, 750]")
-    assert shown(flipped).note == "no inside: think 2 3, pred 2 3"
+    assert shown(flipped).note == "boxes without an inside: think 2 3, pred 2 3"
     assert set(shown(flipped).boxes["truth"]) == {2, 3} and shown(flipped).boxes["pred"] == {}
-    assert shown(answer_text(0, 100).replace("600", "350")).note == "no inside: pred 2 3"
+    assert shown(answer_text(0, 100).replace("600", "350")).note == "boxes without an inside: pred 2 3"
     boxes = ", ".join(f"{step}. [9, 9, 9, 9]" for step in range(30))
     many = (
         f"<time> 0 - 29 </time> <think_bbox> {boxes} </think_bbox> <pred_bbox> 3. [1, 1, 2, 2] </pred_bbox>"
     )
-    assert shown(many).note == "no inside: think 0 1 2 3 4 5 6 7 ..."
+    assert shown(many).note == "boxes without an inside: think 0 1 2 3 4 5 6 7 ..."
     malformed = shown("I see\n a cat" + 100 * "x")
     assert malformed.note.startswith("malformed: I see a cat" + 49 * "x" + "... (at character 1: <time> ")
     assert malformed.spans == {"truth": (2, 3)}
@@ -228,6 +228,25 @@ def test_a_run_in_training_and_one_that_has_just_begun(tmp_path):
         (run / f"{name}.jsonl").unlink()
     write_jsonl([], run / "metrics.jsonl")
     assert [path.name for path in draw_run(run)] == ["run.html", "curves.png"]
+
+
+def test_a_run_that_learned_nothing_says_so(tmp_path):
+    """The bars by size are left out only if no answer of the last evaluation parses."""
+    run, bad = make_run(tmp_path, videos=2), record_of("<time> 2", "0.y4m", truncated=True)
+    (run / "watched.jsonl").unlink()
+    (run / "predictions_before.jsonl").unlink()
+    write_jsonl([bad, read_jsonl(run / "predictions.jsonl")[1]], run / "predictions.jsonl")
+    assert "area.png" in [path.name for path in draw_run(run)]
+    assert "warning, in" not in (run / "pictures" / "run.html").read_text(encoding="utf-8")
+    write_jsonl([bad, bad | {"id": "1.y4m"}], run / "predictions.jsonl")
+    steps = [line | {"warning": "cut off"} if line["phase"] == "grpo" else line for line in METRICS]
+    write_jsonl(steps, run / "metrics.jsonl")
+    assert [path.name for path in draw_run(run)] == ["run.html", "curves.png", "answers.png"]
+    text = (run / "pictures" / "run.html").read_text(encoding="utf-8")
+    warning = (
+        "<p><em>warning, in 12 of 12 steps: most answers are cut off, and earn nothing: raise max_new_tokens"
+    )
+    assert warning in text.partition("</h1>\n")[2][: len(warning)] and "vIoU by area" not in text
 
 
 def test_evaluations_along_the_way(tmp_path):
