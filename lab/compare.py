@@ -20,7 +20,6 @@ there are fewer than 20 sentences) proves no equality, and of 20 equal pairs abo
 """
 
 import hashlib
-import html
 import itertools
 import re
 import sys
@@ -43,7 +42,11 @@ from samples import Sample
 ASKED = ("eval_limit", "fps", "time_unit", "eval_temperature")  # what the held-out split was asked, and how
 IGNORED = MAY_CHANGE - {"model", "train_annotations", "steps"} | {"seed"}
 RESAMPLES, AT_ONCE, LEAST = 10_000, 100, 20  # of the bootstrap; in memory at once; sentences that it needs
+VERDICT = ["difference [95 %]", ""]  # heads of the last two columns of a comparison
 UNKNOWN_SEEDS = 2.0  # their part of the interval with one run a group, in standard errors of the sentences
+
+
+Table = list[list[str]]  # the heads, then the rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +64,14 @@ def read_groups(folders: list[Path]) -> list[Group]:
 
     A seed that comes again with the same settings begins another group: it may be the code that differs.
     """
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise DataError(f"{folder} is named twice; leave one out")
     runs = [read_run(folder) for folder in folders]
     first, config = runs[0], runs[0].config
     for run, key in itertools.product(runs, ASKED):
         if (other := getattr(run.config, key)) != (one := getattr(config, key)):
+            other, one = (value or "all" if key == "eval_limit" else value for value in (other, one))
             raise DataError(f"{run.folder}: {key} is {other}, in {first.folder} {one}; leave one of them out")
     samples, _ = load_samples(config.dataset, config.eval_annotations, config.videos, config.vidor)
     samples = samples[: config.eval_limit or None]
@@ -144,18 +151,16 @@ def intervals(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.array([differences.mean(axis=0), *bounds]).T
 
 
-def comparison(groups: list[Group]) -> str:
-    """The table of two groups, or of one and its own start, in Markdown."""
+def comparison(groups: list[Group]) -> Table:
+    """The table of two groups, or of one and its own start."""
     first, last = groups[0], groups[-1]
-    changed = {row[0] for row in differences(groups)}
-    unlike = {"total"} if any(key.startswith("rewards") for key in changed) else set()
-    unlike |= {*TERMS[3:]} if changed & {"rewards.giou", "rewards.l1"} else set()  # R_spa is another quantity
+    unlike = unlike_terms(groups)
     names = list(dict.fromkeys([*first.values, *last.values]))
     both = [name for name in names if name in first.values.keys() & last.values.keys() - unlike]
     ends = (first, len(groups) - 1), (last, 1)  # 0: before training
     sides = [np.stack([group.values[name][:, when] for name in both], axis=2) for group, when in ends]
     found = dict(zip(both, intervals(*sides), strict=True))
-    lines = [["", *(group.name for group in groups), "difference [95 %]", ""]]
+    lines = [["", *(group.name for group in groups), *VERDICT]]
     for name in names:
         digits, more, less = (1, "better", "worse") if name in COLUMNS else (3, "higher", "lower")
         means = [group.values[name].mean(axis=2).T if name in group.values else [] for group in groups]
@@ -167,7 +172,14 @@ def comparison(groups: list[Group]) -> str:
             signed = (f"{round(number, digits) + 0.0:+.{digits}f}" for number in found[name])
             cells[-2:] = "{} [{}, {}]".format(*signed), shown
         lines.append([name, *cells])
-    return markdown(lines)
+    return lines
+
+
+def unlike_terms(groups: list[Group]) -> set[str]:
+    """The terms that other weights make another quantity: "total", in charts "reward"; R_spa."""
+    changed = {row[0] for row in differences(groups)}
+    unlike = {"total", "reward"} if any(key.startswith("rewards") for key in changed) else set()
+    return unlike | ({*TERMS[3:]} if changed & {"rewards.giou", "rewards.l1"} else set())
 
 
 def differences(groups: list[Group]) -> list[list[str]]:
@@ -178,36 +190,42 @@ def differences(groups: list[Group]) -> list[list[str]]:
     return [row for row in rows if len({*row[1:]}) > 1 and not ("text of" in row[0] and "-" in row)]
 
 
-def report(groups: list[Group]) -> str:
-    """What is printed."""
+def findings(groups: list[Group]) -> list[str | Table]:
+    """What there is to say, in paragraphs and tables."""
     first, *others = groups
     count, split = first.values["m_tIoU"].shape[2], first.runs[0].config.eval_annotations
     parts = [f"{count} held-out sentences of {split}; before -> after training"]
     if rows := differences(groups):
-        parts.append(markdown([["", *(group.name for group in groups)], *rows]))
+        parts.append([["", *(group.name for group in groups)], *rows])
     elif others:
         parts.append("No setting differs. Does the code?")
     parts += [comparison([first, group]) for group in others] or [comparison(groups)]
     if len(first.runs) == 1 == min(len(group.runs) for group in others or groups):
         parts.append(
-            "One run each: another seed alone may change as much; how much is guessed here. To tell the"
-            "\nreward from the seed, train two more of each: seed=1 output_dir=NAME_seed1, ..."
+            "One run each: another seed alone may change as much, for which the intervals allow by a guess."
+            "\nTo tell the reward from the seed, train two more of each: seed=1 output_dir=NAME_seed1, ..."
         )
     parts.append(tables_of_rows([run for group in groups for run in group.runs]))
-    return "\n\n".join(filter(None, parts))
+    return [part for part in parts if part]
 
 
-PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<style>body {{ margin: 1rem; font: 15px sans-serif; overflow-wrap: anywhere; }} h1 {{ font-size: 22px; }}
-pre {{ overflow-x: auto; padding-bottom: 1em; font-size: 13px; }} img {{ width: min(100%, 25rem); }}</style>
-<h1>{title}</h1><pre>{text}</pre><p>Over optimiser steps: means of the last {window}.</p>{images}</html>
-"""
+def report(groups: list[Group]) -> str:
+    """The same as a text, tables in Markdown."""
+    return "\n\n".join(part if isinstance(part, str) else markdown(part) for part in findings(groups))
 
 
-def write_page(groups: list[Group], text: str, folder: Path) -> Path:
+def is_comparison(part: str | Table) -> bool:
+    return not isinstance(part, str) and part[0][-2:] == VERDICT
+
+
+def unlike_title(name: str, groups: list[Group]) -> str:
+    """The title of a chart, which says what cannot be compared."""
+    return f"{name} (other weights)" if name in unlike_terms(groups) else name
+
+
+def write_page(groups: list[Group], parts: list[str | Table], folder: Path) -> Path:
     """Write index.html and curves.png; returns the page. Raises ImportError without matplotlib."""
-    from lab.page import WINDOW, svg_uri
+    from lab.page import WINDOW, fill
     from lab.pictures import CYCLE, Figure, save_figure, style
 
     curves: dict[str, list[tuple]] = {}  # what is shown -> group, steps, values
@@ -226,15 +244,19 @@ def write_page(groups: list[Group], text: str, folder: Path) -> Path:
                 means = [np.mean(values[max(0, n - WINDOW) : n]) for n in range(1, len(values) + 1)]
                 (line,) = axes.plot(steps, means, color=CYCLE[k % len(CYCLE)])
                 labels[groups[k].name.replace("$", r"\$")] = line
-            style(axes, name)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            style(axes, unlike_title(name, groups))
         figure.legend(labels.values(), labels, loc="outside lower center", frameon=False)
         return figure
 
-    images = [f'<img alt="{html.escape(name)}" src="{svg_uri(drawn([name], 1))}">' for name in curves]
-    texts = {"title": ", ".join(group.name for group in groups), "text": text}
-    texts = {key: html.escape(value) for key, value in texts.items()} | {"images": "".join(images)}
+    # On a narrow screen the verdict shall be seen without scrolling: it follows the name of the row.
+    parts = [[[row[0], *row[-2:], *row[1:-2]] for row in t] if is_comparison(t) else t for t in parts]
+    figures = {unlike_title(name, groups): drawn([name], 1) for name in curves}
+    title = ", ".join(group.name for group in groups)
+    how_to_read = f"over optimiser steps: means of the last {WINDOW}"
+    page = fill(title, parts=parts, figures=figures, how_to_read=how_to_read, gains={})
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "index.html", PAGE.format(**texts, window=WINDOW).encode(errors="replace"))
+    write_whole(folder / "index.html", page.encode(errors="replace"))
     if curves:
         save_figure(drawn([*curves], 3), folder / "curves.png")
     return folder / "index.html"
@@ -246,11 +268,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run of train.py")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: `compared` in the last run")
     options = parser.parse_args(arguments)
-    groups = read_groups(options.runs)
-    text, folder = report(groups), options.output or options.runs[-1] / "compared"
-    print(text, flush=True)
+    groups, folder = read_groups(options.runs), options.output or options.runs[-1] / "compared"
+    print(report(groups), flush=True)
     try:
-        print("\npage and curves:", write_page(groups, text, folder))
+        print("\npage and curves:", write_page(groups, findings(groups), folder))
     except ImportError:
         print("\nfor a page and curves: pip install -r requirements-dev.txt")
 

@@ -27,6 +27,7 @@ PARTS = (
     "printed",
     "explained",
     "score_rows",
+    "parts",
     "settings",
     "figures",
     "gains",

@@ -171,7 +171,7 @@ def test_three_planted_points_are_found(monkeypatch, runs, own, shift, least):
 
 
 REFUSED = {  # a setting of the second run -> what is said
-    "eval_limit=5": "eval_limit is 5, in .*old 0; leave one of them out",
+    "eval_limit=5": "eval_limit is 5, in .*old all; leave one of them out",
     "fps=1": "fps is 1.0, in .*old 2.0",
     "time_unit=frame": "time_unit is frame, in .*old second",
     "eval_temperature=0.5": "eval_temperature is 0.5, in .*old 0.0",

@@ -38,11 +38,13 @@ def compared(tmp_path_factory):
 
 def test_the_page_holds_the_tables_and_a_picture_of_each_curve(compared):
     text = (compared / "index.html").read_text(encoding="utf-8")
-    printed = html.unescape(re.search("<pre>(.*?)</pre>", text, re.S)[1])
-    assert f"| rewards.{HOSTILE}" in printed and "| m_vIoU " in printed and "$new<b>$ (2 seeds)" in printed
+    cells = [html.unescape(cell) for cell in re.findall("<t[hd].*?>(.*?)</t[hd]>", text)]
+    assert f"rewards.{HOSTILE}" in cells and any("$new<b>$ (2 seeds)" in cell for cell in cells)
+    row = cells[cells.index("m_vIoU") :]
+    assert re.fullmatch(r"\S+ \[\S+, \S+\]", row[1]) and row[2] == "no difference shown" and "->" in row[3]
     assert "<script" not in text and "<b>" not in text
     names = [html.unescape(name) for name in re.findall('<img alt="(.*?)" src="data:image/svg', text)]
-    assert names == ["reward", "kl", HOSTILE, OWN]
+    assert names == ["reward (other weights)", "kl", HOSTILE, OWN]
     assert (compared / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
