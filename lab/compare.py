@@ -45,7 +45,6 @@ RESAMPLES, AT_ONCE, LEAST = 10_000, 100, 20  # of the bootstrap; in memory at on
 VERDICT = ["difference [95 %]", ""]  # heads of the last two columns of a comparison
 UNKNOWN_SEEDS = 2.0  # their part of the interval with one run a group, in standard errors of the sentences
 
-
 Table = list[list[str]]  # the heads, then the rows
 
 
@@ -64,8 +63,8 @@ def read_groups(folders: list[Path]) -> list[Group]:
 
     A seed that comes again with the same settings begins another group: it may be the code that differs.
     """
-    for folder in folders:
-        if folders.count(folder) > 1:
+    for k, folder in enumerate(folders):
+        if any(folder.resolve() == other.resolve() for other in folders[:k]):
             raise DataError(f"{folder} is named twice; leave one out")
     runs = [read_run(folder) for folder in folders]
     first, config = runs[0], runs[0].config
@@ -214,13 +213,9 @@ def report(groups: list[Group]) -> str:
     return "\n\n".join(part if isinstance(part, str) else markdown(part) for part in findings(groups))
 
 
-def is_comparison(part: str | Table) -> bool:
-    return not isinstance(part, str) and part[0][-2:] == VERDICT
-
-
 def unlike_title(name: str, groups: list[Group]) -> str:
     """The title of a chart, which says what cannot be compared."""
-    return f"{name} (other weights)" if name in unlike_terms(groups) else name
+    return f"{name} (other weights: not comparable)" if name in unlike_terms(groups) else name
 
 
 def write_page(groups: list[Group], parts: list[str | Table], folder: Path) -> Path:
@@ -250,7 +245,7 @@ def write_page(groups: list[Group], parts: list[str | Table], folder: Path) -> P
         return figure
 
     # On a narrow screen the verdict shall be seen without scrolling: it follows the name of the row.
-    parts = [[[row[0], *row[-2:], *row[1:-2]] for row in t] if is_comparison(t) else t for t in parts]
+    parts = [[[t[0], *t[-2:], *t[1:-2]] for t in p] if p[0][-2:] == VERDICT else p for p in parts]
     figures = {unlike_title(name, groups): drawn([name], 1) for name in curves}
     title = ", ".join(group.name for group in groups)
     how_to_read = f"over optimiser steps: means of the last {WINDOW}"

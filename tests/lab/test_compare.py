@@ -184,6 +184,13 @@ def test_runs_that_were_asked_otherwise(trained, setting):
         compare.read_groups([trained("old"), trained("new", (50,), setting)])
 
 
+def test_a_run_named_twice(trained, monkeypatch):
+    run = trained("old")
+    monkeypatch.chdir(run.parent)
+    with pytest.raises(DataError, match="old is named twice"):
+        compare.read_groups([run, run.relative_to(run.parent)])
+
+
 def edit(path, change):
     records = read_jsonl(path)
     records[3] |= change

@@ -44,7 +44,7 @@ def test_the_page_holds_the_tables_and_a_picture_of_each_curve(compared):
     assert re.fullmatch(r"\S+ \[\S+, \S+\]", row[1]) and row[2] == "no difference shown" and "->" in row[3]
     assert "<script" not in text and "<b>" not in text
     names = [html.unescape(name) for name in re.findall('<img alt="(.*?)" src="data:image/svg', text)]
-    assert names == ["reward (other weights)", "kl", HOSTILE, OWN]
+    assert names == ["reward (other weights: not comparable)", "kl", HOSTILE, OWN]
     assert (compared / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
