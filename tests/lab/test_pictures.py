@@ -148,7 +148,7 @@ def test_what_cannot_be_drawn_is_said():
     )
     assert shown(many).note == "boxes without an inside: think 0 1 2 3 4 5 6 7 ..."
     malformed = shown("I see\n a cat" + 100 * "x")
-    assert malformed.note.startswith("malformed: I see a cat" + 49 * "x" + "... (at character 1: <time> ")
+    assert malformed.note.startswith("malformed: I see a cat" + 49 * "x" + "... (at character 1: '<time>' ")
     assert malformed.spans == {"truth": (2, 3)}
     cut = "malformed, cut off at max_new_tokens: <time> 2 (the text ends after '<time> 2': - was expected)"
     assert shown("<time> 2", truncated=True).note == cut
