@@ -150,7 +150,7 @@ def test_what_cannot_be_drawn_is_said():
     malformed = shown("I see\n a cat" + 100 * "x")
     assert malformed.note.startswith("malformed: I see a cat" + 49 * "x" + "... (at character 1: '<time>' ")
     assert malformed.spans == {"truth": (2, 3)}
-    cut = "malformed, cut off at max_new_tokens: <time> 2 (the text ends after '<time> 2': - was expected)"
+    cut = "malformed, cut off at max_new_tokens: <time> 2 (the text ends after '<time> 2': '-' was expected)"
     assert shown("<time> 2", truncated=True).note == cut
 
 
