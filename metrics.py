@@ -26,8 +26,8 @@ code drops such sentences or stops). Two newer protocols know a tube by its boxe
                                                whole of P, and G without gaps
 
 An event that none of the frames F meets scores 0 there. `vue` also has "vIoU_common", the mean IoU over P and
-G, which tells *where* from *when*. It equals `native` on clips of one frame a second, where every frame of
-both spans has a box.
+G, which tells *where* from *when*. On clips of one frame a second, where every frame of both spans has a box,
+tIoU and vIoU of `vue` are those of `native`.
 
 In all of them a failed answer counts as 0, like any other. vIoU@R is the share of answers strictly above R;
 in `grid` also of those at R.

@@ -57,7 +57,7 @@ from qwen.checkpoint import Policy, freeze, load_trainable
 from qwen.lora import without_adapters
 from rewards import score
 from runtime import checkpoints, distributed
-from runtime.logs import WARNINGS, clock
+from runtime.logs import clock, final_warnings
 from runtime.predictions import fingerprint_of
 from runtime.run import Run, Stopped, check_start, describe, open_run
 from samples import Sample, Truth
@@ -344,8 +344,8 @@ def report(run: Run) -> None:
                 **summary["reward"]
             )
         )
-    for name, steps in summary["warnings"].items():
-        print(f"warning, in {steps} of {run.config.steps} steps: {WARNINGS[name]}")
+    for line in final_warnings(summary["warnings"], run.config.steps):
+        print(line)
     print(f"{summary['seconds']:.0f} s; everything is in {run.folder}/")
     try:
         from lab.pictures import draw_run  # the only arrow from here to lab/

@@ -16,7 +16,7 @@ from lab import sheet
 from lab.sheet import Card, Evaluations, ShownAnswer
 from metrics import COLUMNS, format_gain, think_gain
 from runtime.files import DataError, read_jsonl
-from runtime.logs import WARNINGS, count_warnings
+from runtime.logs import count_warnings, final_warnings
 from samples import QUESTION_TYPES, Sample
 
 SENTENCES = 8  # held-out ones shown, at most
@@ -100,8 +100,7 @@ def unread_note(cards: list[Card]) -> str:
 def warnings(metrics: list[dict]) -> list[str]:
     """What train.py warns of at its end, of the steps so far."""
     lines = [line for line in metrics if line["phase"] == "grpo"]
-    counts = count_warnings(lines)
-    return [f"warning, in {count} of {len(lines)} steps: {WARNINGS[name]}" for name, count in counts.items()]
+    return final_warnings(count_warnings(lines), len(lines))
 
 
 def progress(run: Path, config: Config, metrics: list[dict]) -> str:

@@ -135,11 +135,9 @@ def read_shown_clip(sample: Sample, step_seconds: float) -> Clip:
 
 def grey_clip(answers: list[ShownAnswer]) -> Clip:
     """A clip without a video, which reaches beyond the true span and those of the answers."""
-    last, truth = (
-        max(span[1] for answer in answers for span in answer.spans.values()),
-        answers[0].spans["truth"],
-    )
-    steps = evenly(range(min(last, truth[1] + STEPS) + 2), STEPS)
+    last = max(span[1] for answer in answers for span in answer.spans.values())
+    last_true = answers[0].spans["truth"][1]
+    steps = evenly(range(min(last, last_true + STEPS) + 2), STEPS)
     frames = np.full((len(steps), SIDE * 9 // 16, SIDE, 3), 179, np.uint8)
     frames[:, :, -2:] = 255
     return Clip(steps, frames)

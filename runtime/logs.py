@@ -229,6 +229,11 @@ def count_warnings(lines: list[dict]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if name == last or count * 2 >= len(lines)}
 
 
+def final_warnings(counts: dict[str, int], steps: int) -> list[str]:
+    """A line for each of count_warnings of so many steps."""
+    return [f"warning, in {count} of {steps} steps: {WARNINGS[name]}" for name, count in counts.items()]
+
+
 def drifts_apart(recent: list[dict]) -> bool:
     """Whether the reward rises while the vIoU falls: the policy has found something that pays and is not the
     task. recent: lines of metrics.jsonl, of the last steps."""
