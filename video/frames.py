@@ -208,9 +208,7 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
     if not os.path.isfile(path):
         raise VideoError(f"{path}: no such video file; check the folder given as `videos`")
     try:
-        # More threads do not help: the frames are small. Without fault_tol decord silently replaces a frame
-        # that it cannot decode by a copy of another one.
-        reader = decord.VideoReader(str(path), num_threads=1, fault_tol=NO_SUBSTITUTES)
+        reader = _reader(path)
         spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)  # (stored frames, 2)
         keys, (end, _) = reader.get_key_indices(), mp4.end_and_aspect(path)
     except FAILURES as error:
@@ -236,6 +234,12 @@ def _open(path: str) -> tuple[decord.VideoReader, np.ndarray, int]:
     return reader, spans[hidden:stop] - spans[hidden, 0], hidden
 
 
+def _reader(path: str) -> decord.VideoReader:
+    """At a file's first frame. More threads do not help: the frames are small. Without fault_tol decord
+    silently replaces a frame that it cannot decode by a copy of another one."""
+    return decord.VideoReader(str(path), num_threads=1, fault_tol=NO_SUBSTITUTES)
+
+
 def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Iterator[np.ndarray]:
     """The shown frames of a fresh reader with these indices, which ascend; uint8 (H, W, 3) each.
 
@@ -245,20 +249,31 @@ def _decode(path: str, reader: decord.VideoReader, wanted: Sequence[int]) -> Ite
     and only leaves out the conversion to RGB. But it seeks if a key frame is among the skipped ones or right
     after them, so the frame before a key frame is never skipped. With hidden frames it miscounts; there
     read_frames asks for all frames.
+
+    A reader decodes ahead in a thread of its own, and one time in a hundred reports a damaged frame before it
+    has handed out the good ones in front of it. So a reader that fails is replaced by a fresh one, three
+    times at most.
     """
     before_keys = [key - 1 for key in reader.get_key_indices() if 0 < key <= wanted[-1]]
-    done = 0
-    try:
-        for index in sorted({*wanted, *before_keys}):
-            if index > done:
-                reader.skip_frames(index - done)
-            frame, done = reader.next(), index + 1
-            if index in wanted:
-                yield _pixels(frame)
-    except (decord.DECORDLimitReachedError, StopIteration) as error:
-        raise VideoError(f"{path}: holds fewer frames than its index lists; {REENCODE}") from error
-    except FAILURES as error:
-        raise DamagedError(f"{path}: a frame cannot be decoded; fetch or re-encode the file") from error
+    given = 0  # frames before this one have been yielded
+    for readers_left in (3, 2, 1, 0):
+        done = 0
+        try:
+            for index in sorted({*wanted, *before_keys}):
+                if index > done:
+                    reader.skip_frames(index - done)
+                frame, done = reader.next(), index + 1
+                if index in wanted and index >= given:
+                    given = done
+                    yield _pixels(frame)
+            return
+        except (decord.DECORDLimitReachedError, StopIteration) as error:
+            raise VideoError(f"{path}: holds fewer frames than its index lists; {REENCODE}") from error
+        except FAILURES as error:
+            if not readers_left:
+                message = f"{path}: a frame cannot be decoded; fetch or re-encode the file"
+                raise DamagedError(message) from error
+            reader = _reader(path)
 
 
 def _pixels(frame: decord.nd.NDArray) -> np.ndarray:

@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import av
+import decord
 import numpy as np
 import pytest
 import torch
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 
 from samples import Sample, TimeGrid
 from video.frames import (
+    DamagedError,
     Header,
     VideoError,
     check_header,
     clip_frames,
     clip_times,
     frame_size,
+    native_frames,
     patchify,
     probe,
     read_clip,
@@ -286,6 +289,23 @@ def test_damage_after_the_clip_is_left(tmp_path):
     assert numbers(read_frames(path, [0.0, 0.5])) == [0, 15]
     with pytest.raises(VideoError, match="a frame cannot be decoded"):
         read_frames(path, [0.0, probe(path).seconds])
+
+
+@pytest.mark.parametrize(("failures", "good"), [(1, True), (3, True), (4, False)])
+def test_a_reader_that_stumbles_is_replaced(film, monkeypatch, failures, good):
+    """decord's thread, when it is ahead, reports damage before the good frames in front of it are read."""
+    read, reads = decord.VideoReader.next, []
+
+    def stumble(reader):
+        reads.append(reader)
+        if len(reads) in (1, 12, 25, 40)[:failures]:
+            raise decord.DECORDError("a damaged packet, further on")
+        return read(reader)
+
+    monkeypatch.setattr(decord.VideoReader, "next", stumble)
+    with contextlib.nullcontext() if good else pytest.raises(DamagedError):
+        assert numbers(list(native_frames(film("film.mp4", None), 3, 50))) == list(range(3, 50))
+    assert len(set(reads)) == min(failures + 1, 4)
 
 
 @pytest.mark.parametrize("size", [(2, 2), (8, 6), (16, 12), (24, 37), (48, 36), (72, 54), (1, 3)])
