@@ -168,7 +168,7 @@ def comparison(groups: list[Group]) -> Table:
         if name in found:
             (_, low, high), enough = found[name], sides[0].shape[1] >= LEAST
             shown = more if enough and low > 0 else less if enough and high < 0 else "no difference shown"
-            signed = (f"{round(number, digits) + 0.0:+.{digits}f}" for number in found[name])
+            signed = (f"{number:+z.{digits}f}" for number in found[name])
             cells[-2:] = "{} [{}, {}]".format(*signed), shown
         lines.append([name, *cells])
     return lines

@@ -52,10 +52,8 @@ def save_picture(path: Path, asked: list[Asked], config: Config) -> None:
     images = {frame: image for frame, image in native if frame in needed}
     columns = min(PAGE // (size[0] + GAP), max(len(shown) for *_, shown in blocks))
     width, row = max(columns * (size[0] + GAP), PAGE // 2), size[1] + BELOW + GAP
-    tops = [
-        0,
-        *itertools.accumulate(tall(text) + row * -(-len(shown) // columns) for text, _, shown in blocks),
-    ]
+    heights = (tall(text) + row * -(-len(shown) // columns) for text, _, shown in blocks)
+    tops = [*itertools.accumulate(heights, initial=0)]
     page = Image.new("RGB", (GAP + width, tops[-1]), "white")
     for (text, outlines, shown), y in zip(blocks, tops, strict=False):
         ImageDraw.Draw(page).multiline_text((GAP, y + GAP), text, "black", font)

@@ -116,7 +116,7 @@ def format_table(rows: dict[str, str], runs: list[Run]) -> str:
 
 def mean_text(values: Sequence[float], digits: int = 1) -> str:
     """The mean of the values of some runs; of more than one with their sample standard deviation."""
-    text = f"{round(mean(values), digits) + 0.0:.{digits}f}"  # + 0.0: no -0.0
+    text = f"{mean(values):z.{digits}f}"  # z: no -0.0
     return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
